@@ -1,0 +1,65 @@
+"""Advantages within a group of rollouts of one prompt."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Baseline = Literal["leave_one_out", "mean"]
+
+# As TRL's: keeps rounding noise of equal rewards from being blown up to unit advantages.
+STD_EPS = 1e-4
+
+
+def group_advantages(
+    rewards: torch.Tensor,
+    group: torch.Tensor,
+    *,
+    valid: torch.Tensor | None = None,
+    baseline: Baseline = "leave_one_out",
+    normalize_std: bool = True,
+    clip: float = 1.0,
+) -> torch.Tensor:
+    """Leave-one-out advantages: ``A_i = r_i - mean_{j != i} r_j`` over the rollouts of the same prompt.
+
+    Divided by the group's standard deviation (ddof 0, plus 1e-4) and clipped, as in REAL (arXiv 2603.17145). Groups need not
+    lie side by side, and a rollout's advantage depends on its own group alone, in whatever order the rollouts come.
+
+    Args:
+        rewards: [M] rewards.
+        group: [M] int64, equal for rollouts of one prompt.
+        valid: [M] bool; rollouts that are left out get advantage 0 and count in nobody's baseline.
+        baseline: "leave_one_out", or "mean" of the whole group (as GRPO).
+        normalize_std: Divide by the standard deviation.
+        clip: Clip to plus or minus this; 0 for no clipping.
+
+    Returns:
+        [M] advantages, detached. A rollout without another valid one in its group gets 0.
+
+    Raises:
+        ValueError: Shapes that do not fit, a negative clip, an unknown baseline.
+    """
+    if rewards.dim() != 1 or group.shape != rewards.shape or (valid is not None and valid.shape != rewards.shape):
+        raise ValueError(f"rewards, group and valid must be [M], not {tuple(rewards.shape)} and {tuple(group.shape)}")
+    if baseline not in ("leave_one_out", "mean"):
+        raise ValueError(f'baseline must be "leave_one_out" or "mean", not {baseline!r}')
+    if not clip >= 0:
+        raise ValueError(f"clip must be 0 or more, not {clip}")
+    r = rewards.detach()
+    same = group[:, None] == group[None, :]
+    if valid is not None:
+        r = torch.where(valid, r, torch.zeros_like(r))
+        same = same & valid[:, None] & valid[None, :]
+    member = same.to(r.dtype)
+    count = member.sum(1)
+    # Centred first: E[r^2] - E[r]^2 would cancel where a group's spread is small beside its mean.
+    mean = member @ r / count.clamp(min=1)
+    centred = r - mean
+    advantage = centred * count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else centred
+    if normalize_std:
+        variance = (member * (r[None, :] - mean[:, None]) ** 2).sum(1) / count.clamp(min=1)
+        advantage = advantage / (variance.sqrt() + STD_EPS)
+    if clip:
+        advantage = advantage.clamp(-clip, clip)
+    return torch.where(count > 1, advantage, torch.zeros_like(advantage))

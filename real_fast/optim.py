@@ -1,0 +1,55 @@
+"""AdamW, its schedule, and a step that is skipped where the gradient is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from real_fast.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone (not on norms and biases)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
+    """Linear warm-up, then constant or cosine to zero."""
+    name = "cosine" if config.schedule == "cosine" else "constant_with_warmup"
+    scheduler: LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max(steps, 1)
+    )
+    return scheduler
+
+
+def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+    """Clip, step and clear the gradient; leave weights and moments alone where the gradient is not finite.
+
+    Args:
+        model: Holds the gradients.
+        optimizer: Its optimiser.
+        max_grad_norm: Largest norm; 0 for no clipping.
+
+    Returns:
+        The gradient's norm before clipping, and whether a step was taken.
+    """
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm), finite

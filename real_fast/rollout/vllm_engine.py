@@ -1,0 +1,266 @@
+"""Rollouts by vLLM, in this process. Everything that depends on vLLM's interface is in this file."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
+from real_fast.rollout.base import Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.scale import ScoreScale
+
+
+def import_vllm() -> Any:
+    """Import vLLM, set up to run inside this process and to leave the trainer's cores alone."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as tensors, not through files
+    # Its warnings are a page per start about settings chosen here on purpose; sync checks the weights itself.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with _process_state_kept():
+        import vllm
+
+    return vllm
+
+
+class VllmEngine:
+    """Samples with vLLM: prefix caching, continuous batching, score log-probabilities out of the same pass.
+
+    Args:
+        model_path: A Hugging Face model folder (safetensors, tokenizer included); its weights are the first ones.
+        tokenizer: Its tokenizer.
+        scale: The score scale.
+        dtype: Of weights and computation.
+        max_model_len: Longest sequence: prompt, sampled tokens, phrase and score.
+        seed: vLLM's own; samples depend on :class:`Sampling`'s alone.
+        max_num_seqs: Sequences decoded at a time.
+        gpu_memory_utilization: Share of a GPU's memory for weights and cache. On CPU the cache has
+            ``VLLM_CPU_KVCACHE_SPACE`` GiB (2 by default).
+        top_p: The smallest that will be sampled with; it decides which log-probabilities vLLM reports (:meth:`generate`).
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        FileNotFoundError: The folder has no safetensors.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: Path,
+        tokenizer: Any,
+        scale: ScoreScale,
+        *,
+        dtype: torch.dtype,
+        max_model_len: int,
+        seed: int = 0,
+        max_num_seqs: int = 256,
+        gpu_memory_utilization: float = 0.4,
+        top_p: float = 1.0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._llm: Any = None
+        self._names = _checkpoint_names(model_path)
+        vllm = import_vllm()
+        from transformers import AutoConfig, GenerationConfig
+
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        has_generation = (model_path / "generation_config.json").is_file()
+        generation = GenerationConfig.from_pretrained(model_path) if has_generation else None
+        self.tokenizer = tokenizer
+        self.scale = scale
+        self.dtype = dtype
+        self.max_model_len = max_model_len
+        self.finder = PhraseFinder(tokenizer, scale)
+        self.eos_ids = eos_ids(tokenizer, generation or config.get_text_config())
+        self._tied = bool(config.get_text_config().tie_word_embeddings)
+        # Raw ones are the model's, before temperature and top_p; processed ones come after both.
+        self._processed = top_p >= 1
+        with _process_state_kept():
+            self._llm = vllm.LLM(
+                str(model_path),
+                dtype=str(dtype).removeprefix("torch."),
+                distributed_executor_backend="uni",
+                enable_prefix_caching=True,
+                enforce_eager=not torch.cuda.is_available(),  # compiling for CPU takes minutes and buys little
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization,
+                logprobs_mode="processed_logprobs" if self._processed else "raw_logprobs",
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                use_tqdm_on_load=False,
+            )
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+        """Sample ``sampling.n`` rollouts for every prompt.
+
+        Samples are a function of ``sampling.seed`` and the prompt's place, as far as vLLM's batching leaves the numbers alike.
+        Score log-probabilities come from the pass that sampled the score, where the model got there on its own and
+        vLLM reports them at temperature 1; otherwise from a second, one-token pass.
+
+        Raises:
+            ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
+                tokens' log-probabilities: both below (or off) 1; before any work.
+        """
+        check_lengths(prompts, sampling, self.scale, self.max_model_len)
+        self._check_sampling(sampling)
+        params = []
+        for place in range(len(prompts)):
+            seed = random_stream(sampling.seed, place).getrandbits(62)  # sample i gets seed + i
+            params.append(
+                self._params(
+                    n=sampling.n,
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    seed=seed,
+                    stop=[self.scale.phrase.lstrip() + text for text in self.scale.texts],
+                    stop_token_ids=sorted(self.eos_ids),
+                    include_stop_str_in_output=True,
+                    skip_special_tokens=False,  # as PhraseFinder reads
+                )
+            )
+        outputs = self._run(prompts, params)
+        # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score.
+        same_pass = not self._processed or sampling.temperature in (0, 1)
+        samples: list[tuple[int, list[int], list[float], Parsed]] = []
+        scores: list[list[float] | None] = []
+        later: list[int] = []
+        for place, output in enumerate(outputs):
+            for completion in sorted(output.outputs, key=lambda c: c.index):
+                ids = [int(token) for token in completion.token_ids]
+                steps = completion.logprobs
+                parsed = parse_sample(ids, self.eos_ids, self.finder, sampling.answer)
+                at = parsed.score_position
+                if parsed.has_score and (at is None or not same_pass):
+                    later.append(len(samples))
+                scores.append(self._score(steps[at]) if at is not None and same_pass else None)
+                logprobs = [float(step[token].logprob) for token, step in zip(ids, steps, strict=True)]
+                samples.append((place, ids, logprobs, parsed))
+        contexts = [[*prompts[samples[i][0]], *samples[i][3].context_ids] for i in later]
+        params = [self._params(temperature=0.0, max_tokens=1, detokenize=False) for _ in later]
+        for i, output in zip(later, self._run(contexts, params), strict=True):
+            scores[i] = self._score(output.outputs[0].logprobs[0])
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        for (place, ids, logprobs, parsed), score in zip(samples, scores, strict=True):
+            results[place].append(build_rollout(self.tokenizer, ids, logprobs, parsed, score))
+        return results
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand the trainer's weights to vLLM and forget what was cached under the old ones. A tied head may be left out.
+
+        Raises:
+            ValueError: A name that is not in the model folder's safetensors, or a weight of it that was left out.
+        """
+        given: set[str] = set()
+        left_out = {"lm_head.weight"} if self._tied else set()
+
+        def pairs() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in named_tensors:
+                if name in left_out:
+                    continue
+                if name not in self._names:
+                    raise ValueError(f"sync got the weight {name!r}, which the model folder's safetensors do not have")
+                given.add(name)
+                yield name, tensor.detach().to(self.dtype)
+
+        with _process_state_kept(), torch.no_grad():
+            self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs()})
+        missing = sorted(self._names - left_out - given)
+        if missing:
+            raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
+        if self._engine.reset_prefix_cache() is False:
+            raise RuntimeError("vLLM did not drop its prefix cache after the sync: it still holds the old weights' results")
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        if self._llm is None:
+            return
+        llm, self._llm = self._llm, None
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+    @property
+    def _engine(self) -> Any:
+        if self._llm is None:
+            raise RuntimeError("this rollout engine is closed")
+        return self._llm
+
+    def _params(self, **kwargs: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(logprob_token_ids=list(self.scale.score_ids), **kwargs)
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
+        if not prompts:
+            return []
+        from vllm import TokensPrompt
+
+        with _process_state_kept():
+            tokens = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+            return list(self._engine.generate(tokens, params, use_tqdm=False))
+
+    def _score(self, step: Any) -> list[float]:
+        return [float(step[token].logprob) for token in self.scale.score_ids]
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        if self._processed and sampling.temperature > 0 and sampling.top_p < 1:
+            raise ValueError(
+                f"this engine was set up for top_p 1 and cannot report log-probabilities at top_p {sampling.top_p}: "
+                "give VllmEngine the smallest top_p that will be used"
+            )
+        if not self._processed and sampling.temperature not in (0, 1):
+            raise ValueError(
+                "with top_p below 1, vLLM reports log-probabilities at temperature 1 alone, and the temperature is "
+                f"{sampling.temperature}: set rollout.top_p to 1, the temperature to 1, or rollout.engine to transformers"
+            )
+
+
+def _checkpoint_names(folder: Path) -> set[str]:
+    """Names of the weights in a model folder's safetensors; nothing but the headers is read."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: vLLM needs them")
+    with safe_open(single, framework="pt") as file:
+        return set(file.keys())
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Undo what vLLM does to the process it runs in: random states, number of threads, bound cores.
+
+    Without it vLLM seeds the trainer's generators, takes ``torch.set_num_threads`` away, and (OMP_NUM_THREADS unset) sets the
+    threads to 1.
+    """
+    threads, set_threads, omp = torch.get_num_threads(), torch.set_num_threads, os.environ.get("OMP_NUM_THREADS")
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    python, numpy = random.getstate(), np.random.get_state()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        if omp is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        torch.set_num_threads = set_threads
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if cores is not None and os.sched_getaffinity(0) != cores:
+            os.sched_setaffinity(0, cores)
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,137 @@
+"""A run's folder: who may write there, its metrics, and stopping without losing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from real_fast import config as configs
+from real_fast.config import Config
+from real_fast.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
+
+
+class OutputError(OSError):
+    """An output folder that cannot, or must not, be written."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        config: Settings; ``output``, ``resume`` and ``overwrite`` decide what happens to an earlier run there.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds a run that was not to be touched.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output).expanduser()
+        finished = (self.path / "summary.json").is_file()
+        started = finished or (self.path / "config.yaml").is_file()
+        if finished and config.resume and not config.overwrite:
+            raise OutputError(f"output {self.path} holds a finished run: nothing is left to resume; take another --output")
+        if started and not config.overwrite and not config.resume:
+            what = "a finished run" if finished else "an unfinished run (go on with --resume)"
+            raise OutputError(f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside")
+        try:
+            if started and config.overwrite:
+                self._move_aside()
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.path) as probe:
+                probe.write(b"0")
+        except OSError as error:
+            raise OutputError(f"output {self.path} cannot be written: {error.strerror or error}") from error
+        self.resumed = started and not config.overwrite
+        if not self.resumed:
+            configs.dump(config, self.path / "config.yaml")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def require_space(self, parameters: int, keep: int) -> None:
+        """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
+
+        Raises:
+            OutputError: Too little free space.
+        """
+        need = parameters * 4 * 3 * (keep + 1) + parameters * 4
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise OutputError(
+                f"output {self.path} has {free / 2**30:.1f} GiB free, and the checkpoints need {need / 2**30:.1f} GiB: "
+                "free space, lower save.keep, or take another --output"
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        append_jsonl(self.path / "metrics.jsonl", clean(record))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return list(read_jsonl(file)) if file.is_file() else []
+
+    def rewind(self, step: int) -> None:
+        """Set aside metric lines of REAL steps after `step`, which a resumed run will write again (-1: all lines)."""
+        lines = self.metrics()
+        keep = [m for m in lines if step >= 0 and (m["phase"] == "warmup" or m["step"] <= step)]
+        if len(keep) < len(lines):
+            for line in lines:
+                if line not in keep:
+                    append_jsonl(self.path / "metrics.superseded.jsonl", line)
+            write_jsonl(self.path / "metrics.jsonl", keep)
+
+    def evaluation(self, name: str) -> dict[str, Any] | None:
+        """Summary of an evaluation that an interrupted run has already made."""
+        file = self.path / "eval" / f"{name}.json"
+        summary: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return summary
+
+    def predictions(self, name: str) -> list[dict[str, Any]]:
+        """Predictions of an evaluation."""
+        return list(read_jsonl(self.path / "eval" / f"{name}.predictions.jsonl"))
+
+    def save_evaluation(self, name: str, summary: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
+        """Write an evaluation; the summary comes last and marks it complete."""
+        (self.path / "eval").mkdir(exist_ok=True)
+        write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
+        write_json(self.path / "eval" / f"{name}.json", summary)
+
+    def _move_aside(self) -> None:
+        n = 1
+        while (old := self.path.with_name(f"{self.path.name}.old-{n}")).exists():
+            n += 1
+        os.replace(self.path, old)
+        print(f"moved the earlier run to {old}", file=sys.stderr)
+
+
+class StopSignal:
+    """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)

@@ -1,0 +1,113 @@
+"""Metrics of one update; names follow TRL where TRL has the thing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from real_kernels import RealLossOutput
+
+from real_fast.batch import Batch, Group
+from real_fast.metrics import correlations
+from real_fast.rollout.check import EngineGap, compare
+from real_fast.scale import ScoreScale
+
+
+class StepMetrics:
+    """Gathers what the micro-batches of one update return.
+
+    Args:
+        groups: The update's groups.
+        scale: The score scale.
+    """
+
+    def __init__(self, groups: Sequence[Group], scale: ScoreScale) -> None:
+        self.groups = groups
+        self.scale = scale
+        self.rollouts = [r for g in groups for r in g.rollouts]
+        self.batches: list[tuple[Batch, RealLossOutput]] = []
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the model sampled in this update."""
+        return sum(len(r.sampled_ids) for r in self.rollouts)
+
+    def add(self, batch: Batch, out: RealLossOutput) -> None:
+        """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
+        out.loss = out.loss.detach()
+        self.batches.append((batch, out))
+
+    def gather(self, name: str) -> torch.Tensor:
+        """A field of every output, of the rollouts (or rows) in micro-batch order, on the CPU."""
+        return torch.cat([getattr(out, name) for _, out in self.batches]).float().cpu()
+
+    def of_batches(self, name: str) -> torch.Tensor:
+        """The same for a field of the batches."""
+        return torch.cat([getattr(batch, name) for batch, _ in self.batches]).cpu()
+
+    def engine_gap(self) -> EngineGap:
+        """Engine against trainer on the rollouts of this update, over the rows that went through the head."""
+        seen: Counter[int] = Counter()
+        rollouts = []
+        for g in self.of_batches("group").tolist():
+            rollouts.append(self.groups[g].rollouts[seen[g]])
+            seen[g] += 1
+        lengths = [len(r.sampled_ids) for r in rollouts]
+        return compare(
+            rollouts,
+            self.gather("logprobs").split(lengths),
+            [s if r.has_score else None for r, s in zip(rollouts, self.gather("score_logprobs"), strict=True)],
+            self.scale,
+            self.gather("computed").bool().split(lengths),
+        )
+
+    def result(self) -> dict[str, Any]:
+        """One flat dictionary of numbers; a correlation that is not defined is None."""
+        valid = self.of_batches("valid")
+        reward, advantage = self.gather("rewards")[valid], self.gather("advantages")[valid]
+        y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
+        group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
+        distribution = self.gather("score_logprobs")[valid].exp()
+        computed, logp = self.gather("computed").bool(), self.gather("logprobs")
+        lengths = torch.tensor([len(r.sampled_ids) for r in self.rollouts], dtype=torch.float32)
+        clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
+        spread = torch.stack([reward[group == g].std(correction=0) for g in group.unique()]) if len(group) else torch.zeros(1)
+        error = y_hat - label
+        agreement = correlations(y_hat.tolist(), label.tolist())
+        tokens = float(sum(b.input_ids.numel() for b, _ in self.batches))
+        used = float(sum(b.attention_mask.sum() for b, _ in self.batches))
+        return {
+            "loss": float(sum(out.loss for _, out in self.batches)),
+            "loss/exploration": float(sum(out.exploration_loss for _, out in self.batches)),
+            "loss/refinement": float(sum(out.refinement_loss for _, out in self.batches)),
+            "reward": _mean(reward),
+            "reward_std": _mean(spread),
+            "frac_reward_zero_std": _mean((spread < 1e-6).float()),
+            "advantage_abs": _mean(advantage.abs()),
+            "score/rmse": _mean(error**2) ** 0.5,
+            "score/mae": _mean(error.abs()),
+            "score/bias": _mean(error),
+            "score/pearson": agreement["pearson"],
+            "score/expected_mean": _mean(y_hat),
+            "score/label_mean": _mean(label),
+            "score/entropy": _mean(-(distribution * distribution.clamp(min=1e-30).log()).sum(1)),
+            "score/off_scale_mass": _mean(off),
+            "score/no_score": int((~valid).sum()),
+            "score/forced": _mean(torch.tensor([r.n_forced > 0 for r in self.rollouts]).float()),
+            "entropy": _mean(-logp[computed]),
+            "completions/mean_length": _mean(lengths),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": _mean(clipped.float()),
+            "completions/mean_terminated_length": _mean(lengths[~clipped]),
+            "head/rows": int(computed.sum()) + len(valid),
+            "head/rows_dropped": int((~computed).sum()),
+            "body/tokens": int(tokens),
+            "body/padding": 1 - used / tokens,
+        }
+
+
+def _mean(x: torch.Tensor) -> float:
+    return float(x.float().mean()) if x.numel() else float("nan")

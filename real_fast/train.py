@@ -1,0 +1,298 @@
+"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145).
+
+    python -m real_fast.train --config configs/quickstart.yaml
+
+Sample feedback, score it, update, evaluate, log; this file reads in that order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from real_fast import checkpoint, config as configs, report
+from real_fast.batch import BatchError, Group, micro_batches
+from real_fast.checkpoint import CheckpointError, TrainState
+from real_fast.config import Config, ConfigError, OptimConfig
+from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
+from real_fast.evaluate import evaluate
+from real_fast.model import ModelError, Policy, load_model, load_tokenizer, resolve_model
+from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
+from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
+from real_fast.prompt import PromptBuilder, PromptError
+from real_fast.rollout.base import Sampling
+from real_fast.rollout.check import EngineMismatchError
+from real_fast.rollout.select import make_engine
+from real_fast.run_folder import OutputError, RunFolder, StopSignal
+from real_fast.sampler import PromptSampler
+from real_fast.scale import ScaleError, ScoreScale
+from real_fast.step_metrics import StepMetrics
+
+KNOWN_ERRORS = (
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineMismatchError,
+    ModelError,
+    OutputError,
+    PromptError,
+    ScaleError,
+)
+
+
+class Trainer:
+    """One run. The methods stand in the order in which they are called."""
+
+    def __init__(self, config: Config) -> None:
+        config.validate()
+        self.config = config
+        self.state = TrainState()
+        with self.timed("load"):
+            self.folder = RunFolder(config)
+            self.found = (checkpoint.complete(self.folder.checkpoints) or [None])[-1] if self.folder.resumed else None
+            self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+            self.scale = ScoreScale.from_tokenizer(self.tokenizer, config.scale.values, config.scale.phrase)
+            builder = PromptBuilder(config.prompt, self.tokenizer, self.scale)
+            self.data = load_train_eval(config, builder, self.scale)
+            write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
+            self.sampler = PromptSampler(self.data.train, config.rollout.prompts_per_step, config.seed)
+            self.feedback = self.rows_with_feedback()
+
+            self.device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
+            source = str(self.found) if self.found else config.model
+            model = load_model(source, self.device, torch.float32, config.trust_remote_code)
+            self.folder.require_space(model.num_parameters(), config.save.keep)
+            if config.train.activation_checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.policy = Policy(model, torch.bfloat16 if config.train.precision == "bf16" else None)
+            self.optimizer = build_optimizer(model, config.optim)
+            self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
+            if self.found:
+                seconds = self.state.seconds
+                self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
+                self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
+            torch.manual_seed(config.seed)
+            self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.model))
+        self.sync()
+        self.folder.rewind(self.state.step if self.found else -1)
+        report.start(self)
+
+    def rows_with_feedback(self) -> list[tuple[JudgeRow, int]]:
+        """Training rows for the cross-entropy warm-up, one entry per feedback text."""
+        pairs = [(row, i) for row in self.data.train for i in range(len(row.feedbacks))]
+        if self.config.warmup.steps and not pairs:
+            raise DataError(
+                f"warmup.steps is {self.config.warmup.steps}, and no row of {self.config.data.train} has a feedback text: "
+                "set warmup.steps to 0, or give feedback with the rows"
+            )
+        return pairs
+
+    def run(self) -> bool:
+        """Warm up, train, evaluate. Returns False where a signal ended the run before its last step."""
+        with StopSignal() as stop:
+            if not self.found:
+                self.evaluate("before")
+                if self.config.warmup.steps:
+                    self.warm_up()
+                    self.sync()
+                    self.evaluate("warmup")
+                self.save()
+            bar = tqdm(total=self.config.train.steps, initial=self.state.step, desc="REAL", unit="step")
+            while self.state.step < self.config.train.steps and not stop.requested:
+                metrics = self.step()
+                bar.update()
+                bar.set_postfix(reward=f"{metrics['reward']:.3f}", rmse=f"{metrics['score/rmse']:.3f}")
+                step, every = self.state.step, self.config.save.every
+                if stop.requested or (every and step % every == 0) or step == self.config.train.steps:
+                    self.save()
+                if self.config.eval.every and step % self.config.eval.every == 0 and step < self.config.train.steps:
+                    self.evaluate(f"step-{step:06d}")
+            bar.close()
+            if self.state.step < self.config.train.steps:
+                print(f"stopped at step {self.state.step} with a checkpoint: go on with --resume", file=sys.stderr)
+                return False
+            self.evaluate("after")
+            with self.timed("save"):
+                dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+                final = self.folder.path / "final"
+                checkpoint.save_model(self.policy.model, self.tokenizer, final, self.judge_settings(), dtype)
+        report.finish(self)
+        return True
+
+    def warm_up(self) -> None:
+        """Cross-entropy on given feedback, so that a small model knows the format before REAL starts."""
+        config = self.config.warmup
+        optimizer = build_optimizer(self.policy, OptimConfig(lr=config.lr))
+        decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=config.steps)
+        order = PromptSampler(self.feedback, config.batch_size, self.config.seed)
+        for step in tqdm(range(config.steps), desc="warm-up (cross-entropy)", unit="step"):
+            with self.timed("warmup"):
+                started = time.perf_counter()
+                picked = order.batch(step * config.batch_size)
+                groups = [given_feedback(row, i, n, self.tokenizer, self.scale) for n, (row, i) in enumerate(picked)]
+                totals = Totals.of(groups)
+                loss = score_loss = 0.0
+                for batch in micro_batches(groups, self.config.train.micro_batch_tokens, self.tokenizer.pad_token_id):
+                    out = self.policy(batch.to(self.device), cross_entropy(self.scale, totals))
+                    out.loss.backward()
+                    loss += float(out.loss.detach())
+                    score_loss += float(out.score_loss)
+                lr = decay.get_last_lr()[0]
+                norm, stepped = clip_and_step(self.policy, optimizer, self.config.optim.max_grad_norm)
+                decay.step()
+            self.folder.log(
+                {
+                    "phase": "warmup",
+                    "step": step + 1,
+                    "loss": loss,
+                    "score_loss": score_loss,
+                    "grad_norm": norm,
+                    "skipped": not stepped,
+                    "learning_rate": lr,
+                    "step_time": time.perf_counter() - started,
+                }
+            )
+
+    def step(self) -> dict[str, Any]:
+        """One update: sample, score, one forward and backward pass, optimiser, sync."""
+        started = time.perf_counter()
+        config, state = self.config, self.state
+        rows: Sequence[JudgeRow] = self.sampler.batch(state.rows_seen)
+        checked = config.rollout.check_every > 0 and state.step % config.rollout.check_every == 0
+
+        with self.timed("rollout"):
+            rollouts = self.engine.generate([row.prompt_ids for row in rows], self.sampling(state.step))
+        groups = [
+            Group(n, row.prompt_ids, row.label, samples)
+            for n, (row, samples) in enumerate(zip(rows, rollouts, strict=True))
+        ]
+        metrics = StepMetrics(groups, self.scale)
+
+        with self.timed("update"):
+            self.policy.train()
+            objective = real_objective(
+                config.objective, self.scale, config.rollout.temperature, Totals.of(groups), every_row=checked
+            )
+            for batch in micro_batches(groups, config.train.micro_batch_tokens, self.tokenizer.pad_token_id):
+                batch = batch.to(self.device)
+                out = self.policy(batch, objective)
+                out.loss.backward()
+                metrics.add(batch, out)
+            gap = metrics.engine_gap()
+            if checked:
+                gap.require(config.rollout, state.step)
+        with self.timed("optimizer"):
+            lr = self.scheduler.get_last_lr()[0]
+            norm, stepped = clip_and_step(self.policy, self.optimizer, config.optim.max_grad_norm)
+            self.scheduler.step()
+        self.sync()
+
+        state.step += 1
+        state.rows_seen += len(rows)
+        state.skipped_steps += not stepped
+        state.num_tokens += metrics.sampled_tokens
+        record = {
+            "phase": "real",
+            "step": state.step,
+            "epoch": state.rows_seen / len(self.data.train),
+            **metrics.result(),
+            **gap.metrics(),
+            "grad_norm": norm,
+            "learning_rate": lr,
+            "skipped_steps": state.skipped_steps,
+            "num_tokens": state.num_tokens,
+            "step_time": time.perf_counter() - started,
+        }
+        self.folder.log(record)
+        return record
+
+    def sampling(self, step: int) -> Sampling:
+        """How the rollouts of a step are sampled: a function of the seed and the step, so that a resume repeats it."""
+        rollout = self.config.rollout
+        return Sampling(
+            n=rollout.group_size,
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            answer=rollout.answer,
+            seed=self.config.seed * 1_000_003 + step,
+        )
+
+    def sync(self) -> None:
+        """Hand the policy's weights to the rollout engine."""
+        with self.timed("sync"):
+            self.engine.sync(self.policy.named_tensors())
+
+    def evaluate(self, name: str) -> None:
+        """Evaluate on the held-out rows; an evaluation that an interrupted run already made is kept."""
+        if self.folder.evaluation(name) is not None:
+            return
+        with self.timed("eval"), tqdm(total=len(self.data.eval), desc=f"evaluate ({name})", unit="row") as bar:
+            result = evaluate(
+                self.engine,
+                self.data.eval,
+                self.scale,
+                self.config.eval,
+                self.config.rollout,
+                self.config.seed,
+                progress=bar.update,
+                renormalize=self.config.objective.renormalize,
+            )
+        self.folder.save_evaluation(name, result.summary, result.predictions)
+        self.folder.log({"phase": "eval", "name": name, "step": self.state.step, "eval": result.summary})
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        with self.timed("save"):
+            checkpoint.save(
+                self.folder.checkpoints,
+                self.policy.model,
+                self.tokenizer,
+                self.optimizer,
+                self.scheduler,
+                self.state,
+                self.judge_settings(),
+                self.config.save.keep,
+            )
+
+    def judge_settings(self) -> dict[str, Any]:
+        """What evaluation needs to know of how the judge was trained."""
+        c = self.config
+        return {
+            "scale": asdict(c.scale),
+            "prompt": asdict(c.prompt),
+            "rollout": {"answer": c.rollout.answer, "max_tokens": c.rollout.max_tokens},
+        }
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add to the seconds of a phase."""
+        started = time.perf_counter()
+        yield
+        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
+    config = configs.parse(Config, "real_fast.train", "Train a judge by REAL.", None if argv is None else list(argv))
+    try:
+        trainer = Trainer(config)
+        return 0 if trainer.run() else 130
+    except KNOWN_ERRORS as error:
+        print(f"real_fast.train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the newest complete checkpoint is kept: go on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

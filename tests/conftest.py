@@ -1,0 +1,95 @@
+"""Fixtures that every test may use. The suite needs no network and no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Set before anything imports them: no test may wait for a hub, and forked tokenizers only warn.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+TinyLlama = Callable[..., Any]
+_ROOT = Path(__file__).resolve().parent.parent
+
+# Times vary on a shared machine, so no test fails for its own; CI draws the same examples every time.
+settings.register_profile("real-fast", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("real-fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct (bf16 safetensors and tokenizer), converted once per machine."""
+    from real_fast.smollm2 import WheelMissing, prepare
+
+    try:
+        return prepare()
+    except WheelMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2: Path) -> Any:
+    """The tokenizer of SmolLM2. Shared by the session: do not change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> TinyLlama:
+    """Factory of small random Llama models in fp32 and eval mode, the same for the same arguments.
+
+    ``tiny_llama(tied=False, vocab_size=384, hidden_size=32, layers=2, seed=0, **config)`` returns a LlamaForCausalLM
+    with 4 heads over 2 key-value heads; ``config`` goes to LlamaConfig. The caller's random state is left as it was.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(
+        tied: bool = False, vocab_size: int = 384, hidden_size: int = 32, layers: int = 2, seed: int = 0, **config: Any
+    ) -> Any:
+        settings: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": 2 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+            "dtype": torch.float32,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **config})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def judge_data() -> Path:
+    """Folder with real judge rows: mt_bench.jsonl, vicuna.jsonl, topical_chat.jsonl."""
+    folder = Path(os.environ.get("REAL_FAST_DATA") or _ROOT.parent / "shared" / "data")
+    for name in ("mt_bench.jsonl", "vicuna.jsonl", "topical_chat.jsonl"):
+        if not (folder / name).is_file():
+            pytest.skip(f"no {name} in {folder}; set REAL_FAST_DATA to the folder that holds it")
+    return folder

@@ -1,0 +1,213 @@
+"""From rollouts to the loss: micro-batches, the policy's forward and the objective, against one sequence at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from real_fast.batch import BatchError, Group, micro_batches, pad_batch
+from real_fast.config import ObjectiveConfig
+from real_fast.data import JudgeRow
+from real_fast.model import Policy
+from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
+from real_fast.rollout.base import Rollout
+from real_fast.scale import ScoreScale
+from real_fast.step_metrics import StepMetrics
+from tests.real_kernels.naive import naive_real_loss
+
+EOS = 2
+SCALE = ScoreScale((1.0, 2.0, 3.0), ("1", "2", "3"), (50, 51, 52), "score: ", (60, 61), 1)
+LONG = 10**6
+
+
+def make_groups(seed=0, n=3, k=4, missing=False):
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=g))
+        return torch.randint(3, 300, (length,), generator=g).tolist()
+
+    groups = []
+    for index in range(n):
+        prompt = ids(3, 12)
+        prompt[1] = EOS  # a chat template ends its turns inside the prompt
+        rollouts = []
+        for i in range(k):
+            text = ids(1, 9)
+            if i == 0:  # stopped by EOS: the phrase is appended, EOS stays an action
+                rollout = Rollout([*text, EOS], [-1.0] * (len(text) + 1), [*text, 60, 61], 2, "eos", [-1.0] * 3, None)
+            elif i == 1:  # cut at the length limit
+                rollout = Rollout(text, [-1.0] * len(text), [*text, 60, 61], 2, "length", [-1.0] * 3, None)
+            else:  # wrote the phrase itself
+                text = [*text, 60, 61]
+                rollout = Rollout(text, [-1.0] * len(text), text, 0, "phrase", [-1.0] * 3, 2.0)
+            if missing and i == 2:
+                rollout.score_logprobs = None
+            rollouts.append(rollout)
+        label = [1.0, 2.5, 3.0][index % 3]
+        groups.append(Group(index, prompt, label, rollouts))
+    return groups
+
+
+def policy_of(tiny_llama, **config):
+    return Policy(tiny_llama(**config).double())
+
+
+def options(**changes):
+    return ObjectiveConfig(**changes)
+
+
+def run(policy, groups, budget=LONG, config=None, every_row=False):
+    policy.zero_grad()
+    objective = real_objective(config or options(), SCALE, 1.0, Totals.of(groups), every_row)
+    outputs = []
+    for batch in micro_batches(groups, budget, pad_id=0):
+        out = policy(batch, objective)
+        out.loss.backward()
+        outputs.append((batch, out))
+    loss = sum(out.loss.detach() for _, out in outputs)
+    return loss, {name: p.grad.clone() for name, p in policy.named_parameters()}, outputs
+
+
+def naive(policy, groups, config):
+    """Every sequence in a forward pass of its own, without padding."""
+    sequences = []
+    policy.zero_grad()
+    for group in groups:
+        for rollout in group.rollouts:
+            ids = torch.tensor([[*group.prompt_ids, *rollout.context_ids]])
+            hidden = policy.model.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+            start = len(group.prompt_ids) - 1
+            sequences.append(
+                {
+                    "hidden": hidden[start : start + len(rollout.sampled_ids)],
+                    "targets": rollout.sampled_ids,
+                    "score_hidden": hidden[-1],
+                    "label": group.label,
+                    "group": group.index,
+                    "valid": rollout.has_score,
+                }
+            )
+    loss, _ = naive_real_loss(
+        sequences,
+        policy.model.lm_head.weight,
+        SCALE.score_ids,
+        SCALE.values,
+        reward=config.reward,
+        lam=config.lam,
+        beta=config.beta,
+        baseline=config.baseline,
+        normalize_std=config.normalize_std,
+        advantage_clip=config.advantage_clip,
+        loss_norm=config.loss_norm,
+        renormalize=config.renormalize,
+        temperature=1.0,
+    )
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reward": "reference", "beta": 0.01, "loss_norm": "token_mean"}, {"renormalize": True, "lam": 0.3}],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_update_against_one_sequence_at_a_time(tiny_llama, changes, tied):
+    """Would catch the reference's mistakes 1 (log-probs one token early) and 2 (EOS inside the prompt masked out)."""
+    policy = policy_of(tiny_llama, tied=tied)
+    groups, config = make_groups(missing=True), options(**changes)
+    want, want_grads = naive(policy, groups, config)
+    loss, grads, _ = run(policy, groups, config=config)
+    # Llama's norms and rotary embeddings compute in float32 even in a float64 model.
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-7)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, want_grads[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["sequence_sum", "token_mean"])
+def test_micro_batches_do_not_change_the_update(tiny_llama, norm):
+    policy, groups = policy_of(tiny_llama), make_groups(1, n=5, missing=True)
+    config = options(loss_norm=norm)
+    loss, grads, whole = run(policy, groups, config=config)
+    largest = max(len(g.rollouts) * g.longest for g in groups)
+    other, other_grads, split = run(policy, groups[::-1], budget=largest, config=config)
+    assert len(whole) == 1 and len(split) >= 3
+    torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
+    for name, grad in grads.items():
+        torch.testing.assert_close(other_grads[name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_every_prompt_token_is_attended_and_no_forced_token_is_a_target():
+    (group,) = make_groups(2, n=1)
+    batch = pad_batch([group], pad_id=EOS)
+    for i, rollout in enumerate(group.rollouts):
+        length = len(group.prompt_ids) + len(rollout.context_ids)
+        assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
+        mine = batch.rollout == i
+        assert batch.targets[mine].tolist() == rollout.sampled_ids
+        first = i * batch.input_ids.shape[1] + len(group.prompt_ids) - 1
+        assert batch.rows[mine].tolist() == list(range(first, first + len(rollout.sampled_ids)))
+        assert int(batch.score_rows[i]) == i * batch.input_ids.shape[1] + length - 1
+
+
+def test_groups_are_never_split_and_every_rollout_comes_once():
+    groups = make_groups(3, n=7)
+    budget = max(len(g.rollouts) * g.longest for g in groups) * 2
+    batches = micro_batches(groups, budget, pad_id=0)
+    seen = [g for batch in batches for g in batch.group.tolist()]
+    assert sorted(seen) == sorted(g.index for g in groups for _ in g.rollouts)
+    assert len(batches) > 1 and all(batch.input_ids.numel() <= budget for batch in batches)
+    for a in range(len(batches)):
+        for b in range(a):
+            assert not set(batches[a].group.tolist()) & set(batches[b].group.tolist())
+
+
+def test_a_group_beyond_the_budget_says_what_to_raise():
+    with pytest.raises(BatchError, match=r"train\.micro_batch_tokens is 8"):
+        micro_batches(make_groups(), 8, pad_id=0)
+
+
+def test_step_metrics_and_engine_gap(tiny_llama):
+    policy, groups = policy_of(tiny_llama), make_groups(4, missing=True)
+    largest = max(len(g.rollouts) * g.longest for g in groups)
+    _, _, outputs = run(policy, groups, budget=largest, every_row=True)
+    # Let the engine report what the trainer computed: the gap is zero only if everything is matched up right.
+    metrics = StepMetrics(groups, SCALE)
+    for batch, out in outputs:
+        metrics.add(batch, out)
+        for i, g in enumerate(batch.group.tolist()):
+            rollout = groups[g].rollouts[batch.group[:i].tolist().count(g)]
+            rollout.sampled_logprobs = out.logprobs[batch.rollout == i].tolist()
+            if rollout.has_score:
+                rollout.score_logprobs = out.score_logprobs[i].tolist()
+    gap = metrics.engine_gap()
+    # float() on the way: the trainer's numbers are rounded to float32
+    assert gap.logprob_max < 1e-6 and gap.score_max < 1e-6
+    assert gap.tokens == sum(len(r.sampled_ids) for g in groups for r in g.rollouts if r.has_score)
+    groups[1].rollouts[1].sampled_logprobs[0] -= 0.5
+    assert abs(metrics.engine_gap().logprob_max - 0.5) < 1e-6
+    result = metrics.result()
+    assert result["score/no_score"] == 3 and result["completions/clipped_ratio"] == pytest.approx(0.25)
+    assert result["reward"] < 0 and result["head/rows_dropped"] == 0 + sum(
+        len(r.sampled_ids) for g in groups for r in g.rollouts if not r.has_score
+    )
+
+
+def test_cross_entropy_on_given_feedback(tiny_llama, smollm2_tokenizer):
+    scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
+    policy = Policy(tiny_llama(vocab_size=49152, hidden_size=16).double())
+    row = JudgeRow("a", "a", "i", "r", "", "", 2.5, ["Two are wrong.", "Fine."], [2.5, 4.0], [7, 8, 9])
+    groups = [given_feedback(row, i, i, smollm2_tokenizer, scale) for i in (0, 1)]
+    (batch,) = micro_batches(groups, LONG, pad_id=0)
+    out = policy(batch, cross_entropy(scale, Totals.of(groups)))
+    total, count = 0.0, 0
+    for text, label in (("Two are wrong.", 2.5), ("Fine.", 4.0)):
+        ids = smollm2_tokenizer.encode(f"{text} So the overall score is ", add_special_tokens=False)
+        logits = policy.model(torch.tensor([[7, 8, 9, *ids]])).logits[0].log_softmax(-1)
+        for place, token in enumerate(ids):
+            total -= logits[2 + place, token]
+            count += 1
+        low, high = (34, 35) if label == 2.5 else (36, 36)
+        total -= 0.5 * logits[-1, low] + 0.5 * logits[-1, high]
+        count += 1
+    torch.testing.assert_close(out.loss, total / count, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from real_fast.config import load
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def run_python(code: str, cwd: Path) -> str:
+    """Run `code` in an interpreter of its own that finds both packages; returns what it printed."""
+    setup = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
+    done = subprocess.run([sys.executable, "-c", setup + code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kernels_is_a_folder_and_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "kernels" / "real_kernels" / "__init__.py").is_file()
+
+
+def test_kernels_folder_does_not_pass_for_the_hugging_face_package() -> None:
+    """Beside it, in the repository's root, ``import kernels`` finds the folder; Transformers must not be taken in."""
+    if find_spec("kernels") and find_spec("kernels").origin:
+        pytest.skip("the Hugging Face package kernels is installed, and goes before any folder")
+    code = "import kernels, transformers.utils as u\nprint(kernels.__path__[0], u.is_kernels_available())"
+    assert run_python(code, cwd=ROOT) == f"{ROOT / 'kernels'} False"
+
+
+def test_real_kernels_needs_neither_real_fast_nor_transformers(tmp_path: Path) -> None:
+    code = "import real_kernels\nprint([n for n in ('real_kernels', 'real_fast', 'transformers') if n in sys.modules])"
+    assert run_python(code, cwd=tmp_path) == "['real_kernels']"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_and_validates(path: Path) -> None:
+    config = load(path)
+    config.output = config.output or "runs/x"
+    config.data.train = config.data.train or "rows.jsonl"
+    config.validate()
+    if Path(config.prompt.template).suffix:
+        assert Path(ROOT, config.prompt.template).is_file()
+    else:
+        templates = {file.stem for file in (ROOT / "real_fast" / "templates").iterdir()}
+        assert config.prompt.template in templates
+
+
+def test_published_settings_are_there() -> None:
+    learning_rates = {"mistral-7b-real": 5e-8, "qwen3-8b-real": 1e-6, "qwen3-32b-real": 1e-6}
+    configs = {path.stem: load(path) for path in CONFIGS if path.stem in learning_rates}
+    assert {name: config.optim.lr for name, config in configs.items()} == learning_rates
+    for config in configs.values():
+        assert (config.rollout.prompts_per_step, config.rollout.group_size) == (256, 8)
+        assert (config.prompt.max_tokens, config.rollout.max_tokens) == (2048, 1024)
+        longest_group = config.rollout.group_size * (config.prompt.max_tokens + config.rollout.max_tokens)
+        assert config.train.micro_batch_tokens >= longest_group

@@ -47,7 +47,7 @@ $(STAMP): requirements/torch.txt $(REQUIREMENTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "real-fast needs Python 3.11 or newer, and PYTHON=$(PYTHON) is: $$($(PYTHON) --version 2>&1)."; \
 		echo "Name another one: make PYTHON=python3.12 ..."; exit 1; }
-	@echo "Installing into $(VENV) (some minutes, about 3 GB on disk)"
+	@echo "Installing into $(VENV) (some minutes; 3.3 GB on disk, 6.3 with a CUDA build of torch)"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) -r requirements/torch.txt -c requirements/cpu.txt
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps $(addprefix -r ,$(REQUIREMENTS))

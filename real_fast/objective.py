@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from real_kernels import RealLossOutput, label_weights, real_loss, score_logprobs, weighted_logprob
 
 from real_fast.batch import Batch, Group
 from real_fast.config import ObjectiveConfig
 from real_fast.data import JudgeRow
 from real_fast.rollout.base import Rollout
 from real_fast.scale import ScoreScale
+from real_kernels import RealLossOutput, label_weights, real_loss, score_logprobs, weighted_logprob
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,9 @@ PHASES = ("before", "warmup", "after")
 def start(trainer: Trainer) -> None:
     """Say what is about to run."""
     config, data = trainer.config, trainer.data
-    device = torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     overlap = f"; {data.overlap} evaluation prompts are also in the training data" if data.overlap else ""
     print(
         f"model {config.model} on {device}, rollouts by {trainer.engine.name}\n"

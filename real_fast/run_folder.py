@@ -36,10 +36,14 @@ class RunFolder:
         finished = (self.path / "summary.json").is_file()
         started = finished or (self.path / "config.yaml").is_file()
         if finished and config.resume and not config.overwrite:
-            raise OutputError(f"output {self.path} holds a finished run: nothing is left to resume; take another --output")
+            raise OutputError(
+                f"output {self.path} holds a finished run: nothing is left to resume; take another --output"
+            )
         if started and not config.overwrite and not config.resume:
             what = "a finished run" if finished else "an unfinished run (go on with --resume)"
-            raise OutputError(f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside")
+            raise OutputError(
+                f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
+            )
         try:
             if started and config.overwrite:
                 self._move_aside()
@@ -114,6 +118,10 @@ class RunFolder:
         print(f"moved the earlier run to {old}", file=sys.stderr)
 
 
+class Stopped(Exception):
+    """The run was asked to stop where there is nothing to finish first."""
+
+
 class StopSignal:
     """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once."""
 
@@ -125,6 +133,11 @@ class StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old[number] = signal.signal(number, self._handle)
         return self
+
+    def check(self, *_: object) -> None:
+        """Raise :class:`Stopped` if a signal came."""
+        if self.requested:
+            raise Stopped
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():

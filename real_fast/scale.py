@@ -97,7 +97,7 @@ class ScoreScale:
             raise ScaleError(f"scale.values is {list(values)}: at least two different scores are needed")
         if not phrase or phrase[-1].isalnum():
             raise ScaleError(
-                f"scale.phrase {phrase!r} ends in a letter or digit: end it with the space (or sign) that stands before the "
+                f"scale.phrase {phrase!r} ends in a letter or digit: end it with the space (or sign) before the "
                 "score, or the model's probability goes to that space instead of the scores"
             )
         texts = tuple(format_score(v) for v in ordered)
@@ -113,7 +113,9 @@ class ScoreScale:
         encoded = [encode(start + text) for text in texts]
         prefix = encoded[0]
         for ids in encoded[1:]:
-            same = next((i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids)))
+            same = next(
+                (i for i, (a, b) in enumerate(zip(prefix, ids, strict=False)) if a != b), min(len(prefix), len(ids))
+            )
             prefix = prefix[:same]
         prefix = prefix[: min(len(ids) for ids in encoded) - 1]
 
@@ -124,15 +126,16 @@ class ScoreScale:
             shown = {text: tokens(ids[len(prefix) :]) for text, ids in zip(texts, encoded, strict=True)}
             at = f"the scores' common tokens end with {tokens(prefix[-3:])}"
             raise ScaleError(
-                f"this tokenizer merges the end of scale.phrase {phrase!r} with the score, or splits scores in a common part: "
+                f"this tokenizer merges the end of scale.phrase {phrase!r} with the score, or splits scores in a common "
+                f"part: "
                 f"{at}, and the scores follow as {shown}. Choose a scale.phrase whose last character stands as a token "
                 'of its own (such as "score: " or "score="), or other scale.values'
             )
         for text, ids in zip(texts, encoded, strict=True):
             if len(ids) != len(prefix) + 1:
                 raise ScaleError(
-                    f"score {text} is {len(ids) - len(prefix)} tokens {tokens(ids[len(prefix) :])} after {phrase!r}, and "
-                    "every score must be one: choose scale.values that this tokenizer writes with one token each"
+                    f"score {text} is {len(ids) - len(prefix)} tokens {tokens(ids[len(prefix) :])} after "
+                    f"{phrase!r}, and every score must be one: choose scale.values that this tokenizer writes with one token each"
                 )
         score_ids = tuple(ids[-1] for ids in encoded)
         if len(set(score_ids)) != len(score_ids):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from real_kernels import RealLossOutput
 
 from real_fast.batch import Batch, Group
 from real_fast.metrics import correlations
 from real_fast.rollout.check import EngineGap, compare
 from real_fast.scale import ScoreScale
+from real_kernels import RealLossOutput
 
 
 class StepMetrics:
@@ -73,7 +73,11 @@ class StepMetrics:
         computed, logp = self.gather("computed").bool(), self.gather("logprobs")
         lengths = torch.tensor([len(r.sampled_ids) for r in self.rollouts], dtype=torch.float32)
         clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
-        spread = torch.stack([reward[group == g].std(correction=0) for g in group.unique()]) if len(group) else torch.zeros(1)
+        spread = (
+            torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
+            if len(group)
+            else torch.zeros(1)
+        )
         error = y_hat - label
         agreement = correlations(y_hat.tolist(), label.tolist())
         tokens = float(sum(b.input_ids.numel() for b, _ in self.batches))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from real_fast import checkpoint, config as configs, report
+from real_fast import checkpoint, report
+from real_fast import config as configs
 from real_fast.batch import BatchError, Group, micro_batches
 from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
@@ -30,7 +31,7 @@ from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
 from real_fast.rollout.select import make_engine
-from real_fast.run_folder import OutputError, RunFolder, StopSignal
+from real_fast.run_folder import OutputError, RunFolder, Stopped, StopSignal
 from real_fast.sampler import PromptSampler
 from real_fast.scale import ScaleError, ScoreScale
 from real_fast.step_metrics import StepMetrics
@@ -55,9 +56,11 @@ class Trainer:
         config.validate()
         self.config = config
         self.state = TrainState()
+        self.stop = StopSignal()
         with self.timed("load"):
             self.folder = RunFolder(config)
-            self.found = (checkpoint.complete(self.folder.checkpoints) or [None])[-1] if self.folder.resumed else None
+            found = checkpoint.complete(self.folder.checkpoints) if self.folder.resumed else []
+            self.found = found[-1] if found else None
             self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
             self.scale = ScoreScale.from_tokenizer(self.tokenizer, config.scale.values, config.scale.phrase)
             builder = PromptBuilder(config.prompt, self.tokenizer, self.scale)
@@ -66,7 +69,7 @@ class Trainer:
             self.sampler = PromptSampler(self.data.train, config.rollout.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
 
-            self.device = torch.device("cuda" if torch.cuda.is_available() and config.train.device != "cpu" else "cpu")
+            self.device = pick_device(config.train.device)
             source = str(self.found) if self.found else config.model
             model = load_model(source, self.device, torch.float32, config.trust_remote_code)
             self.folder.require_space(model.num_parameters(), config.save.keep)
@@ -90,42 +93,48 @@ class Trainer:
         pairs = [(row, i) for row in self.data.train for i in range(len(row.feedbacks))]
         if self.config.warmup.steps and not pairs:
             raise DataError(
-                f"warmup.steps is {self.config.warmup.steps}, and no row of {self.config.data.train} has a feedback text: "
+                f"warmup.steps is {self.config.warmup.steps}, and no row of {self.config.data.train} has feedback: "
                 "set warmup.steps to 0, or give feedback with the rows"
             )
         return pairs
 
     def run(self) -> bool:
-        """Warm up, train, evaluate. Returns False where a signal ended the run before its last step."""
-        with StopSignal() as stop:
-            if not self.found:
-                self.evaluate("before")
-                if self.config.warmup.steps:
-                    self.warm_up()
-                    self.sync()
-                    self.evaluate("warmup")
-                self.save()
-            bar = tqdm(total=self.config.train.steps, initial=self.state.step, desc="REAL", unit="step")
-            while self.state.step < self.config.train.steps and not stop.requested:
-                metrics = self.step()
-                bar.update()
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}", rmse=f"{metrics['score/rmse']:.3f}")
-                step, every = self.state.step, self.config.save.every
-                if stop.requested or (every and step % every == 0) or step == self.config.train.steps:
+        """Warm up, train, evaluate. Returns False where a signal ended the run before its end."""
+        steps, every = self.config.train.steps, self.config.eval.every
+        try:
+            with self.stop:
+                if not self.found:
+                    self.evaluate("before")
+                    if self.config.warmup.steps:
+                        self.warm_up()
+                        self.sync()
+                        self.evaluate("warmup")
                     self.save()
-                if self.config.eval.every and step % self.config.eval.every == 0 and step < self.config.train.steps:
-                    self.evaluate(f"step-{step:06d}")
-            bar.close()
-            if self.state.step < self.config.train.steps:
-                print(f"stopped at step {self.state.step} with a checkpoint: go on with --resume", file=sys.stderr)
-                return False
-            self.evaluate("after")
-            with self.timed("save"):
-                dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
-                final = self.folder.path / "final"
-                checkpoint.save_model(self.policy.model, self.tokenizer, final, self.judge_settings(), dtype)
+                with tqdm(total=steps, initial=self.state.step, desc="REAL", unit="step") as bar:
+                    while self.state.step < steps:
+                        metrics = self.step()
+                        bar.set_postfix(reward=f"{metrics['reward']:.3f}", rmse=f"{metrics['score/rmse']:.3f}")
+                        bar.update()
+                        if self.should_save():
+                            self.save()
+                        self.stop.check()
+                        if every and self.state.step % every == 0 and self.state.step < steps:
+                            self.evaluate(f"step-{self.state.step:06d}")
+                self.evaluate("after")
+        except Stopped:
+            print(f"stopped after step {self.state.step}: go on with --resume", file=sys.stderr)
+            return False
+        with self.timed("save"):
+            dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
+            final = self.folder.path / "final"
+            checkpoint.save_model(self.policy.model, self.tokenizer, final, self.judge_settings(), dtype)
         report.finish(self)
         return True
+
+    def should_save(self) -> bool:
+        """On the grid of save.every, at the last step, and when a signal came."""
+        step, every = self.state.step, self.config.save.every
+        return self.stop.requested or step == self.config.train.steps or bool(every and step % every == 0)
 
     def warm_up(self) -> None:
         """Cross-entropy on given feedback, so that a small model knows the format before REAL starts."""
@@ -134,6 +143,7 @@ class Trainer:
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=config.steps)
         order = PromptSampler(self.feedback, config.batch_size, self.config.seed)
         for step in tqdm(range(config.steps), desc="warm-up (cross-entropy)", unit="step"):
+            self.stop.check()
             with self.timed("warmup"):
                 started = time.perf_counter()
                 picked = order.batch(step * config.batch_size)
@@ -236,6 +246,11 @@ class Trainer:
         if self.folder.evaluation(name) is not None:
             return
         with self.timed("eval"), tqdm(total=len(self.data.eval), desc=f"evaluate ({name})", unit="row") as bar:
+
+            def progress(rows: int) -> None:
+                bar.update(rows)
+                self.stop.check()
+
             result = evaluate(
                 self.engine,
                 self.data.eval,
@@ -243,7 +258,7 @@ class Trainer:
                 self.config.eval,
                 self.config.rollout,
                 self.config.seed,
-                progress=bar.update,
+                progress=progress,
                 renormalize=self.config.objective.renormalize,
             )
         self.folder.save_evaluation(name, result.summary, result.predictions)
@@ -269,7 +284,8 @@ class Trainer:
         return {
             "scale": asdict(c.scale),
             "prompt": asdict(c.prompt),
-            "rollout": {"answer": c.rollout.answer, "max_tokens": c.rollout.max_tokens},
+            "rollout": {"answer": c.rollout.answer, "max_tokens": c.rollout.max_tokens, "top_p": c.rollout.top_p},
+            "objective": {"renormalize": c.objective.renormalize},
         }
 
     @contextmanager
@@ -278,6 +294,13 @@ class Trainer:
         started = time.perf_counter()
         yield
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of ``train.device``; "auto" takes CUDA where there is one."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, and torch finds no CUDA device: set it to cpu or auto")
+    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

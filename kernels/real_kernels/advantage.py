@@ -23,8 +23,8 @@ def group_advantages(
 ) -> torch.Tensor:
     """Leave-one-out advantages: ``A_i = r_i - mean_{j != i} r_j`` over the rollouts of the same prompt.
 
-    Divided by the group's standard deviation (ddof 0, plus 1e-4) and clipped, as in REAL (arXiv 2603.17145). Groups need not
-    lie side by side, and a rollout's advantage depends on its own group alone, in whatever order the rollouts come.
+    Divided by the group's standard deviation (ddof 0, plus 1e-4) and clipped, as in REAL (arXiv 2603.17145). The order
+    of the rollouts plays no part: a rollout's advantage depends on its own group alone.
 
     Args:
         rewards: [M] rewards.

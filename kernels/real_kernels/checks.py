@@ -15,7 +15,9 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, name: str = "hidden")
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{label} must be float16, bfloat16, float32 or float64, not {tensor.dtype}")
     if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"{name} has {hidden.shape[1]} columns and weight {weight.shape[1]}: both must be the hidden size")
+        raise ValueError(
+            f"{name} has {hidden.shape[1]} columns and weight {weight.shape[1]}: both must be the hidden size"
+        )
     if hidden.dtype != weight.dtype:
         raise ValueError(f"{name} is {hidden.dtype} and weight {weight.dtype}: cast one to the other's dtype first")
     if hidden.device != weight.device:

@@ -160,7 +160,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> t
     return z.sub_(z.amax(1, keepdim=True))
 
 
-def _dlogits_(z: torch.Tensor, lse: torch.Tensor, ids: torch.Tensor, logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def _dlogits_(
+    z: torch.Tensor, lse: torch.Tensor, ids: torch.Tensor, logp: torch.Tensor, u: torch.Tensor
+) -> torch.Tensor:
     """Overwrite logits z [n, V] with dL/dz, given u = dL/dl [n, m] (see the module's docstring)."""
     total = u.sum(1, keepdim=True)
     dz = z.sub_(lse[:, None]).exp_().mul_(-total)

@@ -77,8 +77,8 @@ def real_loss(
     advantage of r_i in its group, divided by the group's standard deviation and clipped. Score rows are
     projected first, so their rewards give the coefficients of the feedback rows of the same call: no second forward.
 
-    The rows of one group must be in one call. With `num_rollouts` (and `num_tokens`) of the whole update given, the sum of
-    the losses over calls does not depend on how groups are spread over them.
+    The rows of one group must be in one call. With `num_rollouts` (and `num_tokens`) of the whole update given, the sum
+    of the losses over calls does not depend on how groups are spread over them.
 
     Gradients reach `hidden`, `score_hidden` and `weight`. Under LoRA with a frozen head no dW is computed. Tied
     embeddings get both gradients through autograd. A sharded weight must be gathered by the caller.

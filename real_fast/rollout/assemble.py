@@ -13,7 +13,9 @@ from real_fast.scale import ScoreScale
 def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
     """Ids that end a generation: the tokenizer's, and the generation config's (an int, a list of ints, or None)."""
     found = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
-    return frozenset(int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids]))
+    return frozenset(
+        int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])
+    )
 
 
 def random_stream(seed: int, *places: int) -> Random:
@@ -42,9 +44,9 @@ def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, scale: S
             raise ValueError(f"prompt {place} has no tokens")
         if limit is not None and len(prompt) + behind > limit:
             raise ValueError(
-                f"prompt {place} has {len(prompt)} tokens, and a sequence may have {limit}: with {sampling.max_tokens} sampled "
-                f"tokens, {len(scale.phrase_ids)} of the phrase and the score, {limit - behind} are left for a prompt. "
-                "Lower prompt.max_tokens or rollout.max_tokens"
+                f"prompt {place} has {len(prompt)} tokens, and a sequence may have {limit}: with {sampling.max_tokens} "
+                f"sampled tokens, {len(scale.phrase_ids)} of the phrase and the score, {limit - behind} are left for a "
+                "prompt. Lower prompt.max_tokens or rollout.max_tokens"
             )
 
 

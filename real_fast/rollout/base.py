@@ -129,9 +129,7 @@ class PhraseFinder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def parse_sample(
-    ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: Answer
-) -> Parsed:
+def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: Answer) -> Parsed:
     """Take a sampled sequence apart into actions, forced tokens and the place of the score.
 
     Args:

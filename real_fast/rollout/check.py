@@ -1,7 +1,7 @@
 """The engine against the trainer: both must give the same tokens the same probabilities.
 
-A stale weight sync, a wrong token id, a slip in the template or another temperature shows up here before it shows up in a
-reward curve.
+A stale weight sync, a wrong token id, a slip in the template or another temperature shows up here before it shows up in
+a reward curve.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ class EngineGap:
         if logprob_fine and score_fine:
             return
         raise EngineMismatchError(
-            f"step {step}: the rollout engine and the trainer disagree. Log-probability of a sampled token: mean difference "
-            f"{self.logprob_mean:.4f}, largest {self.logprob_max:.4f} over {self.tokens} tokens (rollout.check_logprob allows a "
-            f"mean of {config.check_logprob}). Expected score, as a share of the scale: mean {self.score_mean:.4f}, largest "
-            f"{self.score_max:.4f} over {self.scores} rollouts (rollout.check_score allows {config.check_score}). Usual causes: "
-            "the engine holds old weights (a sync was missed or incomplete); the two see different token ids (chat template, "
-            "prompt truncated, text encoded anew); temperature or top_p differ. If it is only the precision (bf16 against "
-            "fp32), raise the limits"
+            f"step {step}: the rollout engine and the trainer disagree. Log-probability of a sampled token: mean "
+            f"difference {self.logprob_mean:.4f}, largest {self.logprob_max:.4f} over {self.tokens} tokens "
+            f"(rollout.check_logprob allows a mean of {config.check_logprob}). Expected score, as a share of the "
+            f"scale: mean {self.score_mean:.4f}, largest {self.score_max:.4f} over {self.scores} rollouts "
+            f"(rollout.check_score allows {config.check_score}). Usual causes: the engine holds old weights (a sync "
+            "was missed or incomplete); the two see different token ids (chat template, prompt truncated, text encoded "
+            "anew); temperature or top_p differ. If it is only the precision (bf16 against fp32), raise the limits"
         )
 
 
@@ -93,23 +93,28 @@ def compare(
     kept = [[True] * len(r.sampled_ids) for r in rollouts] if mask is None else mask
     if not len(rollouts) == len(trainer_logprobs) == len(trainer_scores) == len(kept):
         raise ValueError(
-            f"{len(rollouts)} rollouts, {len(trainer_logprobs)} rows of log-probabilities, {len(trainer_scores)} of scores and "
-            f"{len(kept)} of the mask: there must be one for each rollout"
+            f"{len(rollouts)} rollouts, {len(trainer_logprobs)} rows of log-probabilities, {len(trainer_scores)} of "
+            f"scores and {len(kept)} of the mask: there must be one for each rollout"
         )
     values = torch.tensor(scale.values, dtype=torch.float64)
     token_gaps: list[torch.Tensor] = []
     score_gaps: list[torch.Tensor] = []
-    for i, (rollout, logprobs, scores, keep) in enumerate(zip(rollouts, trainer_logprobs, trainer_scores, kept, strict=True)):
+    for i, (rollout, logprobs, scores, keep) in enumerate(
+        zip(rollouts, trainer_logprobs, trainer_scores, kept, strict=True)
+    ):
         mine, theirs, chosen = _vector(rollout.sampled_logprobs), _vector(logprobs), torch.as_tensor(keep).bool().cpu()
         if not mine.shape == theirs.shape == chosen.shape:
             raise ValueError(
-                f"rollout {i} has {len(mine)} sampled tokens, and the trainer's log-probabilities {len(theirs)}, the mask {len(chosen)}"
+                f"rollout {i} has {len(mine)} sampled tokens, and the trainer's log-probabilities {len(theirs)}, the "
+                f"mask {len(chosen)}"
             )
         token_gaps.append((mine - theirs)[chosen].abs())
         if rollout.score_logprobs is not None and scores is not None:
             mine, theirs = _vector(rollout.score_logprobs), _vector(scores)
             if not mine.shape == theirs.shape == values.shape:
-                raise ValueError(f"rollout {i}: {len(mine)} and {len(theirs)} score log-probabilities for {len(values)} scores")
+                raise ValueError(
+                    f"rollout {i}: {len(mine)} and {len(theirs)} score log-probabilities for {len(values)} scores"
+                )
             score_gaps.append(((mine.exp() - theirs.exp()) @ values).abs().reshape(1) / scale.span)
     token_mean, token_max = _mean_and_max(token_gaps)
     score_mean, score_max = _mean_and_max(score_gaps)
@@ -135,8 +140,8 @@ def trainer_logprobs_of(
         autocast_dtype: Run the forward passes under autocast with this dtype.
 
     Returns:
-        For each rollout the log-probabilities of its sampled ids, [tokens] fp32; and the K log-probabilities of the score
-        tokens behind its context (temperature 1), [K] fp32, or None where it has no score.
+        For each rollout the log-probabilities of its sampled ids, [tokens] fp32; and the K log-probabilities of the
+        score tokens behind its context (temperature 1), [K] fp32, or None where it has no score.
     """
     logprobs: list[torch.Tensor] = []
     scores: list[torch.Tensor | None] = []
@@ -145,7 +150,8 @@ def trainer_logprobs_of(
         for prompt, rollout in zip(prompts, rollouts, strict=True):
             ids = torch.tensor([[*prompt, *rollout.context_ids]], device=model.device)
             # Row i of what is kept predicts the i-th token behind the prompt; the last row is where the score stands.
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(rollout.context_ids) + 1).logits[0].float()
+            rows = len(rollout.context_ids) + 1
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0].float()
             targets = torch.tensor(rollout.sampled_ids, dtype=torch.int64, device=model.device)
             sampled = (logits[: len(targets)] / (temperature or 1.0)).log_softmax(-1)
             logprobs.append(sampled.gather(-1, targets[:, None])[:, 0])

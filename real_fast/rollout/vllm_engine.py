@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
-import random
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
 from real_fast.rollout.base import Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.rollout.process_state import process_state_kept
 from real_fast.scale import ScoreScale
 
 
@@ -27,7 +26,7 @@ def import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    with _process_state_kept():
+    with process_state_kept():
         import vllm
 
     return vllm
@@ -46,7 +45,7 @@ class VllmEngine:
         max_num_seqs: Sequences decoded at a time.
         gpu_memory_utilization: Share of a GPU's memory for weights and cache. On CPU the cache has
             ``VLLM_CPU_KVCACHE_SPACE`` GiB (2 by default).
-        top_p: The smallest that will be sampled with; it decides which log-probabilities vLLM reports (:meth:`generate`).
+        top_p: The smallest that will be sampled with; it decides which log-probabilities vLLM reports.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -86,7 +85,7 @@ class VllmEngine:
         self._tied = bool(config.get_text_config().tie_word_embeddings)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1
-        with _process_state_kept():
+        with process_state_kept():
             self._llm = vllm.LLM(
                 str(model_path),
                 dtype=str(dtype).removeprefix("torch."),
@@ -105,22 +104,24 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt.
 
-        Samples are a function of ``sampling.seed`` and the prompt's place, as far as vLLM's batching leaves the numbers alike.
+        Samples are a function of ``sampling.seed`` and the prompt's place, as far as vLLM's batching leaves the numbers
+        alike.
         Score log-probabilities come from the pass that sampled the score, where the model got there on its own and
         vLLM reports them at temperature 1; otherwise from a second, one-token pass.
 
         Raises:
             ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
-                tokens' log-probabilities: both below (or off) 1; before any work.
+                tokens' log-probabilities (top_p below 1 with a temperature other than 0 and 1); before any work.
         """
         check_lengths(prompts, sampling, self.scale, self.max_model_len)
         self._check_sampling(sampling)
+        greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
         params = []
         for place in range(len(prompts)):
             seed = random_stream(sampling.seed, place).getrandbits(62)  # sample i gets seed + i
             params.append(
                 self._params(
-                    n=sampling.n,
+                    n=1 if greedy else sampling.n,
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
@@ -155,10 +156,10 @@ class VllmEngine:
         results: list[list[Rollout]] = [[] for _ in prompts]
         for (place, ids, logprobs, parsed), score in zip(samples, scores, strict=True):
             results[place].append(build_rollout(self.tokenizer, ids, logprobs, parsed, score))
-        return results
+        return [[copy.deepcopy(group[0]) for _ in range(sampling.n)] for group in results] if greedy else results
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Hand the trainer's weights to vLLM and forget what was cached under the old ones. A tied head may be left out.
+        """Hand the trainer's weights to vLLM (a tied head may be left out) and drop what is cached under the old ones.
 
         Raises:
             ValueError: A name that is not in the model folder's safetensors, or a weight of it that was left out.
@@ -175,13 +176,15 @@ class VllmEngine:
                 given.add(name)
                 yield name, tensor.detach().to(self.dtype)
 
-        with _process_state_kept(), torch.no_grad():
+        with process_state_kept(), torch.no_grad():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs()})
         missing = sorted(self._names - left_out - given)
         if missing:
             raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
         if self._engine.reset_prefix_cache() is False:
-            raise RuntimeError("vLLM did not drop its prefix cache after the sync: it still holds the old weights' results")
+            raise RuntimeError(
+                "vLLM did not drop its prefix cache after the sync: it still holds the old weights' results"
+            )
 
     def close(self) -> None:
         """Free the weights and the cache."""
@@ -208,7 +211,7 @@ class VllmEngine:
             return []
         from vllm import TokensPrompt
 
-        with _process_state_kept():
+        with process_state_kept():
             tokens = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
             return list(self._engine.generate(tokens, params, use_tqdm=False))
 
@@ -216,6 +219,8 @@ class VllmEngine:
         return [float(step[token].logprob) for token in self.scale.score_ids]
 
     def _check_sampling(self, sampling: Sampling) -> None:
+        if 0 < sampling.temperature < 0.01:
+            raise ValueError(f"vLLM samples at temperature 0 or from 0.01 up, and it is {sampling.temperature}")
         if self._processed and sampling.temperature > 0 and sampling.top_p < 1:
             raise ValueError(
                 f"this engine was set up for top_p 1 and cannot report log-probabilities at top_p {sampling.top_p}: "
@@ -224,7 +229,7 @@ class VllmEngine:
         if not self._processed and sampling.temperature not in (0, 1):
             raise ValueError(
                 "with top_p below 1, vLLM reports log-probabilities at temperature 1 alone, and the temperature is "
-                f"{sampling.temperature}: set rollout.top_p to 1, the temperature to 1, or rollout.engine to transformers"
+                f"{sampling.temperature}: set rollout.top_p or the temperature to 1, or rollout.engine to transformers"
             )
 
 
@@ -235,32 +240,8 @@ def _checkpoint_names(folder: Path) -> set[str]:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     single = folder / "model.safetensors"
     if not single.is_file():
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: vLLM needs them")
+        raise FileNotFoundError(
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json: vLLM needs them"
+        )
     with safe_open(single, framework="pt") as file:
         return set(file.keys())
-
-
-@contextmanager
-def _process_state_kept() -> Iterator[None]:
-    """Undo what vLLM does to the process it runs in: random states, number of threads, bound cores.
-
-    Without it vLLM seeds the trainer's generators, takes ``torch.set_num_threads`` away, and (OMP_NUM_THREADS unset) sets the
-    threads to 1.
-    """
-    threads, set_threads, omp = torch.get_num_threads(), torch.set_num_threads, os.environ.get("OMP_NUM_THREADS")
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    python, numpy = random.getstate(), np.random.get_state()
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            yield
-    finally:
-        if omp is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        torch.set_num_threads = set_threads
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
-        if cores is not None and os.sched_getaffinity(0) != cores:
-            os.sched_setaffinity(0, cores)
-        random.setstate(python)
-        np.random.set_state(numpy)

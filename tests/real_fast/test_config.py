@@ -28,7 +28,9 @@ def good(**changes):
 
 def test_command_line_overrides_the_file(tmp_path):
     path = write(tmp_path, "model: a\nrollout:\n  group_size: 4\n  max_tokens: 99\n")
-    config = parse("--config", path, "--rollout.group_size", "6", "--data.train", "x.jsonl", "--scale.values", "[1, 2.5]")
+    config = parse(
+        "--config", path, "--rollout.group_size", "6", "--data.train", "x.jsonl", "--scale.values", "[1, 2.5]"
+    )
     assert (config.model, config.rollout.group_size, config.rollout.max_tokens) == ("a", 6, 99)
     assert config.data.train == "x.jsonl" and config.scale.values == [1, 2.5]
 

@@ -169,6 +169,15 @@ def test_calibration_bins() -> None:
     assert found["label_probability"] == pytest.approx((5 * 1 + 5 * 0 + 10 * 1 + 10 * 0.5) / 30)
 
 
+@pytest.mark.parametrize(("n", "sizes"), [(100, [10] * 10), (23, [6, 5, 6, 6]), (3, [3])])
+def test_calibration_bins_hold_about_equally_many_rows(n: int, sizes: list[int]) -> None:
+    high = np.random.default_rng(0).permutation(n) / n
+    found = calibration(np.stack([1 - high, high], axis=1), [1, 2], 1 + high)
+    assert sorted(b["n"] for b in found["bins"]) == sorted(sizes)
+    assert [b["predicted"] for b in found["bins"]] == sorted(b["predicted"] for b in found["bins"])
+    assert found["error"] == pytest.approx(0, abs=1e-12)
+
+
 def test_label_between_two_scores_counts_both() -> None:
     found = calibration([[0.2, 0.6]], [1, 2], [1.5])
     assert found["label_probability"] == pytest.approx(0.4)

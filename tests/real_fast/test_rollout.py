@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from real_fast.rollout import select
 from real_fast.rollout.assemble import eos_ids, random_stream
 from real_fast.rollout.base import PhraseFinder, Rollout, Sampling, parse_sample
 from real_fast.rollout.check import EngineGap, EngineMismatchError, compare, trainer_logprobs_of
-from real_fast.rollout.transformers_engine import TransformersEngine, _draw
+from real_fast.rollout.draw import draw
+from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.scale import ScoreScale
 
 PHRASE = "So the overall score is "
@@ -43,7 +45,12 @@ def tiny(tiny_llama: Tiny) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts(smollm2_tokenizer: Any) -> list[list[int]]:
-    texts = ("Grade this answer.", "Name five fruits: apple, pear, plum, fig, kiwi. Grade it from 1 to 5.", "Hello", "A b c d")
+    texts = (
+        "Grade this answer.",
+        "Name five fruits: apple, pear, plum, fig, kiwi. Grade it from 1 to 5.",
+        "Hello",
+        "A b c d",
+    )
     return [smollm2_tokenizer.encode(text) for text in texts]
 
 
@@ -68,7 +75,7 @@ def writes(make: Tiny, tokenizer: Any, text: str) -> tuple[Any, list[int], list[
     assert len(set(ids)) == len(ids), "a chain cannot visit a token twice"
     prompt = tokenizer.encode("Judge", add_special_tokens=False)[:1]
     chain = [prompt[0], *ids, 2]
-    return chain_model(make, dict(zip(chain, chain[1:], strict=False))), prompt, ids
+    return chain_model(make, dict(pairwise(chain))), prompt, ids
 
 
 def flat(prompts: Sequence[list[int]], groups: list[list[Rollout]]) -> tuple[list[list[int]], list[Rollout]]:
@@ -76,7 +83,9 @@ def flat(prompts: Sequence[list[int]], groups: list[list[Rollout]]) -> tuple[lis
     return [p for p, _ in pairs], [r for _, r in pairs]
 
 
-def gap(model: Any, prompts: Sequence[list[int]], groups: list[list[Rollout]], scale: ScoreScale, temperature: float) -> EngineGap:
+def gap(
+    model: Any, prompts: Sequence[list[int]], groups: list[list[Rollout]], scale: ScoreScale, temperature: float
+) -> EngineGap:
     each, rollouts = flat(prompts, groups)
     logprobs, scores = trainer_logprobs_of(model, each, rollouts, scale, temperature)
     return compare(rollouts, logprobs, scores, scale)
@@ -168,7 +177,7 @@ def test_draw_has_the_distribution_of_the_logits() -> None:
     n = 4000
     numbers = [(i + 0.5) / n for i in range(n)]  # a grid, so frequencies are exact up to 1 / n
     for temperature in (1.0, 0.5):
-        tokens, logprobs = _draw(logits.expand(n, -1), numbers, temperature, 1.0)
+        tokens, logprobs = draw(logits.expand(n, -1), numbers, temperature, 1.0)
         expected = (logits[0] / temperature).softmax(-1)
         found = torch.bincount(torch.tensor(tokens), minlength=5) / n
         assert torch.allclose(found, expected, atol=1.5 / n)
@@ -178,7 +187,7 @@ def test_draw_has_the_distribution_of_the_logits() -> None:
 def test_draw_top_p_keeps_the_smallest_set_and_reports_the_whole_vocabulary() -> None:
     logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log()
     n = 1000
-    tokens, logprobs = _draw(logits.expand(n, -1), [(i + 0.5) / n for i in range(n)], 1.0, 0.7)
+    tokens, logprobs = draw(logits.expand(n, -1), [(i + 0.5) / n for i in range(n)], 1.0, 0.7)
     found = torch.bincount(torch.tensor(tokens), minlength=4) / n
     assert torch.allclose(found, torch.tensor([0.0, 0.625, 0.0, 0.375]), atol=2e-3)
     assert {round(x, 4) for x in logprobs} == {round(x, 4) for x in torch.tensor([0.5, 0.3]).log().tolist()}
@@ -187,8 +196,8 @@ def test_draw_top_p_keeps_the_smallest_set_and_reports_the_whole_vocabulary() ->
 def test_draw_never_takes_an_impossible_token() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     for number in (0.0, 0.5, 1 - 2**-53):
-        assert _draw(logits, [number], 1.0, 1.0)[0] == [1]
-        assert _draw(logits, [number], 1.0, 0.9)[0] == [1]
+        assert draw(logits, [number], 1.0, 1.0)[0] == [1]
+        assert draw(logits, [number], 1.0, 0.9)[0] == [1]
 
 
 # The Transformers engine
@@ -211,7 +220,12 @@ def test_greedy_tokens_are_those_of_generate(smollm2: Path, smollm2_tokenizer: A
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("max_num_seqs", [256, 2])
 def test_logprobs_are_those_of_a_plain_forward_pass(
-    tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]], temperature: float, max_num_seqs: int
+    tiny: Any,
+    smollm2_tokenizer: Any,
+    scale: ScoreScale,
+    prompts: list[list[int]],
+    temperature: float,
+    max_num_seqs: int,
 ) -> None:
     engine = TransformersEngine(tiny, smollm2_tokenizer, scale, max_num_seqs=max_num_seqs)
     groups = engine.generate(prompts, Sampling(n=3, max_tokens=7, temperature=temperature, seed=1))
@@ -233,7 +247,9 @@ def test_sequences_that_end_early_leave_the_batch(tiny_llama: Tiny, smollm2_toke
     rollouts = [rollout for group in groups for rollout in group]
     assert len({len(rollout.sampled_ids) for rollout in rollouts}) > 4
     ended = [rollout for rollout in rollouts if rollout.finish == "eos"]
-    assert ended and all(r.sampled_ids[-1] % 5 == 0 and r.sampled_ids[-1] not in r.context_ids[: -r.n_forced] for r in ended)
+    assert ended and all(
+        r.sampled_ids[-1] % 5 == 0 and r.sampled_ids[-1] not in r.context_ids[: -r.n_forced] for r in ended
+    )
     found = gap(model, prompts, groups, scale, 1.0)
     assert found.logprob_max < 1e-4 and found.score_max < 1e-4
 
@@ -329,7 +345,9 @@ def test_model_is_left_as_it_was(tiny_llama: Tiny, smollm2_tokenizer: Any, scale
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_outer_autocast_still_trains_after_sampling(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
+def test_an_outer_autocast_still_trains_after_sampling(
+    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale
+) -> None:
     model = tiny_llama(vocab_size=49152)
     engine = TransformersEngine(model, smollm2_tokenizer, scale, autocast_dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -340,7 +358,9 @@ def test_an_outer_autocast_still_trains_after_sampling(tiny_llama: Tiny, smollm2
 
 def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]) -> None:
     trainer = tiny_llama(vocab_size=49152, tied=True, initializer_range=0.3)
-    engine = TransformersEngine(tiny_llama(vocab_size=49152, tied=True, initializer_range=0.3), smollm2_tokenizer, scale)
+    engine = TransformersEngine(
+        tiny_llama(vocab_size=49152, tied=True, initializer_range=0.3), smollm2_tokenizer, scale
+    )
     sampling = Sampling(n=2, max_tokens=5, seed=4)
     before = engine.generate(prompts[:2], sampling)
     first = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
@@ -359,7 +379,9 @@ def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreSc
     assert engine.generate(prompts[:2], sampling) == before
 
 
-def test_sync_of_the_trainers_own_model_changes_nothing(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
+def test_sync_of_the_trainers_own_model_changes_nothing(
+    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale
+) -> None:
     model = tiny_llama(vocab_size=49152, tied=True)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     TransformersEngine(model, smollm2_tokenizer, scale).sync(model.named_parameters())
@@ -405,14 +427,14 @@ def test_logits_that_are_not_finite(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
 def test_logprobs_are_never_taken_a_token_early(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]
 ) -> None:
-    """The reference slices a token early: its first value belongs to the prompt's last token, and the last one is lost."""
+    """The reference slices a token early: its first value is the last prompt token's, and the last one is lost."""
     groups = TransformersEngine(tiny, smollm2_tokenizer, scale).generate(prompts, Sampling(n=2, max_tokens=6, seed=3))
     each, rollouts = flat(prompts, groups)
     naive, early, score_rows = [], [], []
     for prompt, rollout in zip(each, rollouts, strict=True):
         whole = [*prompt, *rollout.context_ids]
         rows = []
-        for end in range(1, len(whole) + 1):  # row t: the distribution behind the first t tokens, and nothing else in sight
+        for end in range(1, len(whole) + 1):  # row t: behind the first t tokens, nothing else in sight
             with torch.no_grad():
                 rows.append(tiny(torch.tensor([whole[:end]])).logits[0, -1].log_softmax(-1))
         ids, start = rollout.sampled_ids, len(prompt)
@@ -501,7 +523,9 @@ def test_no_room_in_the_models_positions(
         select.make_engine(config(engine="transformers"), model, smollm2_tokenizer, scale, tmp_path)
 
 
-@pytest.mark.parametrize("broken", [None, ImportError("libcudart.so.13"), OSError("libnuma"), RuntimeError("operator nms")])
+@pytest.mark.parametrize(
+    "broken", [None, ImportError("libcudart.so.13"), OSError("libnuma"), RuntimeError("operator nms")]
+)
 def test_vllm_missing_or_broken(
     tiny: Any,
     smollm2_tokenizer: Any,

@@ -44,6 +44,10 @@ class Setup:
         return compare(rollouts, *found, self.scale)
 
 
+def sampled(groups: list[list[Rollout]]) -> list[list[list[int]]]:
+    return [[rollout.sampled_ids for rollout in group] for group in groups]
+
+
 def process_state() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
@@ -77,7 +81,11 @@ def setup(smollm2: Path, smollm2_tokenizer: Any) -> Iterator[Setup]:
 @pytest.fixture(scope="module")
 def examples(setup: Setup) -> list[list[int]]:
     """Prompts whose examples make the model write the phrase itself, most of the time."""
-    shown = (("apple, pear", "Both are fruits.", 5), ("apple, chair", "One is no fruit.", 3), ("car, chair", "None is.", 1))
+    shown = (
+        ("apple, pear", "Both are fruits.", 5),
+        ("apple, chair", "One is no fruit.", 3),
+        ("car, chair", "None is.", 1),
+    )
     head = "".join(f"Answer: {a}. Feedback: {f} So the overall score is {s}\n\n" for a, f, s in shown)
     return [setup.tokenizer.encode(f"{head}Answer: {answer}. Feedback:") for answer in ("plum, stone", "kiwi, fig")]
 
@@ -113,7 +121,9 @@ def test_scores_from_the_pass_that_sampled_them(
 ) -> None:
     calls: list[int] = []
     run = setup.engine._run
-    monkeypatch.setattr(setup.engine, "_run", lambda prompts, params: calls.append(len(prompts)) or run(prompts, params))
+    monkeypatch.setattr(
+        setup.engine, "_run", lambda prompts, params: calls.append(len(prompts)) or run(prompts, params)
+    )
     groups = setup.engine.generate(examples, Sampling(n=8, max_tokens=48, answer="generated", seed=1))
     scored = [[rollout for rollout in group if rollout.has_score] for group in groups]
     assert sum(map(len, scored)) >= 4
@@ -161,7 +171,7 @@ def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) ->
     sampling = Sampling(n=3, max_tokens=8, seed=5)
 
     def ids(s: Sampling) -> list[list[list[int]]]:
-        return [[rollout.sampled_ids for rollout in group] for group in setup.engine.generate(stories, s)]
+        return sampled(setup.engine.generate(stories, s))
 
     first = ids(sampling)
     assert ids(sampling) == first
@@ -170,6 +180,7 @@ def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) ->
 
 
 def test_sync_and_stale_weights(setup: Setup, stories: list[list[int]]) -> None:
+    stories = [stories[0], (stories[1] * 40)[:290]]  # two blocks of vLLM's prefix cache, which must not outlive a sync
     sampling = Sampling(n=2, max_tokens=12, temperature=0)
     before = setup.engine.generate(stories, sampling)
     saved = {name: tensor.detach().clone() for name, tensor in setup.trainer.named_parameters()}
@@ -179,12 +190,12 @@ def test_sync_and_stale_weights(setup: Setup, stories: list[list[int]]) -> None:
                 parameter.mul_(0.5)
         # The engine has a copy: what the trainer does to its weights in place is not in it yet.
         still = setup.engine.generate(stories, sampling)
-        assert [[r.sampled_ids for r in group] for group in still] == [[r.sampled_ids for r in group] for group in before]
+        assert sampled(still) == sampled(before)
         with pytest.raises(EngineMismatchError, match="step 3"):
             setup.gap(stories, still, 0).require(RolloutConfig(), 3)
         setup.engine.sync(setup.trainer.state_dict().items())  # the tied head may come along
         changed = setup.engine.generate(stories, sampling)
-        assert [[r.sampled_ids for r in group] for group in changed] != [[r.sampled_ids for r in group] for group in before]
+        assert sampled(changed) != sampled(before)
         setup.gap(stories, changed, 0).require(BF16, 4)
     finally:
         with torch.no_grad():
@@ -192,7 +203,7 @@ def test_sync_and_stale_weights(setup: Setup, stories: list[list[int]]) -> None:
                 parameter.copy_(saved[name])
         setup.engine.sync(setup.trainer.named_parameters())
     again = setup.engine.generate(stories, sampling)
-    assert [[r.sampled_ids for r in group] for group in again] == [[r.sampled_ids for r in group] for group in before]
+    assert sampled(again) == sampled(before)
 
 
 def test_sync_errors_name_the_weight(setup: Setup) -> None:
@@ -213,7 +224,9 @@ def test_what_cannot_be_done_is_refused_before_work(
     limit = 300 + 64 + len(setup.scale.phrase_ids) + 1
     with pytest.raises(ValueError, match=f"prompt 1 has 301 tokens, and a sequence may have {limit}"):
         setup.engine.generate([stories[0], [5] * 301], Sampling(n=1, max_tokens=64))
-    with pytest.raises(ValueError, match="top_p 0.9"):
+    with pytest.raises(ValueError, match=r"it is 0\.001"):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, temperature=0.001))
+    with pytest.raises(ValueError, match=r"top_p 0\.9"):
         setup.engine.generate(stories, Sampling(n=1, max_tokens=4, top_p=0.9))
     monkeypatch.setattr(setup.engine, "_processed", False)  # as an engine made for top_p below 1
     with pytest.raises(ValueError, match=r"the temperature is 0\.7"):

@@ -24,7 +24,7 @@ def word_tokenizer(extra, merges_space=False, sentencepiece=False):
         vocabulary.setdefault(a + b, len(vocabulary))
 
     for word in TEXT.split():
-        for piece in ([word] if word == "The" else [mark + word]):
+        for piece in [word] if word == "The" else [mark + word]:
             for end in range(1, len(piece)):
                 if (piece[:end], piece[end]) not in merges:
                     merge(piece[:end], piece[end])
@@ -71,7 +71,7 @@ def test_ten_as_one_token_works():
 
 def test_a_tokenizer_that_merges_the_space_is_refused_and_another_phrase_works():
     tokenizer = word_tokenizer([], merges_space=True)
-    with pytest.raises(ScaleError, match="merges the end of scale.phrase"):
+    with pytest.raises(ScaleError, match=r"merges the end of scale\.phrase"):
         ScoreScale.from_tokenizer(tokenizer, [1, 2, 3], PHRASE)
     assert ScoreScale.from_tokenizer(tokenizer, [1, 2, 3], "So the overall score is=").tail_ids == ()
 

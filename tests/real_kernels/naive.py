@@ -34,8 +34,22 @@ def naive_advantages(rewards, baseline, normalize_std, clip):
     return out
 
 
-def naive_real_loss(sequences, weight, score_ids, values, *, reward, lam, beta, baseline, normalize_std, advantage_clip,
-                    loss_norm, renormalize, temperature):
+def naive_real_loss(
+    sequences,
+    weight,
+    score_ids,
+    values,
+    *,
+    reward,
+    lam,
+    beta,
+    baseline,
+    normalize_std,
+    advantage_clip,
+    loss_norm,
+    renormalize,
+    temperature,
+):
     """`sequences`: dicts with hidden [T, D], targets (list of T), score_hidden [D], label, group, valid."""
     scored = []
     for s in sequences:

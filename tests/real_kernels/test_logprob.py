@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from real_kernels import linear_logprob, score_logprobs, weighted_logprob
 from torch.autograd import gradcheck
+
+from real_kernels import linear_logprob, score_logprobs, weighted_logprob
 
 
 def make(n, d, v, dtype=torch.float64, scale=1.0, seed=0):
@@ -159,7 +160,11 @@ def test_tied_weight_gets_both_gradients():
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    arguments = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(13, 4), "targets": torch.zeros(5, dtype=torch.int64)}
+    arguments = {
+        "hidden": torch.zeros(5, 4),
+        "weight": torch.zeros(13, 4),
+        "targets": torch.zeros(5, dtype=torch.int64),
+    }
     with pytest.raises(ValueError, match=message):
         linear_logprob(**(arguments | change))
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_kernels import expected_score, group_advantages, label_weights, real_loss, reward_terms
 
+from real_kernels import expected_score, group_advantages, label_weights, real_loss, reward_terms
 from tests.real_kernels.naive import naive_advantages, naive_real_loss
 
 OPTIONS = {
@@ -92,7 +92,9 @@ def gradients(loss, inputs):
 def test_loss_and_gradients_against_naive(seed, groups, size, options, invalid):
     sequences, weight, score_ids, values = make_sequences(seed, groups, size, invalid=invalid)
     want, advantages = naive_real_loss(sequences, weight, score_ids.tolist(), values.tolist(), **options)
-    out = real_loss(weight=weight, score_ids=score_ids, score_values=values, chunk_bytes=23 * 8 * 3, **pack(sequences), **options)
+    out = real_loss(
+        weight=weight, score_ids=score_ids, score_values=values, chunk_bytes=23 * 8 * 3, **pack(sequences), **options
+    )
     torch.testing.assert_close(out.loss, want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(out.advantages, torch.tensor(advantages, dtype=torch.float64), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(out.exploration_loss + out.refinement_loss, out.loss.detach())
@@ -121,7 +123,11 @@ def test_packing_does_not_change_loss_or_gradients(seed, norm):
 
     groups = [[s for s in sequences if s["group"] == g] for g in range(4)]
     whole = run([sequences])
-    for parts in ([groups[0] + groups[1], groups[2] + groups[3]], groups, [groups[3], groups[1] + groups[0] + groups[2]]):
+    for parts in (
+        [groups[0] + groups[1], groups[2] + groups[3]],
+        groups,
+        [groups[3], groups[1] + groups[0] + groups[2]],
+    ):
         loss, grads = run(parts)
         torch.testing.assert_close(loss, whole[0], rtol=1e-10, atol=1e-10)
         for a, b in zip(grads, whole[1], strict=True):
@@ -153,7 +159,9 @@ def test_invalid_rollouts_add_nothing_whatever_their_rows_hold():
     kept = [s for s in sequences if s["valid"]]
     alone = real_loss(**pack(kept), **head, **OPTIONS)
     torch.testing.assert_close(out.loss, alone.loss, rtol=1e-12, atol=1e-12)
-    grads = torch.autograd.grad(out.loss, [sequences[1]["score_hidden"], sequences[6]["score_hidden"]], allow_unused=True)
+    grads = torch.autograd.grad(
+        out.loss, [sequences[1]["score_hidden"], sequences[6]["score_hidden"]], allow_unused=True
+    )
     assert all(g is None or not g.any() for g in grads)
     assert out.advantages[1] == 0 and out.advantages[6] == 0
 
@@ -193,7 +201,7 @@ def test_labels_between_scores_are_not_turned_into_zero():
 
 
 def test_groups_with_equal_samples_but_different_probabilities_still_teach():
-    """The reference's mistake 7: a group whose sampled scores are all right is thrown away; the reward still differs."""
+    """The reference's mistake 7: a group whose sampled scores are all right is thrown away."""
     logp = torch.log_softmax(torch.tensor([[0.0, 3.0, 0.0], [0.0, 4.0, 0.0]]), 1)
     terms = reward_terms(logp, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0]))
     advantages = group_advantages(terms.reward, torch.tensor([0, 0]))
@@ -212,7 +220,9 @@ def test_row_coefficients_of_the_design():
     (u,) = torch.autograd.grad(-(terms.refinement.sum() * w), logp)
     p = logp.detach().exp()
     g_y = 2 * w * (expected_score(logp, values).detach() - labels)
-    torch.testing.assert_close(u, g_y[:, None] * values * p - lam * w * label_weights(labels, values), rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(
+        u, g_y[:, None] * values * p - lam * w * label_weights(labels, values), rtol=1e-13, atol=1e-15
+    )
 
 
 def test_expected_score_is_not_renormalised_by_default():

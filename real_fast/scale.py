@@ -126,16 +126,15 @@ class ScoreScale:
             shown = {text: tokens(ids[len(prefix) :]) for text, ids in zip(texts, encoded, strict=True)}
             at = f"the scores' common tokens end with {tokens(prefix[-3:])}"
             raise ScaleError(
-                f"this tokenizer merges the end of scale.phrase {phrase!r} with the score, or splits scores in a common "
-                f"part: "
-                f"{at}, and the scores follow as {shown}. Choose a scale.phrase whose last character stands as a token "
-                'of its own (such as "score: " or "score="), or other scale.values'
+                f"this tokenizer merges the end of scale.phrase {phrase!r} with the score, or splits scores in a "
+                f"common part: {at}, and the scores follow as {shown}. Choose a scale.phrase whose last character "
+                'stands as a token of its own (such as "score: " or "score="), or other scale.values'
             )
         for text, ids in zip(texts, encoded, strict=True):
             if len(ids) != len(prefix) + 1:
                 raise ScaleError(
                     f"score {text} is {len(ids) - len(prefix)} tokens {tokens(ids[len(prefix) :])} after "
-                    f"{phrase!r}, and every score must be one: choose scale.values that this tokenizer writes with one token each"
+                    f"{phrase!r}, and every score must be one: choose scale.values that this tokenizer writes so"
                 )
         score_ids = tuple(ids[-1] for ids in encoded)
         if len(set(score_ids)) != len(score_ids):

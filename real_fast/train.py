@@ -23,7 +23,7 @@ from real_fast.batch import BatchError, Group, micro_batches
 from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
-from real_fast.evaluate import evaluate
+from real_fast.evaluation import evaluate
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, resolve_model
 from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step

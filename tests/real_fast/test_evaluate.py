@@ -10,7 +10,8 @@ import torch
 
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.data import JudgeRow
-from real_fast.evaluate import evaluate, main, parse
+from real_fast.evaluate import main, parse
+from real_fast.evaluation import evaluate
 from real_fast.metrics import CORRELATIONS
 from real_fast.rollout.base import Finish, Rollout, RolloutEngine, Sampling
 from real_fast.scale import ScoreScale

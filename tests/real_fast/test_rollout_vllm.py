@@ -119,15 +119,21 @@ def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setu
 def test_scores_from_the_pass_that_sampled_them(
     setup: Setup, examples: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
+    passes: list[list[Any]] = []
     run = setup.engine._run
-    monkeypatch.setattr(
-        setup.engine, "_run", lambda prompts, params: calls.append(len(prompts)) or run(prompts, params)
-    )
+
+    def recorded(prompts: Any, params: Any) -> Any:
+        passes.append(run(prompts, params))
+        return passes[-1]
+
+    monkeypatch.setattr(setup.engine, "_run", recorded)
     groups = setup.engine.generate(examples, Sampling(n=8, max_tokens=48, answer="generated", seed=1))
     scored = [[rollout for rollout in group if rollout.has_score] for group in groups]
     assert sum(map(len, scored)) >= 4
-    assert calls == [2, 0]  # no second pass
+    assert [len(outputs) for outputs in passes] == [2, 0]  # no second pass
+    raw = [list(completion.token_ids) for output in passes[0] for completion in output.outputs]
+    for rollout in (rollout for group in scored for rollout in group):
+        assert [r[:-1] for r in raw].count(rollout.context_ids) >= 1  # generation ended with the score's token
     for rollout in (rollout for group in scored for rollout in group):
         assert rollout.written_score in setup.scale.values and rollout.finish == "phrase" and rollout.n_forced == 0
         assert rollout.context_ids[-1:] == list(setup.scale.tail_ids) and rollout.text.endswith("score is ")
@@ -161,10 +167,15 @@ def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
 def test_another_temperature(setup: Setup, examples: list[list[int]]) -> None:
     """Sampled tokens at the sampling temperature, scores at 1."""
     groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=40, temperature=0.5, seed=4))
-    assert any(rollout.written_score is not None for group in groups for rollout in group)
     setup.gap(examples, groups, 0.5).require(BF16, 0)
     with pytest.raises(EngineMismatchError):
         setup.gap(examples, groups, 1.0).require(BF16, 0)
+    own = [(p, r) for p, group in zip(examples, groups, strict=True) for r in group if r.written_score is not None]
+    assert own
+    _, scores = trainer_logprobs_of(setup.trainer, [p for p, _ in own], [r for _, r in own], setup.scale, 0.5)
+    for (_, rollout), score in zip(own, scores, strict=True):
+        assert score is not None
+        assert (torch.tensor(rollout.score_logprobs) - score).abs().max() < 0.15
 
 
 def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) -> None:

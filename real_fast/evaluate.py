@@ -1,6 +1,6 @@
 """The command that evaluates a judge on a file or a dataset:
 
-    python -m real_fast.evaluate --model runs/x/final --data bench.jsonl --output runs/x/eval
+python -m real_fast.evaluate --model runs/x/final --data bench.jsonl --output runs/x/eval
 """
 
 from __future__ import annotations

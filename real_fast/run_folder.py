@@ -8,9 +8,12 @@ import shutil
 import signal
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import yaml
 
 from real_fast import config as configs
 from real_fast.config import Config
@@ -53,8 +56,9 @@ class RunFolder:
         except OSError as error:
             raise OutputError(f"output {self.path} cannot be written: {error.strerror or error}") from error
         self.resumed = started and not config.overwrite
-        if not self.resumed:
-            configs.dump(config, self.path / "config.yaml")
+        if self.resumed:
+            self._report_changes(config)
+        configs.dump(config, self.path / "config.yaml")
 
     @property
     def checkpoints(self) -> Path:
@@ -110,12 +114,26 @@ class RunFolder:
         write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
         write_json(self.path / "eval" / f"{name}.json", summary)
 
+    def _report_changes(self, config: Config) -> None:
+        old = _flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        new = _flat(asdict(config))
+        for key in sorted(old.keys() & new.keys() - {"output", "overwrite", "resume"}):
+            if old[key] != new[key]:
+                print(f"resuming with {key} = {new[key]!r}, which was {old[key]!r}", file=sys.stderr)
+
     def _move_aside(self) -> None:
         n = 1
         while (old := self.path.with_name(f"{self.path.name}.old-{n}")).exists():
             n += 1
         os.replace(self.path, old)
         print(f"moved the earlier run to {old}", file=sys.stderr)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 class Stopped(Exception):

@@ -32,18 +32,6 @@ WORDINGS = (
     "Please list five {}.",
 )
 
-# How a worked feedback may be put; each says which items are wrong and how many are right.
-SOME_WRONG = (
-    "Not {category}: {wrong}. {right} of 5 are right.",
-    "Wrong: {wrong}. {right} of 5 are {category}.",
-    "These are not {category}: {wrong}. So {right} of 5 are right.",
-)
-NONE_WRONG = (
-    "Not {category}: none. 5 of 5 are right.",
-    "Wrong: none. 5 of 5 are {category}.",
-    "All are {category}. So 5 of 5 are right.",
-)
-
 # No item may also belong to another category of its own side (TRAIN or EVAL): mistakes are drawn from those.
 TRAIN = {
     "fruits": "apple banana cherry grape lemon lime mango melon peach pear plum apricot papaya strawberry",
@@ -116,8 +104,8 @@ def generate(n_prompts: int, responses_per_prompt: int, seed: int, which: str = 
 
     Returns:
         ``n_prompts * responses_per_prompt`` rows with the fields id, prompt_id, instruction, response, rubric,
-        reference_answer (empty), score (int, 1 to 5), feedback and category. The feedback says which items are wrong
-        and how many are right, and not the score.
+        reference_answer (empty), score (int, 1 to 5), feedback and category. The feedback says of each item
+        whether it is right, and states no score.
 
     Raises:
         ValueError: A number below 1, or more prompts than categories and wordings give.
@@ -161,14 +149,13 @@ def _answer(category: str, score: int, rng: random.Random) -> dict[str, Any]:
     wrong = rng.sample(others, ITEMS - right)
     items = rng.sample(side[category], right) + wrong
     rng.shuffle(items)
-    wrong.sort(key=items.index)
-    feedback = rng.choice(SOME_WRONG if wrong else NONE_WRONG)
     return {
         "response": ", ".join(items),
         "rubric": RUBRIC,
         "reference_answer": "",
         "score": score,
-        "feedback": feedback.format(category=category, wrong=", ".join(wrong), right=right),
+        # Item by item, since a small model writes what it can read off; the count is left to the score.
+        "feedback": ", ".join(f"{item} {'no' if item in wrong else 'yes'}" for item in items) + ".",
         "category": category,
     }
 

@@ -42,6 +42,7 @@ KNOWN_ERRORS = (
     ConfigError,
     DataError,
     EngineMismatchError,
+    FloatingPointError,
     ModelError,
     OutputError,
     PromptError,

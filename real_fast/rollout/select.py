@@ -58,7 +58,7 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
         tokenizer,
         scale,
         max_num_seqs=config.rollout.max_num_seqs,
-        autocast_dtype=None if dtype is torch.float32 else dtype,
+        dtype=dtype,
     )
 
 

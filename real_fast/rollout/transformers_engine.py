@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 import torch
+from torch.func import functional_call
 
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
 from real_fast.rollout.base import Answer, Parsed, PhraseFinder, Rollout, Sampling, parse_sample
@@ -48,7 +49,8 @@ class TransformersEngine:
         tokenizer: Its tokenizer.
         scale: The score scale.
         max_num_seqs: Sequences decoded at a time.
-        autocast_dtype: Run the forward passes under autocast with this dtype.
+        dtype: Compute in this dtype, with weights cast for as long as a generation lasts; None for the model's own.
+            The head computes in fp32.
     """
 
     name = "transformers"
@@ -60,13 +62,14 @@ class TransformersEngine:
         scale: ScoreScale,
         *,
         max_num_seqs: int = 256,
-        autocast_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.scale = scale
         self.max_num_seqs = max_num_seqs
-        self.autocast_dtype = autocast_dtype
+        self.dtype = model.dtype if dtype is None else dtype
+        self._weights: dict[str, torch.Tensor] = {}
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -88,17 +91,16 @@ class TransformersEngine:
         size = self.max_num_seqs // at_once
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for low in range(0, len(order), size):
-            batch = {place: prompts[place] for place in order[low : low + size]}
-            for first in range(0, sampling.n, at_once):
-                samples = range(first, min(first + at_once, sampling.n))
-                with self._sampling_mode():
-                    sequences = self._decode(batch, samples, sampling)
-                for s in sequences:
-                    assert s.parsed is not None
-                    results[s.place].append(
-                        build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs)
-                    )
+        with self._sampling_mode():
+            for low in range(0, len(order), size):
+                batch = {place: prompts[place] for place in order[low : low + size]}
+                for first in range(0, sampling.n, at_once):
+                    samples = range(first, min(first + at_once, sampling.n))
+                    for s in self._decode(batch, samples, sampling):
+                        assert s.parsed is not None
+                        results[s.place].append(
+                            build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs)
+                        )
         return results
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -135,31 +137,37 @@ class TransformersEngine:
         if self.model is None:
             raise RuntimeError("this rollout engine is closed")
         training = [module for module in self.model.modules() if module.training]
-        dtype = self.autocast_dtype
-        autocast = nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
         # In evaluation mode, activation checkpointing does not switch the cache off.
         self.model.eval()
         try:
-            with torch.no_grad(), autocast:
+            with torch.no_grad():
+                # Not by autocast, which would keep cached keys in fp32 and cast them at every step.
+                for name, weight in self.model.named_parameters(remove_duplicate=False):
+                    self._weights[name] = weight.to(self.dtype)
+                # The head in fp32: bf16 logits come in steps of 1/8, and scores with them.
+                prefix = next(name for name, module in self.model.named_modules() if module is head)
+                self._weights |= {f"{prefix}.{name}": weight.float() for name, weight in head.named_parameters()}
                 yield
         finally:
+            hook.remove()
+            self._weights = {}
             for module in training:
                 module.training = True
-            # Weights that autocast kept from here carry no gradient: an outer autocast must not train on them.
-            torch.clear_autocast_cache()
 
     def _forward(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any = None
     ) -> tuple[Any, Any]:
         """Next-token logits behind the last of `ids` ([rows, tokens]), [rows, vocabulary] fp32, and the cache."""
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+        }
+        inputs |= {"use_cache": True, "logits_to_keep": 1}
+        out = functional_call(self.model, self._weights, (), inputs, tie_weights=False)
         return out.logits[:, -1].float(), out.past_key_values
 
     def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: Sampling) -> list[_Sequence]:

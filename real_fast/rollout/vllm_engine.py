@@ -72,6 +72,7 @@ class VllmEngine:
         self._names = _checkpoint_names(model_path)
         vllm = import_vllm()
         from transformers import AutoConfig, GenerationConfig
+        from vllm.platforms import current_platform
 
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         has_generation = (model_path / "generation_config.json").is_file()
@@ -85,13 +86,17 @@ class VllmEngine:
         self._tied = bool(config.get_text_config().tie_word_embeddings)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1
+        # On CPU: compiling takes minutes and buys little, and a prompt computed in two parts ends in "CPU Generator
+        # does not use offset", because a seeded request is to take its random number back.
+        on_cpu = current_platform.device_type == "cpu"
+        whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
         with process_state_kept():
             self._llm = vllm.LLM(
                 str(model_path),
                 dtype=str(dtype).removeprefix("torch."),
                 distributed_executor_backend="uni",
                 enable_prefix_caching=True,
-                enforce_eager=not torch.cuda.is_available(),  # compiling for CPU takes minutes and buys little
+                enforce_eager=on_cpu,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=gpu_memory_utilization,
@@ -99,6 +104,8 @@ class VllmEngine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 use_tqdm_on_load=False,
+                hf_overrides={"head_dtype": "float32"},  # bf16 logits come in steps of 1/8, and scores with them
+                **(whole_prompts if on_cpu else {}),
             )
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:

@@ -337,23 +337,29 @@ def test_model_is_left_as_it_was(tiny_llama: Tiny, smollm2_tokenizer: Any, scale
     model.model.norm.eval()  # modes are restored module by module
     model.gradient_checkpointing_enable()
     modes = [module.training for module in model.modules()]
-    engine = TransformersEngine(model, smollm2_tokenizer, scale, autocast_dtype=torch.bfloat16)
+    engine = TransformersEngine(model, smollm2_tokenizer, scale, dtype=torch.bfloat16)
     [[rollout]] = engine.generate([[5, 6, 7]], Sampling(n=1, max_tokens=4))
     assert len(rollout.sampled_ids) == 4
     assert [module.training for module in model.modules()] == modes
     assert model.is_gradient_checkpointing and torch.is_grad_enabled()
+    assert not model.lm_head._forward_pre_hooks
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_outer_autocast_still_trains_after_sampling(
-    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale
+def test_another_dtype_for_the_time_of_a_generation(
+    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]
 ) -> None:
-    model = tiny_llama(vocab_size=49152)
-    engine = TransformersEngine(model, smollm2_tokenizer, scale, autocast_dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        engine.generate([[5, 6, 7]], Sampling(n=1, max_tokens=2))
-        model(input_ids=torch.tensor([[5, 6, 7]])).logits.float().sum().backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if "proj" in name)
+    model = tiny_llama(vocab_size=49152, tied=True)
+    weights = [(weight.data_ptr(), weight.dtype) for weight in model.parameters()]
+    seen: list[torch.dtype] = []
+    for module in (model.model.embed_tokens, model.model.norm, model.model.layers[1].self_attn.k_proj):
+        module.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    engine = TransformersEngine(model, smollm2_tokenizer, scale, dtype=torch.bfloat16)
+    groups = engine.generate(prompts, Sampling(n=2, max_tokens=4))
+    assert set(seen) == {torch.bfloat16}
+    assert [(weight.data_ptr(), weight.dtype) for weight in model.parameters()] == weights
+    found = gap(model, prompts, groups, scale, 1.0)
+    assert 1e-5 < found.logprob_mean < 0.02
 
 
 def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]) -> None:
@@ -512,7 +518,7 @@ def config(**rollout: Any) -> Config:
 def test_transformers_by_name(tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path) -> None:
     engine = select.make_engine(config(engine="transformers", max_num_seqs=5), tiny, smollm2_tokenizer, scale, tmp_path)
     assert isinstance(engine, TransformersEngine)
-    assert engine.model is tiny and engine.max_num_seqs == 5 and engine.autocast_dtype is torch.bfloat16
+    assert engine.model is tiny and engine.max_num_seqs == 5 and engine.dtype is torch.bfloat16
 
 
 def test_no_room_in_the_models_positions(

@@ -24,7 +24,7 @@ from real_fast.scale import ScoreScale
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
-# Engine and trainer both compute in bf16, in another order.
+# The engine computes in bf16, the trainer here in fp32, from the same weights.
 BF16 = RolloutConfig(check_logprob=0.05, check_score=0.02)
 
 
@@ -65,7 +65,7 @@ def setup(smollm2: Path, smollm2_tokenizer: Any) -> Iterator[Setup]:
     from transformers import AutoModelForCausalLM
 
     scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
-    trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
+    trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     config = Config(model="m", output="o", rollout=RolloutConfig(engine="vllm", max_tokens=64, max_num_seqs=32))
     config.prompt.max_tokens = 300
     before = process_state()
@@ -175,7 +175,15 @@ def test_another_temperature(setup: Setup, examples: list[list[int]]) -> None:
     _, scores = trainer_logprobs_of(setup.trainer, [p for p, _ in own], [r for _, r in own], setup.scale, 0.5)
     for (_, rollout), score in zip(own, scores, strict=True):
         assert score is not None
-        assert (torch.tensor(rollout.score_logprobs) - score).abs().max() < 0.15
+        assert (torch.tensor(rollout.score_logprobs) - score).abs().max() < 0.25
+
+
+def test_more_prompt_tokens_than_fit_into_a_step(setup: Setup) -> None:
+    """Where vLLM splits a prompt over two steps, seeded sampling on CPU fails."""
+    prompts = [([i + 100, 504, 3947, 281, 260, 4081, 282] * 42)[:290] for i in range(15)]
+    assert sum(map(len, prompts)) > 4096
+    groups = setup.engine.generate(prompts, Sampling(n=1, max_tokens=1, answer="generated"))
+    assert all(len(group[0].sampled_ids) == 1 for group in groups)
 
 
 def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) -> None:

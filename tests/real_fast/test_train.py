@@ -110,7 +110,8 @@ def test_stop_by_signal_then_resume_is_bitwise_the_same(tiny_judge, uninterrupte
     assert not (output / "summary.json").exists()
     assert (output / "checkpoints" / "step-000003").is_dir()  # the step was finished, off the save.every grid
     monkeypatch.setattr(Trainer, "step", original)
-    assert main(flags(tiny_judge, output, "--resume")) == 0
+    assert main(flags(tiny_judge, output, "--resume", "--save.keep", "8")) == 0
+    assert "save.keep = 8, which was 9" in capsys.readouterr().err
     assert metric_lines(output) == metric_lines(uninterrupted)
     assert same_weights(output, uninterrupted)
 

@@ -4,10 +4,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from real_fast.config import load
+from real_fast.data import JudgeRow
+from real_fast.prompt import PromptBuilder
+from real_fast.scale import ScoreScale
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,3 +65,15 @@ def test_published_settings_are_there() -> None:
         assert (config.prompt.max_tokens, config.rollout.max_tokens) == (2048, 1024)
         longest_group = config.rollout.group_size * (config.prompt.max_tokens + config.rollout.max_tokens)
         assert config.train.micro_batch_tokens >= longest_group
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_builds_its_prompts(path: Path, smollm2_tokenizer: Any) -> None:
+    """With SmolLM2's tokenizer in place of the model's own, which would have to be downloaded."""
+    config = load(path)
+    scale = ScoreScale.from_tokenizer(smollm2_tokenizer, config.scale.values, config.scale.phrase)
+    builder = PromptBuilder(config.prompt, smollm2_tokenizer, scale)
+    row = JudgeRow("1", "1", "Name a fruit.", "Oak.", "Is it a fruit?", "Apple.", 1.0, [], [])
+    text = smollm2_tokenizer.decode(builder.ids(row))
+    assert all(part in text for part in ("Name a fruit.", "Oak.", "Is it a fruit?", "Apple.", scale.phrase.strip()))
+    assert len(builder.ids(row)) <= config.prompt.max_tokens

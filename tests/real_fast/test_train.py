@@ -264,3 +264,17 @@ def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsy
     ) in (0, None)
     again = json.loads((target / "summary.json").read_text())
     assert again["n"] >= 4 and again["no_score"] == 0
+
+
+def test_generated_answers_without_a_score_are_masked_out_and_counted(tiny_judge, tmp_path):
+    """A random model never writes the phrase: nothing is graded, nothing is made up, and nothing breaks."""
+    output = tmp_path / "run"
+    more = ["--rollout.answer", "generated", "--train.steps", "2", "--warmup.steps", "0", "--optim.weight_decay", "0"]
+    assert main(flags(tiny_judge, output, *more)) == 0
+    real = [m for m in read_jsonl(output / "metrics.jsonl") if m["phase"] == "real"]
+    assert [m["score/no_score"] for m in real] == [9, 9] and [m["loss"] for m in real] == [0, 0]
+    assert all(m["reward"] is None and m["grad_norm"] == 0 for m in real)
+    summary = json.loads((output / "summary.json").read_text())["eval"]["after"]
+    assert summary["no_score"] == 12 and summary["pearson"] is None and summary["reasons"]["pearson"]
+    start = load_file(tiny_judge / "model.safetensors")
+    assert all(torch.equal(start[k], v) for k, v in load_file(output / "final" / "model.safetensors").items())

@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from real_fast.config import Config
+from real_fast.data import JudgeRow
 from real_fast.rollout.base import Rollout
+from real_fast.scale import ScoreScale
 
 
 class BatchError(ValueError):
@@ -69,6 +72,23 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+def require_room(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> None:
+    """Refuse, before the work starts, settings under which a group may not fit into a micro-batch.
+
+    Raises:
+        BatchError: The longest prompt with its K longest possible rollouts exceeds ``train.micro_batch_tokens``.
+    """
+    longest = max(len(row.prompt_ids) for row in rows)
+    rollout = config.rollout.max_tokens + len(scale.phrase_ids)
+    need = config.rollout.group_size * (longest + rollout)
+    if need > config.train.micro_batch_tokens:
+        raise BatchError(
+            f"train.micro_batch_tokens is {config.train.micro_batch_tokens}, and a group of "
+            f"{config.rollout.group_size} rollouts of the longest prompt ({longest} tokens, up to {rollout} behind it) "
+            f"needs {need}: raise it, or lower rollout.group_size, rollout.max_tokens or prompt.max_tokens"
+        )
 
 
 def micro_batches(groups: Sequence[Group], budget: int, pad_id: int) -> list[Batch]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 _STATE = "trainer_state.json"
@@ -57,7 +58,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict
     try:
         _write_model(model, tokenizer, temporary, extra, dtype)
         _publish(temporary, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"{target} could not be written: {error}. Earlier checkpoints are untouched") from error
 
@@ -67,7 +68,7 @@ def save(
     model: PreTrainedModel,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     state: TrainState,
     extra: dict[str, Any],
     keep: int,
@@ -82,10 +83,10 @@ def save(
     try:
         _write_model(model, tokenizer, temporary, extra, model.dtype)
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
-        state.scheduler = {k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"}
+        state.scheduler = {"last_epoch": scheduler.last_epoch}
         (temporary / _STATE).write_text(json.dumps(asdict(state), indent=2, allow_nan=False), encoding="utf-8")
         _publish(temporary, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched: free space or "
@@ -102,7 +103,7 @@ def complete(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> TrainState:
+def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> TrainState:
     """Restore optimiser, schedule and random states, and return the rest; weights come with the model itself.
 
     Args:
@@ -129,9 +130,13 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
         optimizer.state[parameter] = {
             key: value.to(parameter.device) for key, value in moments.items() if value is not None
         }
-    lambdas = scheduler.state_dict().get("lr_lambdas")
-    scheduler.load_state_dict({**state.scheduler, "lr_lambdas": lambdas})
-    for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+    # The place in the schedule comes from the checkpoint, the schedule from the settings, which may have changed.
+    scheduler.last_epoch = state.scheduler["last_epoch"]
+    rates = [
+        lr * shape(scheduler.last_epoch) for lr, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler._last_lr = rates
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = lr
     torch.set_rng_state(tensors["rng:cpu"])
     if "rng:cuda" in tensors and torch.cuda.is_available():
@@ -179,9 +184,10 @@ def _fresh(target: Path) -> Path:
 
 
 def _publish(temporary: Path, target: Path) -> None:
-    for file in temporary.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
     if target.exists():
         shutil.rmtree(target)
     os.replace(temporary, target)

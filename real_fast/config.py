@@ -186,7 +186,7 @@ class TrainConfig:
     """
 
     steps: int = 100
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 24576
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

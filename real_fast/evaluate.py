@@ -26,7 +26,7 @@ from real_fast.data import DataError, Rejected, limit_by_prompt, load_rows, requ
 from real_fast.evaluation import evaluate
 from real_fast.jsonio import clean, write_json, write_jsonl
 from real_fast.metrics import table
-from real_fast.model import ModelError, load_model, load_tokenizer, resolve_model
+from real_fast.model import ModelError, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.select import make_engine
 from real_fast.run_folder import OutputError
@@ -178,7 +178,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     require_rows(rows, 1, config.data, rejected)
     rows = limit_by_prompt(rows, config.max_rows, _LIMIT_SEED)
 
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = pick_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     model = load_model(config.model, device, dtype, config.trust_remote_code)
     engine = make_engine(full, model, tokenizer, scale, resolve_model(config.model))

@@ -48,7 +48,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Add one line to the end of a file, made if it is not there. Raises as :func:`write_json` does."""
     data = _encode(obj)
-    with Path(path).open("ab", buffering=0) as file:
+    with Path(path).open("ab") as file:
         file.write(data)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from real_fast import smollm2
 from real_fast.batch import Batch
+from real_fast.config import ConfigError
 
 T = TypeVar("T")
 
@@ -65,6 +66,13 @@ def resolve_model(name: str) -> Path:
         raise ModelError(
             f"model {name} is neither a folder nor to be had from the hub: {_first_line(error)}"
         ) from error
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of ``train.device``: "auto" takes CUDA where there is one. Raises :class:`ConfigError`."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("the device is to be cuda, and torch finds no CUDA device: take cpu or auto")
+    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

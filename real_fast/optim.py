@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from real_fast.config import OptimConfig
@@ -26,10 +26,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """Linear warm-up, then constant or cosine to zero."""
     name = "cosine" if config.schedule == "cosine" else "constant_with_warmup"
-    scheduler: LRScheduler = get_scheduler(
+    scheduler: LambdaLR = get_scheduler(
         name, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=max(steps, 1)
     )
     return scheduler

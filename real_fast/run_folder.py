@@ -37,7 +37,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output).expanduser()
         finished = (self.path / "summary.json").is_file()
-        started = finished or (self.path / "config.yaml").is_file()
+        started = self._started = finished or (self.path / "config.yaml").is_file()
         if finished and config.resume and not config.overwrite:
             raise OutputError(
                 f"output {self.path} holds a finished run: nothing is left to resume; take another --output"
@@ -48,16 +48,20 @@ class RunFolder:
                 f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
             )
         try:
-            if started and config.overwrite:
-                self._move_aside()
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self.path) as probe:
                 probe.write(b"0")
         except OSError as error:
             raise OutputError(f"output {self.path} cannot be written: {error.strerror or error}") from error
         self.resumed = started and not config.overwrite
+
+    def claim(self, config: Config) -> None:
+        """Start to write here; until then, nothing of an earlier run has been touched."""
         if self.resumed:
             self._report_changes(config)
+        elif self._started:
+            self._move_aside()
+        self.path.mkdir(parents=True, exist_ok=True)
         configs.dump(config, self.path / "config.yaml")
 
     @property
@@ -71,7 +75,8 @@ class RunFolder:
         Raises:
             OutputError: Too little free space.
         """
-        need = parameters * 4 * 3 * (keep + 1) + parameters * 4
+        written = sum(f.stat().st_size for f in self.checkpoints.rglob("*") if f.is_file())
+        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 - written
         free = shutil.disk_usage(self.path).free
         if free < need:
             raise OutputError(
@@ -89,14 +94,20 @@ class RunFolder:
         return list(read_jsonl(file)) if file.is_file() else []
 
     def rewind(self, step: int) -> None:
-        """Set aside metric lines of REAL steps after `step`, which a resumed run will write again (-1: all lines)."""
+        """Set aside metric lines and evaluations after `step`, which a resumed run makes again (-1: all of them)."""
         lines = self.metrics()
-        keep = [m for m in lines if step >= 0 and (m["phase"] == "warmup" or m["step"] <= step)]
-        if len(keep) < len(lines):
-            for line in lines:
-                if line not in keep:
-                    append_jsonl(self.path / "metrics.superseded.jsonl", line)
-            write_jsonl(self.path / "metrics.jsonl", keep)
+        keep = [m for m in lines if m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")]
+        keep = keep if step >= 0 else []
+        for line in lines:
+            if line not in keep:
+                append_jsonl(self.path / "metrics.superseded.jsonl", line)
+        write_jsonl(self.path / "metrics.jsonl", keep)  # also rids the file of a last line that was cut off
+        for file in (self.path / "eval").glob("*.json*"):
+            name = file.name.partition(".")[0]
+            made_at = int(name.removeprefix("step-")) if name.startswith("step-") else 0
+            if step < made_at or step < 0 or name == "after":
+                (self.path / "eval" / "superseded").mkdir(exist_ok=True)
+                os.replace(file, self.path / "eval" / "superseded" / file.name)
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
         """Summary of an evaluation that an interrupted run has already made."""

@@ -34,6 +34,11 @@ class StepMetrics:
         """Tokens that the model sampled in this update."""
         return sum(len(r.sampled_ids) for r in self.rollouts)
 
+    @property
+    def finite(self) -> bool:
+        """Whether every micro-batch's loss is a number."""
+        return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
+
     def add(self, batch: Batch, out: RealLossOutput) -> None:
         """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
         out.loss = out.loss.detach()
@@ -79,7 +84,8 @@ class StepMetrics:
             else torch.zeros(1)
         )
         error = y_hat - label
-        agreement = correlations(y_hat.tolist(), label.tolist())
+        finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
+        agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
         tokens = float(sum(b.input_ids.numel() for b, _ in self.batches))
         used = float(sum(b.attention_mask.sum() for b, _ in self.batches))
         return {

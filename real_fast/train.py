@@ -19,19 +19,19 @@ from tqdm import tqdm
 
 from real_fast import checkpoint, report
 from real_fast import config as configs
-from real_fast.batch import BatchError, Group, micro_batches
+from real_fast.batch import BatchError, Group, micro_batches, require_room
 from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
 from real_fast.evaluation import evaluate
-from real_fast.model import ModelError, Policy, load_model, load_tokenizer, resolve_model
+from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
 from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
 from real_fast.rollout.select import make_engine
-from real_fast.run_folder import OutputError, RunFolder, Stopped, StopSignal
+from real_fast.run_folder import RunFolder, Stopped, StopSignal
 from real_fast.sampler import PromptSampler
 from real_fast.scale import ScaleError, ScoreScale
 from real_fast.step_metrics import StepMetrics
@@ -44,7 +44,7 @@ KNOWN_ERRORS = (
     EngineMismatchError,
     FloatingPointError,
     ModelError,
-    OutputError,
+    OSError,
     PromptError,
     ScaleError,
 )
@@ -66,11 +66,12 @@ class Trainer:
             self.scale = ScoreScale.from_tokenizer(self.tokenizer, config.scale.values, config.scale.phrase)
             builder = PromptBuilder(config.prompt, self.tokenizer, self.scale)
             self.data = load_train_eval(config, builder, self.scale)
-            write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
+            require_room(self.data.train, self.scale, config)
             self.sampler = PromptSampler(self.data.train, config.rollout.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
 
             self.device = pick_device(config.train.device)
+            torch.manual_seed(config.seed)
             source = str(self.found) if self.found else config.model
             model = load_model(source, self.device, torch.float32, config.trust_remote_code)
             self.folder.require_space(model.num_parameters(), config.save.keep)
@@ -83,9 +84,10 @@ class Trainer:
                 seconds = self.state.seconds
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
-            torch.manual_seed(config.seed)
             self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.model))
         self.sync()
+        self.folder.claim(config)
+        write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
         self.folder.rewind(self.state.step if self.found else -1)
         report.start(self)
 
@@ -106,24 +108,28 @@ class Trainer:
             with self.stop:
                 if not self.found:
                     self.evaluate("before")
-                    if self.config.warmup.steps:
-                        self.warm_up()
-                        self.sync()
-                        self.evaluate("warmup")
+                    self.warm_up()
+                    self.sync()
                     self.save()
+                if self.config.warmup.steps and self.state.step == 0:
+                    self.evaluate("warmup")
                 with tqdm(total=steps, initial=self.state.step, desc="REAL", unit="step") as bar:
-                    while self.state.step < steps:
+                    while True:
+                        if every and 0 < self.state.step < steps and self.state.step % every == 0:
+                            self.evaluate(f"step-{self.state.step:06d}")
+                        if self.state.step >= steps:
+                            break
                         metrics = self.step()
                         bar.set_postfix(reward=f"{metrics['reward']:.3f}", rmse=f"{metrics['score/rmse']:.3f}")
                         bar.update()
                         if self.should_save():
                             self.save()
                         self.stop.check()
-                        if every and self.state.step % every == 0 and self.state.step < steps:
-                            self.evaluate(f"step-{self.state.step:06d}")
                 self.evaluate("after")
         except Stopped:
-            print(f"stopped after step {self.state.step}: go on with --resume", file=sys.stderr)
+            kept = checkpoint.complete(self.folder.checkpoints)
+            what = f"{kept[-1].name} is kept: go on" if kept else "no checkpoint was due yet: start over"
+            print(f"stopped after step {self.state.step}; {what} with --resume", file=sys.stderr)
             return False
         with self.timed("save"):
             dtype = torch.bfloat16 if self.config.train.precision == "bf16" else torch.float32
@@ -140,11 +146,14 @@ class Trainer:
     def warm_up(self) -> None:
         """Cross-entropy on given feedback, so that a small model knows the format before REAL starts."""
         config = self.config.warmup
+        if not config.steps:
+            return
         optimizer = build_optimizer(self.policy, OptimConfig(lr=config.lr))
         decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=config.steps)
         order = PromptSampler(self.feedback, config.batch_size, self.config.seed)
         for step in tqdm(range(config.steps), desc="warm-up (cross-entropy)", unit="step"):
             self.stop.check()
+            self.policy.train()
             with self.timed("warmup"):
                 started = time.perf_counter()
                 picked = order.batch(step * config.batch_size)
@@ -198,7 +207,7 @@ class Trainer:
                 out.loss.backward()
                 metrics.add(batch, out)
             gap = metrics.engine_gap()
-            if checked:
+            if checked and metrics.finite:
                 gap.require(config.rollout, state.step)
         with self.timed("optimizer"):
             lr = self.scheduler.get_last_lr()[0]
@@ -244,7 +253,10 @@ class Trainer:
 
     def evaluate(self, name: str) -> None:
         """Evaluate on the held-out rows; an evaluation that an interrupted run already made is kept."""
-        if self.folder.evaluation(name) is not None:
+        known = self.folder.evaluation(name)
+        if known is not None:
+            if not any(line.get("name") == name for line in self.folder.metrics()):
+                self.folder.log({"phase": "eval", "name": name, "step": self.state.step, "eval": known})
             return
         with self.timed("eval"), tqdm(total=len(self.data.eval), desc=f"evaluate ({name})", unit="row") as bar:
 
@@ -295,13 +307,6 @@ class Trainer:
         started = time.perf_counter()
         yield
         self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-def pick_device(wanted: str) -> torch.device:
-    """The device of ``train.device``; "auto" takes CUDA where there is one."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device is cuda, and torch finds no CUDA device: set it to cpu or auto")
-    return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

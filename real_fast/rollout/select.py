@@ -35,18 +35,25 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
     if wanted != "transformers":
         obstacle = _obstacle(config, model.device.type)
         if obstacle is None:
-            engine = VllmEngine(
-                model_path,
-                tokenizer,
-                scale,
-                dtype=dtype,
-                max_model_len=_longest(config, model, scale),
-                seed=config.seed,
-                max_num_seqs=config.rollout.max_num_seqs,
-                gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-                top_p=config.rollout.top_p,
-                trust_remote_code=config.trust_remote_code,
-            )
+            longest = _longest(config, model, scale)
+            try:
+                engine = VllmEngine(
+                    model_path,
+                    tokenizer,
+                    scale,
+                    dtype=dtype,
+                    max_model_len=longest,
+                    seed=config.seed,
+                    max_num_seqs=config.rollout.max_num_seqs,
+                    gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+                    top_p=config.rollout.top_p,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            except (RuntimeError, ValueError) as error:  # too little memory, an architecture it does not know
+                raise ConfigError(
+                    f"vLLM did not start: {error}. Change rollout.gpu_memory_utilization if it is the memory, or set "
+                    "rollout.engine to transformers"
+                ) from error
             engine.sync(model.named_parameters())
             return engine
         if wanted == "vllm":

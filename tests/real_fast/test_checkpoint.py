@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -77,13 +78,14 @@ def test_newest_complete_is_found_and_half_written_ignored(tiny_llama, tmp_path)
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000002", "step-000010"]  # keep=2 removed step 1
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])
+def test_a_full_disk_keeps_the_old_checkpoint(tiny_llama, tmp_path, monkeypatch, error):
     parts = make(tiny_llama)
     train(*parts, 1)
     save(tmp_path, parts, 1)
 
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left.*--resume"):
@@ -144,3 +146,15 @@ def test_weight_decay_is_for_matrices_alone(tiny_llama):
         (True, 0.1),
         (False, 0.0),
     }
+
+
+def test_a_changed_learning_rate_is_taken_on_resume(tiny_llama, tmp_path):
+    parts = make(tiny_llama)
+    train(*parts, 3)
+    path = save(tmp_path, parts, 3)
+    config = OptimConfig(lr=5e-3, schedule="cosine", lr_warmup_steps=2)
+    optimizer = build_optimizer(parts[0], config)
+    scheduler = build_scheduler(optimizer, config, 20)
+    checkpoint.load(path, parts[0], optimizer, scheduler)
+    assert scheduler.get_last_lr()[0] == pytest.approx(parts[2].get_last_lr()[0] / 2)
+    assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]

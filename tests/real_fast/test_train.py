@@ -278,3 +278,66 @@ def test_generated_answers_without_a_score_are_masked_out_and_counted(tiny_judge
     assert summary["no_score"] == 12 and summary["pearson"] is None and summary["reasons"]["pearson"]
     start = load_file(tiny_judge / "model.safetensors")
     assert all(torch.equal(start[k], v) for k, v in load_file(output / "final" / "model.safetensors").items())
+
+
+def test_an_evaluation_cut_off_by_ctrl_c_is_made_on_resume(tiny_judge, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    more = ["--eval.every", "2", "--train.steps", "3"]
+    whole = tmp_path / "whole"
+    assert main(flags(tiny_judge, whole, *more)) == 0
+    original = Trainer.evaluate
+
+    def interrupted(self, name):
+        if name == "step-000002":
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, name)
+
+    monkeypatch.setattr(Trainer, "evaluate", interrupted)
+    assert main(flags(tiny_judge, output, *more)) == 130
+    monkeypatch.setattr(Trainer, "evaluate", original)
+    assert main(flags(tiny_judge, output, *more, "--resume")) == 0
+    assert metric_lines(output) == metric_lines(whole)
+    assert [m["name"] for m in metric_lines(output) if m["phase"] == "eval"] == [
+        "before",
+        "warmup",
+        "step-000002",
+        "after",
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(tiny_judge, tmp_path, monkeypatch):
+    """The reference has no such guard: one bad batch would be the end of the weights."""
+    original = Trainer.step
+
+    def poisoned(self):
+        if self.state.step != 1:
+            return original(self)
+        weight = self.policy.model.model.norm.weight
+        kept, generate = weight.data.clone(), self.engine.generate
+
+        def sampled_then_poisoned(prompts, sampling):
+            rollouts = generate(prompts, sampling)
+            weight.data.fill_(float("nan"))
+            return rollouts
+
+        self.engine.generate = sampled_then_poisoned
+        record = original(self)
+        self.engine.generate = generate
+        weight.data.copy_(kept)
+        return record
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    output = tmp_path / "run"
+    assert main(flags(tiny_judge, output, "--train.steps", "3", "--rollout.check_every", "1")) == 0
+    real = [m for m in read_jsonl(output / "metrics.jsonl") if m["phase"] == "real"]
+    assert [m["skipped_steps"] for m in real] == [0, 1, 1] and real[1]["loss"] is None
+    assert json.loads((output / "summary.json").read_text())["skipped_steps"] == 1
+
+
+def test_a_typo_does_not_displace_an_earlier_run(tiny_judge, uninterrupted, tmp_path):
+    before = sorted(p.name for p in uninterrupted.iterdir())
+    assert main(flags(tiny_judge, uninterrupted, "--overwrite", "--data.train", "/no/such/rows.jsonl")) == 2
+    assert sorted(p.name for p in uninterrupted.iterdir()) == before
+    assert not uninterrupted.with_name("whole.old-1").exists()
+    assert main(flags(tiny_judge, tmp_path / "run", "--data.train", "/no/such/rows.jsonl")) == 2
+    assert main(flags(tiny_judge, tmp_path / "run", "--train.steps", "0", "--warmup.steps", "0")) == 0

@@ -105,7 +105,7 @@ class StepMetrics:
             "score/entropy": _mean(-(distribution * distribution.clamp(min=1e-30).log()).sum(1)),
             "score/off_scale_mass": _mean(off),
             "score/no_score": int((~valid).sum()),
-            "score/forced": _mean(torch.tensor([r.n_forced > 0 for r in self.rollouts]).float()),
+            "score/forced": _mean(torch.tensor([r.finish != "phrase" for r in self.rollouts]).float()),
             "entropy": _mean(-logp[computed]),
             "completions/mean_length": _mean(lengths),
             "completions/min_length": float(lengths.min()),

@@ -45,10 +45,12 @@ class Rollout:
 
     Attributes:
         sampled_ids: Tokens that the model sampled and that count as its actions: the feedback, the part of the phrase
-            that it wrote itself, a final EOS. The score token is not among them (it is integrated out).
+            that it wrote itself up to its last visible character, a final EOS. The score is not among them (it is
+            integrated out).
         sampled_logprobs: Log-probability of each at the sampling temperature, from the engine, float.
         context_ids: See above. ``sampled_ids[i]`` is predicted at position ``len(prompt) + i - 1``.
-        n_forced: Number of appended tokens at the end of ``context_ids``.
+        n_forced: Number of tokens at the end of ``context_ids`` that are no actions: appended ones, and (if answers
+            are forced) the phrase's trailing white space, which stands there whatever the model samples.
         finish: Why sampling stopped: the phrase was written, EOS, or the length limit.
         score_logprobs: K log-probabilities of the score tokens (full softmax, temperature 1), or None where a
             generated answer has no score.
@@ -114,16 +116,19 @@ class PhraseFinder:
         """
         text = self._decode(ids)
         at = text.find(self.phrase)
-        if at < 0:
-            return None
-        low, high = 1, len(ids)
-        while low < high:  # the shortest prefix of ids whose text holds the phrase
-            middle = (low + high) // 2
-            if self.phrase in self._decode(ids[:middle]):
-                high = middle
-            else:
-                low = middle + 1
-        return low if self._decode(ids[:low]).endswith(self.phrase) else None
+        while at >= 0:
+            whole = text[: at + len(self.phrase)]
+            low, high = 1, len(ids)
+            while low < high:  # the shortest prefix of ids whose text goes up to the phrase's end
+                middle = (low + high) // 2
+                if self._decode(ids[:middle]).startswith(whole):
+                    high = middle
+                else:
+                    low = middle + 1
+            if self._decode(ids[:low]) == whole:
+                return low
+            at = text.find(self.phrase, at + 1)
+        return None
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -152,15 +157,13 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
         if body[end:score_at] == tail and score_at < len(ids):
             token = ids[score_at]
             written = scale.values[scale.score_ids.index(token)] if token in scale.score_ids else None
-            if answer == "forced" or written is not None:
+            if answer == "forced":
+                return Parsed(end, body[:score_at], len(tail), "phrase", True, score_at, written)
+            if written is not None:
                 return Parsed(score_at, body[:score_at], 0, "phrase", True, score_at, written)
         if answer == "forced":
-            common = 0
-            while common < len(tail) and body[end + common : end + common + 1] == [tail[common]]:
-                common += 1
-            keep = end + common
-            forced = tail[common:]
-            return Parsed(keep, body[:keep] + forced, len(forced), "phrase", True, None)
+            # Counting the tail where it was sampled, and not where it was put right, would bias the policy gradient.
+            return Parsed(end, body[:end] + tail, len(tail), "phrase", True, None)
     finish: Finish = "length" if stop is None else "eos"
     keep = len(ids) if stop is None else stop + 1
     if answer == "forced":

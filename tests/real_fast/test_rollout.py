@@ -98,7 +98,10 @@ def test_phrase_written_by_the_model(smollm2_tokenizer: Any, scale: ScoreScale, 
     ids = smollm2_tokenizer.encode(f"Fine. {PHRASE}4")
     for answer in ("forced", "generated"):
         parsed = parse_sample(ids, EOS, finder, answer)
-        assert parsed.context_ids == ids[:-1] and parsed.n_forced == 0
+        assert parsed.context_ids == ids[:-1]
+        # With forced answers the tail stands there whatever was sampled, so it is no action.
+        assert parsed.n_forced == (len(scale.tail_ids) if answer == "forced" else 0)
+        assert parsed.keep == len(ids) - 1 - parsed.n_forced
         assert (parsed.finish, parsed.has_score, parsed.written_score) == ("phrase", True, 4.0)
         assert parsed.score_position == len(ids) - 1
 
@@ -147,6 +150,20 @@ def test_token_that_runs_past_the_phrase(smollm2_tokenizer: Any) -> None:
     ids = smollm2_tokenizer.encode("Fine. And the scores 3")
     assert "".join(smollm2_tokenizer.convert_ids_to_tokens(ids)).count("Ġscores") == 1
     assert PhraseFinder(smollm2_tokenizer, shorter).end(ids) is None
+    # A later, whole one counts.
+    again = smollm2_tokenizer.encode("Fine. And the scores differ. And the score 3")
+    assert smollm2_tokenizer.decode(again[: PhraseFinder(smollm2_tokenizer, shorter).end(again)]).endswith("the score")
+
+
+@pytest.mark.parametrize("tail", ["", " ", " 4", ": 4", "\n4", "n't", " 4 more"])
+def test_actions_do_not_depend_on_what_is_sampled_behind_the_phrase(
+    smollm2_tokenizer: Any, finder: PhraseFinder, tail: str
+) -> None:
+    """Counting the tail as an action only where it was sampled right would bias the policy gradient."""
+    head = smollm2_tokenizer.encode(f"Fine. {PHRASE.rstrip()}")
+    parsed = parse_sample(head + smollm2_tokenizer.encode(tail), EOS, finder, "forced")
+    assert parsed.keep == len(head) and parsed.finish == "phrase"
+    assert parsed.context_ids == head + list(finder.scale.tail_ids) and parsed.n_forced == len(finder.scale.tail_ids)
 
 
 def test_ids_are_kept_though_the_text_has_another_tokenization(
@@ -259,7 +276,8 @@ def test_a_score_the_model_reached_itself(tiny_llama: Tiny, smollm2_tokenizer: A
     for answer in ("forced", "generated"):
         engine = TransformersEngine(model, smollm2_tokenizer, scale)
         [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0, answer=answer))
-        assert rollout.context_ids == ids[:-1] and rollout.n_forced == 0 and rollout.written_score == 4.0
+        assert rollout.context_ids == ids[:-1] and rollout.written_score == 4.0
+        assert rollout.n_forced == (len(scale.tail_ids) if answer == "forced" else 0)
         assert rollout.finish == "phrase" and rollout.text == f"Fine. {PHRASE}"
         assert rollout.score_logprobs is not None and rollout.score_logprobs[3] == max(rollout.score_logprobs)
         assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6

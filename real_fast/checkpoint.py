@@ -54,8 +54,9 @@ def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict
         extra: Written as real_fast.json: the scale and prompt that the judge was trained with.
         dtype: Dtype of the weights on disk.
     """
-    temporary = _fresh(target)
+    temporary = _temporary(target)
     try:
+        _empty(temporary)
         _write_model(model, tokenizer, temporary, extra, dtype)
         _publish(temporary, target)
     except (OSError, SafetensorError) as error:
@@ -79,8 +80,9 @@ def save(
         CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
     """
     target = folder / f"step-{state.step:06d}"
-    temporary = _fresh(target)
+    temporary = _temporary(target)
     try:
+        _empty(temporary)
         _write_model(model, tokenizer, temporary, extra, model.dtype)
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         state.scheduler = {"last_epoch": scheduler.last_epoch}
@@ -176,11 +178,13 @@ def _write_model(
     (folder / "real_fast.json").write_text(json.dumps(extra, indent=2, allow_nan=False), encoding="utf-8")
 
 
-def _fresh(target: Path) -> Path:
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{target.name}.tmp")
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def _publish(temporary: Path, target: Path) -> None:

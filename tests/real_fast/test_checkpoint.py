@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -93,13 +92,13 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny_llama, tmp_path, monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
-def test_a_read_only_folder_is_a_clear_error(tiny_llama, tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tiny_llama, tmp_path):
     parts = make(tiny_llama)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out").chmod(0o500)
-    with pytest.raises(OSError, match="Permission denied"):
+    (tmp_path / "out").write_text("a file where the folder should be", encoding="utf-8")  # root may write anywhere else
+    with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "out", parts, 1)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        checkpoint.save_model(parts[0], NoTokenizer(), tmp_path / "out" / "final", {}, torch.float32)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):

@@ -85,7 +85,6 @@ class Trainer:
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
             self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.model))
-        self.sync()
         self.folder.claim(config)
         write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
         self.folder.rewind(self.state.step if self.found else -1)

@@ -1,20 +1,16 @@
-"""From groups of rollouts to micro-batches: what goes through the body, and which rows go to the head."""
+"""One micro-batch: what goes through the body, and which of its rows go to the head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
 
 import torch
 
-from real_fast.config import Config
-from real_fast.data import JudgeRow
+from real_fast.attention.layout import Layout
 from real_fast.rollout.base import Rollout
-from real_fast.scale import ScoreScale
-
-
-class BatchError(ValueError):
-    """A group that fits into no micro-batch."""
 
 
 @dataclass
@@ -38,15 +34,21 @@ class Group:
         """Tokens of the longest sequence, prompt included."""
         return len(self.prompt_ids) + max(len(r.context_ids) for r in self.rollouts)
 
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens of the prompt, once, and of all responses."""
+        return len(self.prompt_ids) + sum(len(r.context_ids) for r in self.rollouts)
+
 
 @dataclass
 class Batch:
     """One micro-batch. Rows are flat positions in [B * T]; a row predicts the token after it.
 
     Attributes:
-        input_ids: [B, T] int64, right-padded.
-        attention_mask: [B, T] int64, 1 on tokens.
+        input_ids: [B, T] int64: one packed row (B = 1), or one right-padded sequence per rollout.
         position_ids: [B, T] int64.
+        layout: Segments of the packed row, on the CPU; None for padded sequences.
+        attention_mask: [B, T] int64, 1 on tokens; None for a packed row, which has no padding.
         rows: [N] int64, positions before each sampled token.
         targets: [N] int64, the sampled tokens (a sampled EOS is a target although it is not in the input).
         rollout: [N] int64 in 0..M-1.
@@ -54,12 +56,14 @@ class Batch:
         labels: [M] float32.
         group: [M] int64, the group's place in the update.
         valid: [M] bool, rollouts that have a score.
-        sampled_logprobs: [N] float32, log-probabilities from the engine.
+        engine_scores: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no score
+            (K is 0 where no rollout has one).
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     position_ids: torch.Tensor
+    layout: Layout | None
+    attention_mask: torch.Tensor | None
     rows: torch.Tensor
     targets: torch.Tensor
     rollout: torch.Tensor
@@ -67,57 +71,36 @@ class Batch:
     labels: torch.Tensor
     group: torch.Tensor
     valid: torch.Tensor
-    sampled_logprobs: torch.Tensor
+    engine_scores: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return Batch(**{**values, **tensors})
 
 
-def require_room(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> None:
-    """Refuse, before the work starts, settings under which a group may not fit into a micro-batch.
-
-    Raises:
-        BatchError: The longest prompt with its K longest possible rollouts exceeds ``train.micro_batch_tokens``.
-    """
-    longest = max(len(row.prompt_ids) for row in rows)
-    rollout = config.rollout.max_tokens + len(scale.phrase_ids)
-    need = config.rollout.group_size * (longest + rollout)
-    if need > config.train.micro_batch_tokens:
-        raise BatchError(
-            f"train.micro_batch_tokens is {config.train.micro_batch_tokens}, and a group of "
-            f"{config.rollout.group_size} rollouts of the longest prompt ({longest} tokens, up to {rollout} behind it) "
-            f"needs {need}: raise it, or lower rollout.group_size, rollout.max_tokens or prompt.max_tokens"
-        )
-
-
-def micro_batches(groups: Sequence[Group], budget: int, pad_id: int) -> list[Batch]:
-    """Spread groups over micro-batches of at most `budget` tokens, padding included; a group is never split.
-
-    Groups are sorted by length, so that a micro-batch holds groups of similar length.
-
-    Raises:
-        BatchError: A group longer than the budget.
-    """
-    for group in groups:
-        need = len(group.rollouts) * group.longest
-        if need > budget:
-            raise BatchError(
-                f"a group of {len(group.rollouts)} rollouts of up to {group.longest} tokens needs {need} tokens in one "
-                f"micro-batch, and train.micro_batch_tokens is {budget}: raise it, or lower rollout.group_size, "
-                "rollout.max_tokens or prompt.max_tokens"
-            )
-    batches: list[list[Group]] = []
-    used = 0
-    for group in sorted(groups, key=lambda g: (-g.longest, g.index)):
-        # The first group of a micro-batch is its longest, so it sets the width for all.
-        if batches and (used + len(group.rollouts)) * batches[-1][0].longest <= budget:
-            batches[-1].append(group)
-            used += len(group.rollouts)
-        else:
-            batches.append([group])
-            used = len(group.rollouts)
-    return [pad_batch(part, pad_id) for part in batches]
+def pack_batch(groups: Sequence[Group]) -> Batch:
+    """One row: each group's prompt once, then its responses. No loop over tokens, no padding."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    layout = Layout.of_groups([(len(g.prompt_ids), [len(r.context_ids) for r in g.rollouts]) for g in groups])
+    ids = chain.from_iterable([p for g in groups for p in (g.prompt_ids, *(r.context_ids for r in g.rollouts))])
+    prompts = torch.tensor([len(g.prompt_ids) for g in groups])
+    count = torch.tensor([len(g.rollouts) for g in groups])
+    length = torch.tensor([len(r.context_ids) for r in rollouts])
+    # Where each prompt ends and each response starts: everything before it, prompts once and responses.
+    prompts_so_far = torch.repeat_interleave(prompts.cumsum(0), count)
+    start = prompts_so_far + length.cumsum(0) - length
+    first = torch.repeat_interleave(count.cumsum(0) - count, count)  # each rollout's group's first rollout
+    return _batch(
+        groups,
+        input_ids=torch.tensor(list(ids), dtype=torch.int64)[None],
+        position_ids=layout.position_ids()[None],
+        layout=layout,
+        attention_mask=None,
+        prompt_end=start[first] - 1,
+        response_start=start,
+    )
 
 
 def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
@@ -126,28 +109,44 @@ def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
     width = max(group.longest for group in groups)
     input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
-    rows, targets, sampled, lengths, score_rows = [], [], [], [], []
     for i, (group, rollout) in enumerate(pairs):
         ids = torch.tensor([*group.prompt_ids, *rollout.context_ids], dtype=torch.int64)
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
-        n = len(rollout.sampled_ids)
-        # A sampled token is predicted one position before it: the first one by the prompt's last token.
-        rows.append(torch.arange(n) + i * width + len(group.prompt_ids) - 1)
-        targets.append(torch.tensor(rollout.sampled_ids, dtype=torch.int64))
-        sampled.append(torch.tensor(rollout.sampled_logprobs, dtype=torch.float32))
-        lengths.append(n)
-        score_rows.append(i * width + len(ids) - 1)
-    return Batch(
+    start = torch.arange(len(pairs)) * width + torch.tensor([len(group.prompt_ids) for group, _ in pairs])
+    return _batch(
+        groups,
         input_ids=input_ids,
-        attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-        rows=torch.cat(rows),
-        targets=torch.cat(targets),
-        rollout=torch.repeat_interleave(torch.arange(len(pairs)), torch.tensor(lengths)),
-        score_rows=torch.tensor(score_rows),
+        layout=None,
+        attention_mask=attention_mask,
+        prompt_end=start - 1,
+        response_start=start,
+    )
+
+
+def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start: torch.Tensor, **inputs: Any) -> Batch:
+    """Which rows go to the head, given where each rollout's prompt ends and its response starts ([M] each)."""
+    pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
+    n = torch.tensor([len(rollout.sampled_ids) for _, rollout in pairs])
+    rollout = torch.repeat_interleave(torch.arange(len(pairs)), n)
+    place = torch.arange(len(rollout)) - (n.cumsum(0) - n)[rollout]
+    # A sampled token is predicted one position before it: the first one by the prompt's last token.
+    rows = torch.where(place == 0, prompt_end[rollout], response_start[rollout] + place - 1)
+    length = torch.tensor([len(rollout.context_ids) for _, rollout in pairs])
+    return Batch(
+        **inputs,
+        rows=rows,
+        targets=torch.tensor(list(chain.from_iterable(r.sampled_ids for _, r in pairs)), dtype=torch.int64),
+        rollout=rollout,
+        score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
         labels=torch.tensor([group.label for group, _ in pairs], dtype=torch.float32),
         group=torch.tensor([group.index for group, _ in pairs]),
         valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
-        sampled_logprobs=torch.cat(sampled),
+        engine_scores=_engine_scores([rollout for _, rollout in pairs]),
     )
+
+
+def _engine_scores(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    k = max((len(r.score_logprobs) for r in rollouts if r.score_logprobs is not None), default=0)
+    return torch.tensor([[0.0] * k if r.score_logprobs is None else r.score_logprobs for r in rollouts])

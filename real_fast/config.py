@@ -121,6 +121,9 @@ class ObjectiveConfig:
         advantage_clip: Clip advantages to plus or minus this; 0 for no clipping.
         loss_norm: "sequence_sum": sum over a rollout's tokens, mean over rollouts; "token_mean": mean over tokens.
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
+        reward_from: Whose score distribution the advantages come from: the "trainer"'s, in the update's one forward
+            pass, or the rollout "engine"'s, which read it at the end of each rollout. The gradient of the reward itself
+            is the trainer's in either case.
     """
 
     reward: Literal["paper", "reference"] = "paper"
@@ -131,6 +134,7 @@ class ObjectiveConfig:
     advantage_clip: float = 1.0
     loss_norm: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     renormalize: bool = False
+    reward_from: Literal["trainer", "engine"] = "trainer"
 
 
 @dataclass
@@ -180,6 +184,9 @@ class TrainConfig:
     Args:
         steps: REAL updates.
         micro_batch_tokens: Most tokens (padding included) in one forward pass; a group is never split over two.
+        shared_prompt: Run each prompt once and let its rollouts attend to it; false repeats it for every rollout.
+        attention: Kernel for shared prompts. "auto": varlen on CUDA, sdpa elsewhere; varlen is flash-attn where it is
+            installed, else PyTorch's varlen_attn; "flex" is FlexAttention.
         precision: "bf16": matrix products in bf16 over fp32 weights; "fp32".
         activation_checkpointing: Recompute activations in the backward pass.
         device: "auto" takes CUDA where there is one.
@@ -187,6 +194,8 @@ class TrainConfig:
 
     steps: int = 100
     micro_batch_tokens: int = 24576
+    shared_prompt: bool = True
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -14,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from real_fast import smollm2
+from real_fast.attention.interface import Backend, prepare
+from real_fast.attention.support import enable, prepared_mask
 from real_fast.batch import Batch
 from real_fast.config import ConfigError
 
@@ -168,21 +170,39 @@ class Policy(nn.Module):
     Args:
         model: A causal language model with a plain linear head.
         autocast_dtype: Dtype of the body's matrix products; None for the weights' own.
+        attention: Backend for packed rows with shared prompts; None for padded batches alone.
+
+    Raises:
+        SharedPromptError: A model that cannot share prompts.
     """
 
-    def __init__(self, model: PreTrainedModel, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast_dtype: torch.dtype | None = None,
+        attention: Backend | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.autocast_dtype = autocast_dtype
+        self.attention = attention
+        if attention is not None:
+            enable(model, attention)
 
     def forward(self, batch: Batch, loss: Callable[[torch.Tensor, torch.Tensor, Batch], T]) -> T:
         """Run the body once and hand ``loss`` the hidden states, flattened to [B * T, D], and the head's weight."""
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.layout is not None:
+            if self.attention is None:
+                raise ValueError("a packed batch needs Policy(..., attention=...)")
+            device = batch.input_ids.device
+            inputs = {
+                "attention_mask": prepared_mask(device),
+                "shared_prompt": prepare(batch.layout, self.attention, device),
+            }
         with self.autocast():
             hidden = _body(self.model)(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
             ).last_hidden_state
         weight = self.model.get_output_embeddings().weight
         # A GPU's float32 matrix products are slow; 16-bit operands with float32 accumulation are what the head wants.

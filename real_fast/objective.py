@@ -43,6 +43,8 @@ def real_objective(
         every_row: Compute the log-probability of rows with coefficient 0 too (to compare engine and trainer).
     """
 
+    from_engine = config.reward_from == "engine"
+
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> RealLossOutput:
         return real_loss(
             hidden[batch.rows],
@@ -63,6 +65,7 @@ def real_objective(
             advantage_clip=config.advantage_clip,
             loss_norm=config.loss_norm,
             renormalize=config.renormalize,
+            reward_logprobs=batch.engine_scores if from_engine and batch.engine_scores.shape[1] else None,
             temperature=temperature,
             num_rollouts=totals.rollouts,
             num_tokens=totals.tokens,

@@ -86,8 +86,9 @@ class StepMetrics:
         error = y_hat - label
         finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
         agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
-        tokens = float(sum(b.input_ids.numel() for b, _ in self.batches))
-        used = float(sum(b.attention_mask.sum() for b, _ in self.batches))
+        tokens = sum(b.input_ids.numel() for b, _ in self.batches)
+        padding = sum(int((b.attention_mask == 0).sum()) for b, _ in self.batches if b.attention_mask is not None)
+        separate = sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
         return {
             "loss": float(sum(out.loss for _, out in self.batches)),
             "loss/exploration": float(sum(out.exploration_loss for _, out in self.batches)),
@@ -114,8 +115,9 @@ class StepMetrics:
             "completions/mean_terminated_length": _mean(lengths[~clipped]),
             "head/rows": int(computed.sum()) + len(valid),
             "head/rows_dropped": int((~computed).sum()),
-            "body/tokens": int(tokens),
-            "body/padding": 1 - used / tokens,
+            "body/tokens": tokens,
+            "body/padding": padding / tokens,
+            "body/prompt_tokens_saved": separate - (tokens - padding),
         }
 
 

@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from real_fast import checkpoint, report
 from real_fast import config as configs
-from real_fast.batch import BatchError, Group, micro_batches, require_room
+from real_fast.attention.interface import pick_backend
+from real_fast.attention.support import SharedPromptError
+from real_fast.batch import Batch, Group
 from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
@@ -27,6 +29,7 @@ from real_fast.evaluation import evaluate
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
+from real_fast.packing import BatchError, micro_batches, require_room
 from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
@@ -47,6 +50,7 @@ KNOWN_ERRORS = (
     OSError,
     PromptError,
     ScaleError,
+    SharedPromptError,
 )
 
 
@@ -77,7 +81,9 @@ class Trainer:
             self.folder.require_space(model.num_parameters(), config.save.keep)
             if config.train.activation_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            self.policy = Policy(model, torch.bfloat16 if config.train.precision == "bf16" else None)
+            half = torch.bfloat16 if config.train.precision == "bf16" else None
+            attention = pick_backend(config.train.attention, self.device, half or model.dtype)
+            self.policy = Policy(model, half, attention if config.train.shared_prompt else None)
             self.optimizer = build_optimizer(model, config.optim)
             self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
             if self.found:
@@ -159,7 +165,7 @@ class Trainer:
                 groups = [given_feedback(row, i, n, self.tokenizer, self.scale) for n, (row, i) in enumerate(picked)]
                 totals = Totals.of(groups)
                 loss = score_loss = 0.0
-                for batch in micro_batches(groups, self.config.train.micro_batch_tokens, self.tokenizer.pad_token_id):
+                for batch in self.micro_batches(groups):
                     out = self.policy(batch.to(self.device), cross_entropy(self.scale, totals))
                     out.loss.backward()
                     loss += float(out.loss.detach())
@@ -200,7 +206,7 @@ class Trainer:
             objective = real_objective(
                 config.objective, self.scale, config.rollout.temperature, Totals.of(groups), every_row=checked
             )
-            for batch in micro_batches(groups, config.train.micro_batch_tokens, self.tokenizer.pad_token_id):
+            for batch in self.micro_batches(groups):
                 batch = batch.to(self.device)
                 out = self.policy(batch, objective)
                 out.loss.backward()
@@ -232,6 +238,11 @@ class Trainer:
         }
         self.folder.log(record)
         return record
+
+    def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
+        """The groups of an update as batches that fit into one forward pass each."""
+        train = self.config.train
+        return micro_batches(groups, train.micro_batch_tokens, self.tokenizer.pad_token_id, train.shared_prompt)
 
     def sampling(self, step: int) -> Sampling:
         """How the rollouts of a step are sampled: a function of the seed and the step, so that a resume repeats it."""

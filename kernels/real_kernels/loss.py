@@ -27,7 +27,7 @@ class RealLossOutput:
         computed: [N] bool, rows that went through the head (a zero coefficient is dropped before it).
         score_logprobs: [M, K] log-probabilities of the score tokens (temperature 1, full softmax).
         expected_score: [M] RAIL predictions.
-        rewards: [M].
+        rewards: [M], those that the advantages come from.
         advantages: [M], clipped, as used.
         off_scale_mass: [M] probability outside the score tokens.
     """
@@ -64,6 +64,7 @@ def real_loss(
     advantage_clip: float = 1.0,
     loss_norm: LossNorm = "sequence_sum",
     renormalize: bool = False,
+    reward_logprobs: torch.Tensor | None = None,
     temperature: float = 1.0,
     num_rollouts: int | None = None,
     num_tokens: int | None = None,
@@ -103,6 +104,9 @@ def real_loss(
         loss_norm: "sequence_sum": as above; "token_mean": the exploration term is divided by the number of sampled
             tokens instead of the number of rollouts.
         renormalize: Softmax over the score tokens alone for the reward.
+        reward_logprobs: [M, K] score log-probabilities (temperature 1, full softmax) whose rewards the advantages come
+            from, such as the rollout engine's; this call's own by default. The refinement gradient is always this
+            call's.
         temperature: Sampling temperature of the feedback tokens; the score distribution is always read at 1.
         num_rollouts: R, valid rollouts of the whole update; this call's by default.
         num_tokens: Sampled tokens of valid rollouts of the whole update; this call's by default.
@@ -132,9 +136,15 @@ def real_loss(
 
     logp = score_logprobs(score_hidden, weight, score_ids, chunk_bytes=chunk_bytes)
     terms = reward_terms(logp, score_values, labels, reward=reward, lam=lam, renormalize=renormalize)
+    judged = terms
+    if reward_logprobs is not None:
+        check_shape("reward_logprobs", reward_logprobs, tuple(logp.shape), device)
+        judged = reward_terms(
+            reward_logprobs.detach().to(wide), score_values, labels, reward=reward, lam=lam, renormalize=renormalize
+        )
     options = {"valid": valid, "baseline": baseline, "normalize_std": normalize_std, "clip": advantage_clip}
     advantages = torch.zeros_like(labels)
-    for part, weight_of_part in zip(terms.terms, terms.weights, strict=True):
+    for part, weight_of_part in zip(judged.terms, judged.weights, strict=True):
         advantages = advantages + weight_of_part * group_advantages(part, group, **options)  # type: ignore[arg-type]
 
     live = valid[rollout]
@@ -162,7 +172,7 @@ def real_loss(
         computed=computed,
         score_logprobs=logp.detach(),
         expected_score=terms.expected_score.detach(),
-        rewards=terms.reward.detach(),
+        rewards=judged.reward.detach(),
         advantages=advantages,
         off_scale_mass=1 - logp.detach().exp().sum(1),
     )

@@ -1,0 +1,1 @@
+"""Attention over packed rows [prompt, response 1, ..., response K] through Transformers' AttentionInterface."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -99,6 +100,8 @@ def attend(
         UnsupportedAttentionError: The layer asks for something that the packed row cannot reproduce.
     """
     if shared_prompt is None:
+        if query.shape[2] == 1 and query.shape[1] != key.shape[1] and not dropout:
+            return _decode(query, key, value, attention_mask, scaling), None
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -115,6 +118,16 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return shared_prompt(query, key, value, scale, sliding_window).transpose(1, 2), None
+
+
+def _decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """One new token per sequence. Query heads that share keys become rows of one product: keys are read once for all."""
+    batch, heads, _, size = query.shape
+    folded = query.reshape(batch, key.shape[1], -1, size)
+    out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out.reshape(batch, 1, heads, size)
 
 
 AttentionInterface.register(NAME, attend)

@@ -19,6 +19,9 @@ from real_fast.attention.layout import Layout
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# Below this many keys, the CPU kernel's backward is 3 to 6 times as fast in fp32 as in bf16 (and more exact).
+_SMALL = 512
+
 
 class SdpaAttention:
     """Attention over one packed row.
@@ -88,15 +91,15 @@ def shared_prompt_attention(
         if cut:  # a window that cuts into the group: every part over all its keys, with a mask
             for rows in (shared, *parts):
                 keys, values, mask = _windowed(key, value, shared, rows, window, query.dtype)
-                out[:, :, rows], lse[:, :, rows] = _flash(query[:, :, rows], keys, values, attn_mask=mask, scale=scale)
+                out[:, :, rows], lse[:, :, rows] = _block(query[:, :, rows], keys, values, scale, mask=mask)
             continue
         for rows in (shared, *parts):
-            out[:, :, rows], lse[:, :, rows] = _flash(
-                query[:, :, rows], key[:, :, rows], value[:, :, rows], is_causal=True, scale=scale
+            out[:, :, rows], lse[:, :, rows] = _block(
+                query[:, :, rows], key[:, :, rows], value[:, :, rows], scale, causal=True
             )
         if parts:
             rows = slice(parts[0].start, parts[-1].stop)
-            other, other_lse = _flash(query[:, :, rows], key[:, :, shared], value[:, :, shared], scale=scale)
+            other, other_lse = _block(query[:, :, rows], key[:, :, shared], value[:, :, shared], scale)
             total = torch.logaddexp(lse[:, :, rows], other_lse)
             mine = out[:, :, rows] * (lse[:, :, rows] - total).exp().unsqueeze(-1)
             out[:, :, rows] = mine + other * (other_lse - total).exp().unsqueeze(-1)
@@ -119,21 +122,21 @@ def _backward_op(
     """Gradients of queries, keys and values."""
     grads = (_like_states(query), _like_states(key), _like_states(value))
 
-    def block(rows: slice, keys: torch.Tensor, values: torch.Tensor, **options: object) -> list[torch.Tensor]:
+    def block(
+        rows: slice, keys: torch.Tensor, values: torch.Tensor, causal: bool = False, mask: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         at = (slice(None), slice(None), rows)
-        causal = options.pop("is_causal", False)
-        return list(
-            _flash_backward(
-                grad[at], query[at], keys, values, out[at], lse[at].contiguous(), 0.0, causal, scale=scale, **options
-            )
-        )
+        dtype = _block_dtype(query.dtype, keys.shape[2])
+        given = [x.to(dtype) for x in (grad[at], query[at], keys, values, out[at])]
+        mask = None if mask is None else mask.to(dtype)
+        return list(_flash_backward(*given, lse[at].contiguous(), 0.0, causal, attn_mask=mask, scale=scale))
 
     for shared, parts, cut in _groups(segments, window):
         prompt_key = [torch.zeros_like(key[:, :, shared], dtype=lse.dtype) for _ in range(2)]
         if cut:
             for rows in (shared, *parts):
                 keys, values, mask = _windowed(key, value, shared, rows, window, query.dtype)
-                dq, *dkv = block(rows, keys, values, attn_mask=mask)
+                dq, *dkv = block(rows, keys, values, mask=mask)
                 grads[0][:, :, rows] = dq
                 before = keys.shape[2] - (rows.stop - rows.start)
                 for total, whole, part in zip(prompt_key, grads[1:], dkv, strict=True):
@@ -141,7 +144,7 @@ def _backward_op(
                     total[:, :, :before] += part[:, :, :before]
         else:
             for rows in (shared, *parts):
-                own = block(rows, key[:, :, rows], value[:, :, rows], is_causal=True)
+                own = block(rows, key[:, :, rows], value[:, :, rows], causal=True)
                 for whole, part in zip(grads, own, strict=True):
                     whole[:, :, rows] = part
             if parts:
@@ -153,6 +156,25 @@ def _backward_op(
         for total, whole in zip(prompt_key, grads[1:], strict=True):
             whole[:, :, shared] += total
     return grads
+
+
+def _block_dtype(dtype: torch.dtype, keys: int) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) and keys < _SMALL else dtype
+
+
+def _block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of queries over one block of keys."""
+    dtype = _block_dtype(query.dtype, key.shape[2])
+    given = [x.to(dtype) for x in (query, key, value)]
+    out, lse = _flash(*given, is_causal=causal, attn_mask=None if mask is None else mask.to(dtype), scale=scale)
+    return out, lse
 
 
 def _groups(segments: torch.Tensor, window: int) -> Iterator[tuple[slice, list[slice], bool]]:

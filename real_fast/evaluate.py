@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +18,7 @@ import yaml
 from tqdm import tqdm
 
 from real_fast import config as configs
-from real_fast import plots
+from real_fast import plots, settings
 from real_fast.config import ConfigError, EvalConfig, PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.data import DataError, Rejected, limit_by_prompt, load_rows, require_rows, write_rejected
 from real_fast.evaluation import evaluate
@@ -29,7 +27,7 @@ from real_fast.metrics import table
 from real_fast.model import ModelError, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.select import make_engine
-from real_fast.run_folder import OutputError
+from real_fast.run_folder import OutputError, require_writable, writing
 from real_fast.scale import ScaleError, ScoreScale
 
 PROG = "real_fast.evaluate"
@@ -116,7 +114,7 @@ def parse(argv: list[str]) -> EvaluateConfig:
         model = values.get("model") if isinstance(values, dict) else None
     defaults = _trained_with(Path(model)) if isinstance(model, str) and model else {}
     argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
-    config: EvaluateConfig = configs.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
+    config: EvaluateConfig = settings.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
     return config
 
 
@@ -148,19 +146,7 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
     """
     if (folder / "summary.json").exists() and not overwrite:
         raise OutputError(f"output {folder} already holds a summary.json: take another --output, or --overwrite")
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
-            probe.write(b"0")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError (read-only, disk full, ...) into an :class:`OutputError` that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+    require_writable(folder)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -194,7 +180,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     about = {"model": config.model, "data": config.data, "engine": engine.name, "rejected": len(rejected)}
     summary: dict[str, Any] = clean({**about, **result.summary})
     with writing(folder):
-        configs.dump(config, folder / "config.yaml")
+        settings.dump(config, folder / "config.yaml")
         write_jsonl(folder / "predictions.jsonl", result.predictions)
         name = Path(config.data).name
         plots.before_after({name: result.predictions}, folder / "scatter.png")

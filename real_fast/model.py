@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from real_fast import smollm2
-from real_fast.attention.interface import Backend, prepare
-from real_fast.attention.support import enable, prepared_mask
+from real_fast.attention.interface import Backend, prepare, prepared_mask
+from real_fast.attention.support import enable, require_span
 from real_fast.batch import Batch
 from real_fast.config import ConfigError
 
@@ -109,8 +109,9 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_p")):
+                setattr(module, name, 0.0)
     check_head(model)
     model.to(device)  # type: ignore[arg-type]
     return model
@@ -196,6 +197,7 @@ class Policy(nn.Module):
             if self.attention is None:
                 raise ValueError("a packed batch needs Policy(..., attention=...)")
             device = batch.input_ids.device
+            require_span(self.model, batch.layout.longest)
             inputs = {
                 "attention_mask": prepared_mask(device),
                 "shared_prompt": prepare(batch.layout, self.attention, device),

@@ -70,6 +70,7 @@ def real_objective(
             num_rollouts=totals.rollouts,
             num_tokens=totals.tokens,
             drop_zero_rows=not every_row,
+            validate=not hidden.is_cuda,
         )
 
     return loss
@@ -91,11 +92,12 @@ def cross_entropy(
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> CrossEntropyOutput:
         device = hidden.device
-        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device))
-        q = label_weights(batch.labels, scale.values_tensor(device)).to(_wide(hidden))
+        validate = not hidden.is_cuda
+        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=validate)
+        q = label_weights(batch.labels, scale.values_tensor(device), validate=validate).to(_wide(hidden))
         count = totals.tokens + totals.rollouts
         coefficients = torch.full(batch.targets.shape, -1.0 / count, device=device, dtype=_wide(hidden))
-        text, _ = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients)
+        text, _ = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, validate=validate)
         score = -(q * logp).sum()
         return CrossEntropyOutput(text + score / count, score.detach() / totals.rollouts, logp.detach())
 

@@ -17,14 +17,20 @@ class BatchError(ValueError):
     """A group that fits into no micro-batch."""
 
 
+def longest_sequence(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> int:
+    """Tokens of the longest prompt with the longest possible rollout behind it."""
+    return max(len(row.prompt_ids) for row in rows) + config.rollout.max_tokens + len(scale.phrase_ids)
+
+
 def require_room(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> None:
     """Refuse, before the work starts, settings under which a group may not fit into a micro-batch.
 
     Raises:
         BatchError: The longest prompt with its K longest possible rollouts exceeds ``train.micro_batch_tokens``.
     """
-    prompt = max(len(row.prompt_ids) for row in rows)
+    whole = longest_sequence(rows, scale, config)
     response = config.rollout.max_tokens + len(scale.phrase_ids)
+    prompt = whole - response
     k, budget = config.rollout.group_size, config.train.micro_batch_tokens
     need = prompt + k * response if config.train.shared_prompt else k * (prompt + response)
     if need > budget:

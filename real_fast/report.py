@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from real_fast import plots
+from real_fast.attention.interface import describe
 from real_fast.jsonio import clean, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ def start(trainer: Trainer) -> None:
     device = (
         torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
+    attention = trainer.policy.attention
+    prompts = f"shared prompts by {describe(attention)}" if attention else "a prompt per rollout"
     overlap = f"; {data.overlap} evaluation prompts are also in the training data" if data.overlap else ""
     print(
-        f"model {config.model} on {device}, rollouts by {trainer.engine.name}\n"
+        f"model {config.model} on {device}, rollouts by {trainer.engine.name}, {prompts}\n"
         f"{len(data.train)} training rows, {len(data.eval)} evaluation rows, {len(data.rejected)} rejected{overlap}\n"
         f"scores {', '.join(trainer.scale.texts)} after {trainer.scale.phrase!r}; output {trainer.folder.path}"
         + (f"; resuming after step {trainer.state.step}" if trainer.found else ""),

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -15,13 +17,30 @@ from typing import Any
 
 import yaml
 
-from real_fast import config as configs
+from real_fast import settings
 from real_fast.config import Config
 from real_fast.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
 
 
 class OutputError(OSError):
     """An output folder that cannot, or must not, be written."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError (read-only, disk full, ...) into an :class:`OutputError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
 
 
 class RunFolder:
@@ -47,12 +66,7 @@ class RunFolder:
             raise OutputError(
                 f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.path) as probe:
-                probe.write(b"0")
-        except OSError as error:
-            raise OutputError(f"output {self.path} cannot be written: {error.strerror or error}") from error
+        require_writable(self.path)
         self.resumed = started and not config.overwrite
 
     def claim(self, config: Config) -> None:
@@ -62,7 +76,7 @@ class RunFolder:
         elif self._started:
             self._move_aside()
         self.path.mkdir(parents=True, exist_ok=True)
-        configs.dump(config, self.path / "config.yaml")
+        settings.dump(config, self.path / "config.yaml")
 
     @property
     def checkpoints(self) -> Path:

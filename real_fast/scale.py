@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +20,11 @@ class ScaleError(ValueError):
 def format_score(value: float) -> str:
     """A score as the model writes it: 4.0 is "4", 4.5 is "4.5"."""
     return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+@cache
+def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -56,25 +61,13 @@ class ScoreScale:
         """Whether a label lies between the smallest and the largest score."""
         return self.values[0] <= label <= self.values[-1]
 
-    def label_weights(self, label: float) -> list[float]:
-        """Weights q of the label on the scale, K floats that sum to 1: one-hot, or two neighbours by interpolation."""
-        if not self.contains(label):
-            raise ValueError(f"label {label} is off the scale {list(self.texts)}")
-        weights = [0.0] * len(self.values)
-        for k, (low, high) in enumerate(pairwise(self.values)):
-            if low <= label <= high:
-                weights[k] = (high - label) / (high - low)
-                weights[k + 1] = (label - low) / (high - low)
-                break
-        return weights
-
     def values_tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[K] float32 scores."""
-        return torch.tensor(self.values, dtype=torch.float32, device=device)
+        """[K] float32 scores, made once per device: do not change them."""
+        return _on_device(self.values, torch.float32, str(device))
 
     def ids_tensor(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """[K] int64 token ids."""
-        return torch.tensor(self.score_ids, dtype=torch.int64, device=device)
+        """[K] int64 token ids, made once per device: do not change them."""
+        return _on_device(self.score_ids, torch.int64, str(device))
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, values: Sequence[float], phrase: str) -> ScoreScale:

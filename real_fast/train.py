@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from real_fast import checkpoint, report
-from real_fast import config as configs
+from real_fast import checkpoint, report, settings
 from real_fast.attention.interface import pick_backend
-from real_fast.attention.support import SharedPromptError
+from real_fast.attention.support import SharedPromptError, require_span
 from real_fast.batch import Batch, Group
 from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
@@ -29,7 +28,7 @@ from real_fast.evaluation import evaluate
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
-from real_fast.packing import BatchError, micro_batches, require_room
+from real_fast.packing import BatchError, longest_sequence, micro_batches, require_room
 from real_fast.prompt import PromptBuilder, PromptError
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
@@ -62,6 +61,7 @@ class Trainer:
         self.config = config
         self.state = TrainState()
         self.stop = StopSignal()
+        self.seconds: dict[str, float] = {}  # of the update at hand, by phase
         with self.timed("load"):
             self.folder = RunFolder(config)
             found = checkpoint.complete(self.folder.checkpoints) if self.folder.resumed else []
@@ -84,6 +84,8 @@ class Trainer:
             half = torch.bfloat16 if config.train.precision == "bf16" else None
             attention = pick_backend(config.train.attention, self.device, half or model.dtype)
             self.policy = Policy(model, half, attention if config.train.shared_prompt else None)
+            if self.policy.attention:
+                require_span(model, longest_sequence(self.data.train, self.scale, config))
             self.optimizer = build_optimizer(model, config.optim)
             self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
             if self.found:
@@ -189,6 +191,7 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One update: sample, score, one forward and backward pass, optimiser, sync."""
         started = time.perf_counter()
+        self.seconds.clear()
         config, state = self.config, self.state
         rows: Sequence[JudgeRow] = self.sampler.batch(state.rows_seen)
         checked = config.rollout.check_every > 0 and state.step % config.rollout.check_every == 0
@@ -206,7 +209,9 @@ class Trainer:
             objective = real_objective(
                 config.objective, self.scale, config.rollout.temperature, Totals.of(groups), every_row=checked
             )
-            for batch in self.micro_batches(groups):
+            with self.timed("pack", within="update"):
+                batches = self.micro_batches(groups)
+            for batch in batches:
                 batch = batch.to(self.device)
                 out = self.policy(batch, objective)
                 out.loss.backward()
@@ -224,6 +229,7 @@ class Trainer:
         state.rows_seen += len(rows)
         state.skipped_steps += not stepped
         state.num_tokens += metrics.sampled_tokens
+        seconds = time.perf_counter() - started
         record = {
             "phase": "real",
             "step": state.step,
@@ -234,7 +240,10 @@ class Trainer:
             "learning_rate": lr,
             "skipped_steps": state.skipped_steps,
             "num_tokens": state.num_tokens,
-            "step_time": time.perf_counter() - started,
+            "step_time": seconds,
+            **{f"time/{phase}": s for phase, s in self.seconds.items()},
+            "time/rollout_share": self.seconds["rollout"] / seconds,
+            "time/rollout_tokens_per_second": metrics.sampled_tokens / self.seconds["rollout"],
         }
         self.folder.log(record)
         return record
@@ -312,16 +321,19 @@ class Trainer:
         }
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add to the seconds of a phase."""
+    def timed(self, phase: str, within: str | None = None) -> Iterator[None]:
+        """Add to the seconds of a phase, of the run and of the update; one within another counts for the update."""
         started = time.perf_counter()
         yield
-        self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        if within is None:
+            self.state.seconds[phase] = self.state.seconds.get(phase, 0.0) + seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
-    config = configs.parse(Config, "real_fast.train", "Train a judge by REAL.", None if argv is None else list(argv))
+    config = settings.parse(Config, "real_fast.train", "Train a judge by REAL.", None if argv is None else list(argv))
     try:
         trainer = Trainer(config)
         return 0 if trainer.run() else 130

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from real_fast.config import load
 from real_fast.data import JudgeRow
 from real_fast.prompt import PromptBuilder
 from real_fast.scale import ScoreScale
+from real_fast.settings import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -24,12 +24,14 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, name: str = "hidden")
         raise ValueError(f"{name} is on {hidden.device} and weight on {weight.device}")
 
 
-def check_index(name: str, index: torch.Tensor, shape: tuple[int, ...], limit: int, device: torch.device) -> None:
-    """An int64 tensor of one shape with values in 0..limit-1."""
+def check_index(
+    name: str, index: torch.Tensor, shape: tuple[int, ...], limit: int, device: torch.device, validate: bool = True
+) -> None:
+    """An int64 tensor of one shape with values in 0..limit-1; values are looked at only if `validate`."""
     if index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, not {index.dtype}")
     check_shape(name, index, shape, device)
-    if index.numel() and not bool(((index >= 0) & (index < limit)).all()):
+    if validate and index.numel() and not bool(((index >= 0) & (index < limit)).all()):
         low, high = int(index.min()), int(index.max())
         raise ValueError(f"{name} must lie in 0..{limit - 1}, and spans {low}..{high}")
 
@@ -42,12 +44,12 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device:
         raise ValueError(f"{name} is on {tensor.device} and hidden on {device}")
 
 
-def check_score_ids(score_ids: torch.Tensor, vocabulary: int, device: torch.device) -> None:
-    """K different token ids."""
+def check_score_ids(score_ids: torch.Tensor, vocabulary: int, device: torch.device, validate: bool = True) -> None:
+    """K different token ids; values are looked at only if `validate`."""
     if score_ids.dim() != 1 or not score_ids.numel():
         raise ValueError(f"score_ids must be a list of token ids, not shape {tuple(score_ids.shape)}")
-    check_index("score_ids", score_ids, tuple(score_ids.shape), vocabulary, device)
-    if len(set(score_ids.tolist())) != score_ids.numel():
+    check_index("score_ids", score_ids, tuple(score_ids.shape), vocabulary, device, validate)
+    if validate and len(set(score_ids.tolist())) != score_ids.numel():
         raise ValueError(f"score_ids must be different tokens, and are {score_ids.tolist()}")
 
 

@@ -31,6 +31,7 @@ def linear_logprob(
     *,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    validate: bool = True,
 ) -> torch.Tensor:
     """Log-probability of one target token per row: ``log_softmax(hidden @ weight.T / temperature)[targets]``.
 
@@ -43,6 +44,8 @@ def linear_logprob(
         targets: [N] int64 token ids.
         temperature: Divides the logits.
         chunk_bytes: Most bytes of logits alive at a time; at least one row is.
+        validate: Check values too, such as ids within the vocabulary. Each such check waits for a GPU: False once the
+            caller has made sure of them.
 
     Returns:
         [N] log-probabilities in nats, float32 (float64 for float64 input).
@@ -51,7 +54,7 @@ def linear_logprob(
         ValueError: Shapes, dtypes or devices that do not fit, or a target outside the vocabulary.
     """
     check_head(hidden, weight)
-    check_index("targets", targets, (hidden.shape[0],), weight.shape[0], hidden.device)
+    check_index("targets", targets, (hidden.shape[0],), weight.shape[0], hidden.device, validate)
     check_temperature(temperature)
     result: torch.Tensor = _SelectedLogprobs.apply(hidden, weight, targets[:, None], temperature, chunk_bytes)
     return result[:, 0]
@@ -64,6 +67,7 @@ def score_logprobs(
     *,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    validate: bool = True,
 ) -> torch.Tensor:
     """Log-probabilities of the K score tokens per score row, by the full-vocabulary softmax.
 
@@ -73,6 +77,8 @@ def score_logprobs(
         score_ids: [K] int64, different token ids.
         temperature: Divides the logits; the RAIL prediction uses 1.
         chunk_bytes: Most bytes of logits alive at a time.
+        validate: Check values too, such as ids within the vocabulary. Each such check waits for a GPU: False once the
+            caller has made sure of them.
 
     Returns:
         [M, K] log-probabilities in nats, float32 (float64 for float64 input); they do not sum to 1 in probability, the
@@ -82,7 +88,7 @@ def score_logprobs(
         ValueError: Shapes, dtypes or devices that do not fit, ids outside the vocabulary or twice.
     """
     check_head(hidden, weight)
-    check_score_ids(score_ids, weight.shape[0], hidden.device)
+    check_score_ids(score_ids, weight.shape[0], hidden.device, validate)
     check_temperature(temperature)
     ids = score_ids[None, :].expand(hidden.shape[0], -1)
     result: torch.Tensor = _SelectedLogprobs.apply(hidden, weight, ids, temperature, chunk_bytes)
@@ -97,6 +103,7 @@ def weighted_logprob(
     *,
     temperature: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
+    validate: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of coefficient times log-probability, with the gradient computed in the forward pass.
 
@@ -110,6 +117,8 @@ def weighted_logprob(
         coefficients: [N] float32 (float64 for float64 input) constants; no gradient flows to them.
         temperature: Divides the logits.
         chunk_bytes: Most bytes of logits alive at a time.
+        validate: Check values too, such as ids within the vocabulary. Each such check waits for a GPU: False once the
+            caller has made sure of them.
 
     Returns:
         The sum (a scalar) and the [N] log-probabilities, detached.
@@ -118,7 +127,7 @@ def weighted_logprob(
         ValueError: As :func:`linear_logprob`, and for coefficients that require a gradient.
     """
     check_head(hidden, weight)
-    check_index("targets", targets, (hidden.shape[0],), weight.shape[0], hidden.device)
+    check_index("targets", targets, (hidden.shape[0],), weight.shape[0], hidden.device, validate)
     check_shape("coefficients", coefficients, (hidden.shape[0],), hidden.device)
     if coefficients.requires_grad:
         raise ValueError("coefficients require a gradient, and none flows to them: detach them")

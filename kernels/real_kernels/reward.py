@@ -30,12 +30,14 @@ class RewardTerms(NamedTuple):
     expected_score: torch.Tensor
 
 
-def label_weights(labels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def label_weights(labels: torch.Tensor, values: torch.Tensor, *, validate: bool = True) -> torch.Tensor:
     """Weights q of a label on the scale: one-hot, or linear interpolation between the two neighbours.
 
     Args:
         labels: [M] floats within the scale.
         values: [K] ascending scores.
+        validate: Check values too, such as labels on the scale. Each such check waits for a GPU: False once the
+            caller has made sure of them.
 
     Returns:
         [M, K] weights that sum to 1 with ``(q * values).sum(1) == labels``.
@@ -43,11 +45,12 @@ def label_weights(labels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: Values that do not ascend, or a label off the scale.
     """
-    if values.dim() != 1 or values.numel() < 2 or not bool((values[1:] > values[:-1]).all()):
+    if values.dim() != 1 or values.numel() < 2 or (validate and not bool((values[1:] > values[:-1]).all())):
         raise ValueError(f"score_values must be at least two ascending scores, not {values.tolist()}")
-    bad = ~((labels >= values[0]) & (labels <= values[-1]))
-    if bool(bad.any()):
-        raise ValueError(f"labels {labels[bad].tolist()[:5]} are off the scale {values.tolist()}")
+    if validate:
+        bad = ~((labels >= values[0]) & (labels <= values[-1]))
+        if bool(bad.any()):
+            raise ValueError(f"labels {labels[bad].tolist()[:5]} are off the scale {values.tolist()}")
     low = (torch.searchsorted(values, labels, right=True) - 1).clamp(0, values.numel() - 2)
     share = (labels - values[low]) / (values[low + 1] - values[low])
     q = torch.zeros(labels.numel(), values.numel(), dtype=labels.dtype, device=labels.device)
@@ -77,6 +80,7 @@ def reward_terms(
     reward: Reward = "paper",
     lam: float = 1.0,
     renormalize: bool = False,
+    validate: bool = True,
 ) -> RewardTerms:
     """Rewards of M rollouts.
 
@@ -92,13 +96,14 @@ def reward_terms(
         reward: "paper" or "reference".
         lam: Weight of the label's probability.
         renormalize: See :func:`expected_score`.
+        validate: See :func:`label_weights`.
 
     Raises:
         ValueError: Shapes that do not fit, labels off the scale, an unknown reward.
     """
     if logp.shape != (labels.shape[0], values.shape[0]):
         raise ValueError(f"logp must have shape {(labels.shape[0], values.shape[0])}, not {tuple(logp.shape)}")
-    q = label_weights(labels, values)
+    q = label_weights(labels, values, validate=validate)
     logp = _normalized(logp, renormalize)
     y_hat = expected_score(logp, values)
     regression = -((y_hat - labels) ** 2)

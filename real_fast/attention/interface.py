@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,13 +14,14 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from real_fast.attention.flex import FlexAttention
 from real_fast.attention.layout import Layout
 from real_fast.attention.sdpa import SdpaAttention
-from real_fast.attention.varlen import VarlenAttention
+from real_fast.attention.varlen import HAS_FLASH_ATTN, VarlenAttention
 from real_fast.config import ConfigError
 
 Backend = Literal["sdpa", "varlen", "flex"]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
 
 NAME = "real_fast"
+PREPARED_MASK = (1, 1, 1, 1)
 _BACKENDS: dict[str, Any] = {"sdpa": SdpaAttention, "varlen": VarlenAttention, "flex": FlexAttention}
 
 # What Transformers hands to every attention function and what changes nothing in ours.
@@ -55,9 +55,13 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
 
 def describe(backend: Backend) -> str:
     """The kernel behind a backend, for people to read."""
-    if backend == "varlen":
-        return "flash-attn varlen" if importlib.util.find_spec("flash_attn") else "torch varlen_attn"
-    return {"sdpa": "SDPA", "flex": "FlexAttention"}[backend]
+    varlen = "flash-attn" if HAS_FLASH_ATTN else "PyTorch's varlen_attn"
+    return {"sdpa": "SDPA", "flex": "FlexAttention", "varlen": varlen}[backend]
+
+
+def prepared_mask(device: torch.device) -> torch.Tensor:
+    """A 4-D mask, which Transformers hands on as it is: a packed row needs none, and none is to be built for it."""
+    return torch.zeros(PREPARED_MASK, device=device)
 
 
 def prepare(layout: Layout, backend: Backend, device: torch.device) -> Attention:
@@ -86,7 +90,7 @@ def attend(
         query: [B, H, T, Dh].
         key: [B, Hkv, T, Dh].
         value: [B, Hkv, T, Dh].
-        attention_mask: Not read for a packed row.
+        attention_mask: For a packed row, :func:`prepared_mask`.
         scaling: Factor on the scores; by default 1 / sqrt(Dh).
         dropout: Must be 0 for a packed row.
         sliding_window: Positions that a token sees, its own included.
@@ -106,6 +110,8 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return out, None
+    if attention_mask is None or attention_mask.shape != PREPARED_MASK:
+        raise UnsupportedAttentionError("its layers change the attention mask")
     unknown = sorted(name for name, x in kwargs.items() if x is not None and name not in _HARMLESS)
     if unknown:
         raise UnsupportedAttentionError(f"its attention uses {', '.join(unknown)}")
@@ -113,6 +119,8 @@ def attend(
         raise UnsupportedAttentionError("its attention has dropout")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise UnsupportedAttentionError("its attention has keys of its own beside those of the row")
+    if value.shape[-1] != query.shape[-1]:
+        raise UnsupportedAttentionError(f"its keys have {query.shape[-1]} columns and its values {value.shape[-1]}")
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for SDPA
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -123,11 +131,11 @@ def attend(
 def _decode(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """One new token per sequence. Query heads that share keys become rows of one product: keys are read once for all."""
+    """One new token per sequence. Query heads that share keys become rows of one product: keys are read once."""
     batch, heads, _, size = query.shape
     folded = query.reshape(batch, key.shape[1], -1, size)
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, 1, heads, size)
+    return out.reshape(batch, 1, heads, value.shape[-1])
 
 
 AttentionInterface.register(NAME, attend)

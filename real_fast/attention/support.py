@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from real_fast.attention.interface import NAME, Backend, UnsupportedAttentionError, prepare
+from real_fast.attention.interface import NAME, Backend, UnsupportedAttentionError, prepare, prepared_mask
 from real_fast.attention.layout import Layout
 
 WAY_OUT = "set train.shared_prompt to false (every rollout then carries its own prompt)"
@@ -34,21 +34,43 @@ def enable(model: PreTrainedModel, backend: Backend) -> None:
         SharedPromptError: The model's layers or attention have something that the packed row cannot reproduce, or its
             hidden states on a small packed row differ from those of separate sequences.
     """
-    reason = _known_reason(model)
+    reason = known_reason(model)
     before = getattr(model.config, "_attn_implementation", None)
     if reason is None:
         model.set_attn_implementation(NAME)
-        try:
-            reason = _trial(model, backend)
-        except UnsupportedAttentionError as error:
-            reason = str(error)
+        # What the row means, to the precision of the weights; then that the kernel in use serves this model.
+        reason = _trial(model, "sdpa") or (_trial(model, backend) if backend != "sdpa" else None)
     if reason is not None:
         model.set_attn_implementation(before or "sdpa")
-        what = f"{model.config.name_or_path or ''} ({model.config.model_type})".strip()
-        raise SharedPromptError(f"model {what} cannot share prompts: {reason}. {WAY_OUT}")
+        raise SharedPromptError(f"model {_name(model)} cannot share prompts: {reason}. {WAY_OUT}")
 
 
-def _known_reason(model: PreTrainedModel) -> str | None:
+def require_span(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse sequences so long that the model's rotary embedding starts to depend on the longest one in the batch.
+
+    Args:
+        model: The model.
+        tokens: Tokens of the longest prompt and response together.
+
+    Raises:
+        SharedPromptError: They are more than the original context of a "longrope" or "dynamic" embedding.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [part for part in rope.values() if isinstance(part, dict)]
+    for part in nested or [rope]:
+        kind = str(part.get("rope_type", "default"))
+        if kind == "longrope" or "dynamic" in kind:
+            limit = part.get("original_max_position_embeddings") or config.max_position_embeddings
+            if tokens > limit:
+                raise SharedPromptError(
+                    f"model {_name(model)} cannot share prompts: beyond {limit} tokens its {kind} position embedding "
+                    f"depends on the longest sequence of the batch, and here up to {tokens} come. {WAY_OUT}"
+                )
+
+
+def known_reason(model: PreTrainedModel) -> str | None:
+    """Why a model cannot share prompts as far as its class and config tell, or None."""
     config = model.config.get_text_config()
     if config.model_type != model.config.model_type:
         return "it is a model of several parts, not a text model"
@@ -60,6 +82,10 @@ def _known_reason(model: PreTrainedModel) -> str | None:
     if not getattr(model, "_supports_sdpa", False):
         return "its attention is more than scaled dot products (Transformers offers no SDPA for it)"
     return None
+
+
+def _name(model: PreTrainedModel) -> str:
+    return f"{model.config.name_or_path or ''} ({model.config.model_type})".strip()
 
 
 class _Recorder:
@@ -77,30 +103,28 @@ class _Recorder:
 
 
 def _trial(model: PreTrainedModel, backend: Backend) -> str | None:
-    """Compare a small packed row with separate sequences. Returns what is wrong, or None."""
+    """Compare a small packed row with separate sequences, in training mode. Returns what is wrong, or None."""
     config = model.config.get_text_config()
     device = model.device
     layout = Layout.of_groups(_TRIAL)
     ids = (torch.arange(layout.tokens) * 7 + 11) % min(config.vocab_size, 997)
-    sequences, where = [], []
-    for start, length, prompt, before in layout.segments.tolist():
-        own = list(range(start, start + length))
-        sequences.append(ids[[*range(prompt, prompt + before), *own]])
-        where.append((own, before))
-    half = backend == "varlen" and model.dtype == torch.float32
-    training = model.training
-    model.eval()
+    half = backend != "sdpa" and model.dtype == torch.float32  # the kernels compute in 16 bits
+    recorder = _Recorder(layout, backend, device)
+    training, worst = model.training, 0.0
+    model.train()
     try:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-            recorder = _Recorder(layout, backend, device)
-            packed = _hidden(model, ids, shared_prompt=recorder, position_ids=layout.position_ids())
-            difference = size = 0.0
-            for tokens, (own, before) in zip(sequences, where, strict=True):
-                alone = _hidden(model, tokens)[before:]
-                difference = max(difference, float((packed[own] - alone).abs().max()))
-                size = max(size, float(alone.abs().max()))
-    except TypeError as error:
-        return f"its forward takes no shared_prompt ({error})"
+            packed = _hidden(model, ids, layout.position_ids(), recorder)
+            for start, length, prompt, before in layout.segments.tolist():
+                tokens = ids[[*range(prompt, prompt + before), *range(start, start + length)]]
+                alone = _hidden(model, tokens, torch.arange(len(tokens)))[before:]
+                # Token by token: a few columns far larger than the rest would hide everything else in a maximum.
+                error = (packed[start : start + length] - alone).norm(dim=1) / alone.norm(dim=1)
+                worst = max(worst, float(error.max()))
+    except UnsupportedAttentionError as error:
+        return str(error)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        return f"its forward pass fails on a packed row ({str(error).strip().splitlines()[0]})"
     finally:
         model.train(training)
     layers = int(config.num_hidden_layers)
@@ -108,27 +132,23 @@ def _trial(model: PreTrainedModel, backend: Backend) -> str | None:
         return f"{layers - len(recorder.windows)} of its {layers} layers do not pass the packed row on to the attention"
     if recorder.windows != (expected := _windows(config, layers)):
         return f"its layers ask for the windows {recorder.windows[:4]}..., and its config says {expected[:4]}..."
-    tolerance = 0.05 if half or model.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    if not difference <= tolerance * size:
-        return f"its hidden states of a packed row are off by {difference:.2g} of {size:.2g}"
+    if not worst <= (0.1 if half or model.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+        return f"its hidden states of a packed row are off by {worst:.2g} of their size"
     return None
 
 
-def _hidden(model: PreTrainedModel, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    device = model.device
-    position_ids = inputs.pop("position_ids", torch.arange(len(ids)))
-    if "shared_prompt" in inputs:
-        inputs["attention_mask"] = prepared_mask(device)
+def _hidden(
+    model: PreTrainedModel, ids: torch.Tensor, position_ids: torch.Tensor, attention: Any = None
+) -> torch.Tensor:
+    """[T, D] fp32 hidden states of one row, packed if there is an attention for it."""
+    device, inputs = model.device, {}
+    if attention is not None:
+        inputs = {"shared_prompt": attention, "attention_mask": prepared_mask(device)}
     out = model.base_model(
         input_ids=ids[None].to(device), position_ids=position_ids[None].to(device), use_cache=False, **inputs
     )
     hidden: torch.Tensor = out.last_hidden_state[0].float()
     return hidden
-
-
-def prepared_mask(device: torch.device) -> torch.Tensor:
-    """A 4-D mask, which Transformers hands on as it is: a packed row needs none, and none is to be built for it."""
-    return torch.zeros(1, 1, 1, 1, device=device)
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:

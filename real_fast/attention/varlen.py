@@ -2,18 +2,24 @@
 
 Query segments [P, R1, ..., RK] attend causally (aligned at the end) to key segments [P, P + R1, ..., P + RK], so keys
 and values of a prompt are laid out once for each of its responses. Their gradients are summed over the copies in fp32
-and in a fixed order, where an index_add would round every time and depend on the order of atomics.
+and in a fixed order, where an index_add would round every time and depend on the order of atomics. flash-attn's
+backward pass is asked to be deterministic; PyTorch's is under ``torch.use_deterministic_algorithms``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any, cast
 
 import torch
 
 from real_fast.attention.layout import Layout
+
+try:  # flash-attn 4's package of that name has no such function
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+HAS_FLASH_ATTN = flash_attn_varlen_func is not None
 
 
 class VarlenAttention:
@@ -76,6 +82,8 @@ class KeyCopies:
         self.shared, counts = tokens.unique_consecutive(return_counts=True)
         column = torch.arange(len(tokens)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
         width = int(counts.max()) if len(counts) else 0
+        #: whether prompts have different numbers of responses, so that a row of zeros is needed behind the last
+        self.ragged = bool(len(counts)) and int(counts.min()) < width
         self.others = torch.full((len(self.shared), width), len(self.source))
         self.others[torch.repeat_interleave(torch.arange(len(counts)), counts), column] = places
         for name in ("source", "own", "shared", "others"):
@@ -83,27 +91,30 @@ class KeyCopies:
 
     def spread(self, states: torch.Tensor) -> torch.Tensor:
         """[T, Hkv, Dh] to [sum of key segments, Hkv, Dh]."""
-        out: torch.Tensor = _Spread.apply(states, self.source, self.own, self.shared, self.others)
+        out: torch.Tensor = _Spread.apply(states, self.ragged, self.source, self.own, self.shared, self.others)
         return out
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, source: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, states: torch.Tensor, ragged: bool, source: torch.Tensor, *indices: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(*indices)
+        ctx.ragged = ragged
         return states.index_select(0, source)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         own, shared, others = ctx.saved_tensors
         out = grad.index_select(0, own)
-        padded = torch.cat([grad, torch.zeros_like(grad[:1])])
+        padded = torch.cat([grad, torch.zeros_like(grad[:1])]) if ctx.ragged else grad
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         total = grad.index_select(0, own.index_select(0, shared)).to(wide)
         for column in others.unbind(1):  # at most K, one at a time: nothing of size [tokens, K] is made
             total += padded.index_select(0, column)
         out.index_copy_(0, shared, total.to(grad.dtype))
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 def _offsets(lengths: torch.Tensor) -> torch.Tensor:
@@ -121,9 +132,7 @@ def _varlen(
     scale: float,
     window: tuple[int, int],
 ) -> torch.Tensor:
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
+    if flash_attn_varlen_func is not None:
         out: torch.Tensor = flash_attn_varlen_func(
             q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=True, window_size=window, deterministic=True
         )

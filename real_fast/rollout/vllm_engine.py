@@ -214,13 +214,16 @@ class VllmEngine:
         return SamplingParams(logprob_token_ids=list(self.scale.score_ids), **kwargs)
 
     def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
+        """Results in the order of the prompts, which run sorted: those with a common beginning one after the other."""
         if not prompts:
             return []
         from vllm import TokensPrompt
 
+        order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
         with process_state_kept():
-            tokens = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-            return list(self._engine.generate(tokens, params, use_tqdm=False))
+            tokens = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in order]
+            outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
+        return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _score(self, step: Any) -> list[float]:
         return [float(step[token].logprob) for token in self.scale.score_ids]

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from real_fast import config as configs
+from real_fast import settings
 from real_fast.config import Config, ConfigError
 
 
 def parse(*argv):
-    return configs.parse(Config, "real_fast.train", "Train.", list(argv))
+    return settings.parse(Config, "real_fast.train", "Train.", list(argv))
 
 
 def write(tmp_path, text):
@@ -72,7 +72,7 @@ def test_wrong_keys_in_a_file_are_named(tmp_path, text, named, capsys):
         parse("--config", path)
     assert stop.value.code == 2 and named in capsys.readouterr().err
     with pytest.raises(ConfigError, match=named):
-        configs.load(path)
+        settings.load(path)
 
 
 def test_print_config_is_a_config(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_print_config_is_a_config(tmp_path, capsys):
         parse("--rollout.group_size", "5", "--print-config")
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    assert configs.load(write(tmp_path, printed)).rollout.group_size == 5
+    assert settings.load(write(tmp_path, printed)).rollout.group_size == 5
 
 
 def test_help_explains_every_setting(capsys):
@@ -93,8 +93,8 @@ def test_help_explains_every_setting(capsys):
 
 def test_dump_and_load_round_trip(tmp_path):
     config = good(rollout__group_size=3, data__eval="e.jsonl")
-    configs.dump(config, tmp_path / "c.yaml")
-    assert configs.load(tmp_path / "c.yaml") == config
+    settings.dump(config, tmp_path / "c.yaml")
+    assert settings.load(tmp_path / "c.yaml") == config
     assert yaml.safe_load((tmp_path / "c.yaml").read_text())["rollout"]["group_size"] == 3
 
 

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -103,15 +101,3 @@ def test_too_few_scores(smollm2_tokenizer, values):
 
 def test_format_score():
     assert [format_score(v) for v in (1.0, 10, 2.5, 0)] == ["1", "10", "2.5", "0"]
-
-
-@given(st.lists(st.integers(-5, 20), min_size=2, max_size=8, unique=True), st.floats(0, 1))
-def test_label_weights_interpolate(values, place):
-    values = sorted(float(v) for v in values)
-    scale = ScoreScale(tuple(values), tuple(map(str, values)), tuple(range(len(values))), PHRASE, (1,), 1)
-    label = min(values[0] + place * (values[-1] - values[0]), values[-1])
-    q = scale.label_weights(label)
-    assert abs(sum(q) - 1) < 1e-12 and sum(x > 0 for x in q) <= 2 and min(q) >= 0
-    assert abs(sum(a * b for a, b in zip(q, values, strict=True)) - label) < 1e-9
-    with pytest.raises(ValueError, match="off the scale"):
-        scale.label_weights(values[-1] + 0.5)

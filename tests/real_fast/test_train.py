@@ -52,7 +52,8 @@ def flags(model, output, *more):
 def metric_lines(output):
     lines = read_jsonl(output / "metrics.jsonl")
     for line in lines:
-        line.pop("step_time", None)
+        for name in [name for name in line if name == "step_time" or name.startswith("time/")]:
+            line.pop(name)
         for part in (line.get("eval") or {},):
             part.pop("seconds", None)
             part.pop("tokens_per_second", None)

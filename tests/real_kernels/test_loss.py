@@ -187,6 +187,15 @@ def test_every_group_of_one_gets_zero_advantage_and_still_refines():
     assert not out.advantages.any() and out.exploration_loss == 0 and out.refinement_loss != 0
 
 
+@given(st.lists(st.integers(-5, 20), min_size=2, max_size=8, unique=True), st.floats(0, 1))
+def test_label_weights_interpolate(values, place):
+    grid = torch.tensor(sorted(values), dtype=torch.float64)
+    label = torch.minimum(grid[0] + place * (grid[-1] - grid[0]), grid[-1])
+    (q,) = label_weights(label[None], grid)
+    assert float((q.sum() - 1).abs()) < 1e-12 and int((q > 0).sum()) <= 2 and float(q.min()) >= 0
+    assert float(((q * grid).sum() - label).abs()) < 1e-9
+
+
 def test_labels_between_scores_are_not_turned_into_zero():
     """The reference's mistake 6: labels other than the integers 1..5 become 0."""
     values = torch.tensor([1.0, 3.0, 5.0])

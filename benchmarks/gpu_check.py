@@ -1,0 +1,312 @@
+"""Everything that only a GPU can tell, in one command, without network: ``python -m benchmarks.gpu_check OUT``.
+
+Most important first: the tests marked ``gpu``; what the machine reaches at best; the update at real sizes, ours against
+the reference-style one; a profile. What is done is on disk at once, so a run that is cut off leaves its first parts.
+OUT gets ``benchmarks.csv``, ``summary.json``, plots, ``gpu-tests.txt`` and ``profile-*.txt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 540.0  # seconds for everything
+
+
+@dataclass(frozen=True)
+class Case:
+    """A Qwen3 shape with random weights, and the settings under which it fits into 80 GB.
+
+    From 4B on, weights are bf16 and activations are recomputed, for both sides; `optimize`: take AdamW's step too.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    tied: bool = True
+    half_weights: bool = False
+    optimize: bool = True
+    vocabulary: int = 151_936
+    kv_heads: int = 8
+    head_dim: int = 128
+    prompts: int = 4
+    k: int = 8
+    p: int = 1200
+    r: int = 250
+    budget: int = 6_600
+    sequences: int = 4
+
+    def model(self, device: Any) -> Any:
+        """The model, on the device."""
+        import torch
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        config = Qwen3Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            tie_word_embeddings=self.tied,
+            max_position_embeddings=8192,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if self.half_weights else torch.float32
+        with torch.device(device):
+            model: Any = Qwen3ForCausalLM(config)
+        model.to(dtype)
+        if self.half_weights:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+
+CASES = (
+    Case("Qwen3-0.6B", 1024, 28, 16, 3072),
+    Case("Qwen3-1.7B", 2048, 28, 16, 6144),
+    Case("Qwen3-4B", 2560, 36, 32, 9728, half_weights=True),
+    Case("Qwen3-8B", 4096, 36, 32, 12288, tied=False, half_weights=True, optimize=False),
+)
+SMALL = (
+    Case(
+        "tiny",
+        64,
+        2,
+        4,
+        128,
+        vocabulary=512,
+        kv_heads=2,
+        head_dim=16,
+        prompts=2,
+        k=4,
+        p=48,
+        r=16,
+        budget=256,
+        sequences=2,
+    ),
+)
+# What is timed beside the reference-style step, by model; the smaller ones can afford more.
+FULL = ("reference", "ours", "no shared prompt", "two forwards", "full logits", "every row")
+PAIR = ("reference", "ours")
+
+
+def gpu_test_files() -> list[Path]:
+    """Test files that hold a test marked gpu."""
+    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+
+
+def missing_packages() -> list[str]:
+    """What the tests or the plots need and this machine lacks."""
+    names = ("pytest", "hypothesis", "scipy", "matplotlib", "trl")
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def run_tests(out: Path, seconds: float) -> int:
+    """The tests marked gpu, into gpu-tests.txt."""
+    # Without the project's pytest settings, which ask for plugins that may not be there.
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib"]
+    command += ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "ignore", *map(str, gpu_test_files())]
+    with (out / "gpu-tests.txt").open("w") as file:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            file.write(f"\nstopped after {seconds:.0f} s\n")
+            return 1
+    return done.returncode
+
+
+def run_step(case: Case, variant: str, device: Any, roofline: Any, attention: str, left: float) -> Any:
+    """Time one contender at one size and record it. Returns the contender, or None where the time does not allow it."""
+    import torch
+
+    from benchmarks.machine import PeakMemory
+    from benchmarks.phases import Phases
+    from benchmarks.record import append
+    from benchmarks.steps import OurStep, ReferenceStep
+    from benchmarks.trl_step import TrlStep
+    from benchmarks.workload import random_workload
+    from real_fast.flops import ModelFlops
+
+    scale = five_scores()
+    workload = random_workload(case.vocabulary, scale, case.prompts, case.k, case.p, case.r)
+    shared, autocast = variant != "no shared prompt", None if case.half_weights else torch.bfloat16
+    model = case.model(device)
+    flops = ModelFlops.of(model.config).update(workload.groups, shared, case.half_weights)
+    work = flops.reference if variant in ("reference", "trl") else flops.ours
+    expected = work / (0.3 * roofline.flops)
+    rounds = 2 if expected > 2 else 4
+    if rounds * expected + 5 > left:
+        print(f"{case.name:12} {variant:18} left out: about {rounds * expected:.0f} s, and {left:.0f} s are left")
+        return None
+    budget = case.budget if shared else case.k * (case.p + case.r)
+    measured = []
+    with PeakMemory() as peak:
+        contender: Any
+        if variant == "reference":
+            contender = ReferenceStep(model, scale, workload, case.sequences, autocast, case.optimize)
+        elif variant == "trl":
+            contender = TrlStep(model, word_tokenizer(case.vocabulary), workload, case.sequences, rounds)
+        else:
+            kind: Any = variant
+            contender = OurStep(model, scale, workload, budget, kind, autocast, attention, case.optimize)
+        for _ in range(rounds):
+            phases = Phases()
+            contender.step(phases)
+            measured.append(dict(phases.seconds))
+    best = min(measured, key=lambda seconds: sum(seconds.values()))
+    seconds = sum(best.values())
+    values = {
+        "seconds": (seconds, "s"),
+        "samples_per_s": (len(workload.rollouts) / seconds, "1/s"),
+        "body_tokens": (contender.body_tokens, "tokens"),
+    }
+    rate = ""
+    if variant in ("reference", "ours", "no shared prompt"):
+        values |= {"flops": (work, "FLOP"), "of_roofline": (work / seconds / roofline.flops, "1")}
+        rate = f", {work / seconds / 1e12:.0f} TFLOP/s, {work / seconds / roofline.flops:.0%} of the measured peak"
+    values |= {f"seconds/{name}": (s, "s") for name, s in best.items()}
+    if peak.bytes is not None:
+        values["peak_bytes"] = (peak.bytes, "B")
+    append("step", case.name, variant, f"random {workload.case}", values)
+    print(f"{case.name:12} {variant:18} {seconds:8.3f} s{rate}", flush=True)
+    return contender
+
+
+def run_agreement(case: Case, device: Any, attention: str) -> None:
+    """Loss and gradients of ours against the reference's on this device, in fp32 and in bf16 over fp32 weights."""
+    import torch
+
+    from benchmarks.record import append
+    from benchmarks.steps import OurStep, ReferenceStep, agreement
+    from benchmarks.workload import random_workload
+
+    scale = five_scores()
+    workload = random_workload(case.vocabulary, scale, 1, 4, min(case.p, 300), min(case.r, 64))
+    for autocast in (None, torch.bfloat16):
+        model = case.model(device)
+        kernel = "sdpa" if autocast is None else attention
+        ours = OurStep(model, scale, workload, 4096, "ours", autocast, kernel, optimize=False)
+        reference = ReferenceStep(model, scale, workload, 2, autocast, optimize=False)
+        difference, cosine = agreement(ours, reference)
+        precision = "fp32" if autocast is None else "bf16"
+        values = {"loss_difference": (difference, "relative"), "gradient_cosine": (cosine, "1")}
+        append("agreement", case.name, "ours", f"{precision} {workload.case}", values)
+        print(
+            f"{case.name:12} {precision}: loss differs by {difference:.1e}, cosine of gradients {cosine:.6f}",
+            flush=True,
+        )
+
+
+def write_profile(path: Path, contender: Any, device: Any) -> None:
+    """The kernels of one step, by time."""
+    import torch
+
+    from benchmarks.phases import Phases
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as trace:
+        contender.step(Phases())
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    path.write_text(trace.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80))
+
+
+def five_scores() -> Any:
+    """1 to 5, with made-up tokens."""
+    from real_fast.scale import ScoreScale
+
+    return ScoreScale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"), tuple(range(16, 21)), "score: ", (60, 61), 1)
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer that TRL accepts, made without a download."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(min(vocabulary, 100))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", pad_token="w3", unk_token="w0")
+
+
+def main() -> int:
+    """Run what fits into the time. Exit status 1 if a test or a benchmark failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description="Tests and benchmarks on a GPU.")
+    parser.add_argument("out", type=Path, help="folder for the results")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, on any device: does the command work?")
+    parser.add_argument("--attention", default="auto", choices=("auto", "sdpa", "varlen", "flex"))
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks alone")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    os.environ["REAL_FAST_RESULTS"] = str(arguments.out.resolve())
+
+    import torch
+
+    from benchmarks import report, roofline
+
+    if not torch.cuda.is_available() and not arguments.small:
+        print(
+            "gpu-check needs a CUDA device, and torch finds none (--small runs tiny shapes anywhere)", file=sys.stderr
+        )
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    end, failed = time.monotonic() + LIMIT, 0
+    if missing := missing_packages():
+        print(f"not installed here: {', '.join(missing)}", flush=True)
+
+    def attempt(what: str, work: Callable[[], Any]) -> Any:
+        """One part; whatever goes wrong in it is said, and the others go on."""
+        nonlocal failed
+        try:
+            return work()
+        except Exception as error:
+            failed += 1
+            print(f"{what} failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+        finally:
+            gc.collect()
+        return None
+
+    if not arguments.no_tests and "pytest" not in missing:
+        failed += run_tests(arguments.out, 180) not in (0, 5)  # 5: no test was collected
+        print((arguments.out / "gpu-tests.txt").read_text()[-2000:], flush=True)
+    peak = roofline.measure(device, 0.2 if arguments.small else 2.0)
+    print(f"measured peak: {peak.flops / 1e12:.1f} TFLOP/s, {peak.bandwidth / 1e12:.2f} TB/s", flush=True)
+    cases = SMALL if arguments.small else CASES
+    attempt("agreement", partial(run_agreement, cases[0], device, arguments.attention))
+    work = [(case, variant) for case in cases for variant in PAIR]
+    work += [(case, v) for case in cases[:2][-1:] for v in FULL if v not in PAIR]
+    if "trl" not in missing:
+        work += [(case, "trl") for case in cases[:2]]
+    for case, variant in work:
+        left = end - time.monotonic()
+        contender = attempt(
+            f"{case.name} {variant}", partial(run_step, case, variant, device, peak, arguments.attention, left)
+        )
+        if contender is not None and variant == "ours":
+            path = arguments.out / f"profile-{case.name}.txt"
+            attempt(f"{case.name} profile", partial(write_profile, path, contender, device))
+        del contender
+        attempt("report", report.main)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

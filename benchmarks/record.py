@@ -1,0 +1,57 @@
+"""One long-format CSV for every benchmark: a line per number, with what it was measured on."""
+
+from __future__ import annotations
+
+import csv
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks.machine import machine
+
+RESULTS = Path(os.environ.get("REAL_FAST_RESULTS") or Path(__file__).resolve().parent / "results")
+# Ratios are taken within one run alone.
+RUN = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+COLUMNS = (
+    "run",
+    "commit",
+    "device",
+    "machine",
+    "versions",
+    "suite",
+    "model",
+    "variant",
+    "case",
+    "metric",
+    "value",
+    "unit",
+)
+
+
+def append(suite: str, model: str, variant: str, case: str, values: dict[str, tuple[float, str]]) -> None:
+    """Add one line per metric to ``benchmarks.csv``.
+
+    Args:
+        suite: Which benchmark, such as "step".
+        model: Which model or shape.
+        variant: Which implementation, such as "ours" or "trl".
+        case: The other parameters as "K=8 P=1000 R=115", in that order everywhere.
+        values: Metric to (value, unit).
+    """
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "benchmarks.csv"
+    fixed = {"run": RUN, **machine()}
+    fixed |= {"suite": suite, "model": model, "variant": variant, "case": case}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for metric, (value, unit) in values.items():
+            writer.writerow({**fixed, "metric": metric, "value": f"{value:.6g}", "unit": unit})
+
+
+def read(path: Path | None = None) -> list[dict[str, str]]:
+    """All lines, oldest first."""
+    with (path or RESULTS / "benchmarks.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

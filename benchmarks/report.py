@@ -1,0 +1,206 @@
+"""Tables, plots and ratios out of ``results/benchmarks.csv``: ``python -m benchmarks.report``.
+
+Writes ``summary.json`` and PNG files beside the CSV, and the tables between the markers of the README. Ratios compare
+measurements of one run alone; of several runs of the same thing, the newest counts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, read
+from benchmarks.steps import VARIANTS
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+CONTENDERS = ("reference", "trl", *VARIANTS, "ours and rollouts")
+PHASES = ("rollout", "pack", "body forward", "head", "backward", "optimizer", "sync", "step")
+_COLOURS = ("#56B4E9", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999933")
+_NAMES = {
+    "reference": "reference-style",
+    "trl": "TRL GRPOTrainer",
+    "ours": "real-fast",
+    "no shared prompt": "… without shared prompts",
+    "two forwards": "… with a second forward for ŷ",
+    "full logits": "… with full logits",
+    "every row": "… with zero-coefficient rows",
+    "ours and rollouts": "real-fast, rollouts and sync included",
+}
+
+Key = tuple[str, str, str]  # machine, model, case
+
+
+def newest(lines: list[dict[str, str]], suite: str) -> dict[Key, dict[str, dict[str, float]]]:
+    """Per machine, model and case: variant to metric to value, from the newest run with the most contenders.
+
+    A later run of a part, such as ours alone, does not take the place of a comparison.
+    """
+    variants: dict[tuple[Key, str], set[str]] = defaultdict(set)
+    for line in lines:
+        if line["suite"] == suite:
+            variants[(line["machine"], line["model"], line["case"]), line["run"]].add(line["variant"])
+    runs: dict[Key, str] = {}
+    for key, run in sorted(variants, key=lambda found: (len(variants[found]), found[1])):
+        runs[key] = run
+    found: dict[Key, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for line in lines:
+        key = (line["machine"], line["model"], line["case"])
+        if line["suite"] == suite and line["run"] == runs[key]:
+            found[key][line["variant"]][line["metric"]] = float(line["value"])
+    return found
+
+
+def parameters(case: str) -> dict[str, float]:
+    """The numbers of a case such as "vicuna K=8 P=990 R=118 prompts=2"."""
+    return {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", case)}
+
+
+def speedups(steps: dict[Key, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Ours over each contender, per case."""
+    rows = []
+    for (machine, model, case), variants in steps.items():
+        ours = variants.get("ours", {})
+        if "seconds" not in ours:
+            continue
+        row: dict[str, Any] = {"machine": machine, "model": model, "case": case, **parameters(case)}
+        row["seconds"] = ours["seconds"]
+        for name, other in variants.items():
+            if name.startswith("ours") or "seconds" not in other:
+                continue
+            row[f"over_{name.replace(' ', '_')}"] = other["seconds"] / ours["seconds"]
+            if "peak_bytes" in other and "peak_bytes" in ours:
+                row[f"memory_over_{name.replace(' ', '_')}"] = other["peak_bytes"] / ours["peak_bytes"]
+        if "reference" in variants:
+            row["predicted_by_flops"] = variants["reference"]["flops"] / ours["flops"]
+        rows.append(row)
+    return rows
+
+
+def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
+    """What ``summary.json`` holds: ``step_speedup`` per machine, model and K, and every case with all its ratios."""
+    rows = speedups(newest(lines, "step"))
+    table: dict[str, Any] = {}
+    for row in rows:
+        # Of several cases with one K, the one with the most contenders stands for it.
+        place = table.setdefault(row["machine"], {}).setdefault(row["model"], {})
+        k = f"{row['K']:.0f}"
+        if k not in place or sum(n.startswith("over_") for n in row) > sum(n.startswith("over_") for n in place[k]):
+            place[k] = {n: v for n, v in row.items() if n not in ("machine", "model", "K")}
+    return {"step_speedup": table, "step_cases": rows}
+
+
+def step_table(lines: list[dict[str, str]]) -> str:
+    """The README's table: the case with the most contenders, per machine and model."""
+    steps = newest(lines, "step")
+    best: dict[tuple[str, str], Key] = {}
+    for key, variants in steps.items():
+        if len(variants) > len(steps.get(best.get(key[:2], ("", "", "")), {})):
+            best[key[:2]] = key
+    out = []
+    for key in best.values():
+        variants = steps[key]
+        if "ours" not in variants:
+            continue
+        ours = variants["ours"]["seconds"]
+        p = parameters(key[2])
+        out += [
+            f"{key[1]}, K = {p['K']:.0f}, P = {p['P']:.0f}, R = {p['R']:.0f}, {p['prompts']:.0f} prompts a step; "
+            f"{key[0]}:\n",
+            "| step | seconds | samples/s | tokens through the body | memory above the weights | over real-fast |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in CONTENDERS:
+            if name in variants:
+                v = variants[name]
+                peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
+                cells = [_NAMES[name], f"{v['seconds']:.1f}", f"{v['samples_per_s']:.2f}", f"{v['body_tokens']:,.0f}"]
+                cells += [peak, "" if name.startswith("ours") else f"{v['seconds'] / ours:.1f} ×"]
+                out.append(f"| {' | '.join(cells)} |")
+        out.append("")
+    return "\n".join(out).rstrip()
+
+
+def sweep_table(lines: list[dict[str, str]]) -> str:
+    """Gain over the reference-style step per case, beside what the operations predict."""
+    out = ["| data | K | P | R | P/R | measured | predicted by FLOPs | over TRL |", "|---|---|---|---|---|---|---|---|"]
+    rows = speedups(newest(lines, "step"))
+    for row in sorted(rows, key=lambda r: (r["machine"], r["model"], r["case"].split()[0], r["K"])):
+        if "over_reference" in row:
+            cells = [row["case"].split()[0], *(f"{row[n]:.0f}" for n in "KPR"), f"{row['P'] / row['R']:.1f}"]
+            cells += [f"{row['over_reference']:.1f} ×", f"{row['predicted_by_flops']:.1f} ×"]
+            cells.append(f"{row['over_trl']:.1f} ×" if "over_trl" in row else "-")
+            out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
+    """One figure per machine: seconds by phase, gain over K, gain over P/R. Returns the files' names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, names = newest(lines, "step"), []
+    for machine in sorted({key[0] for key in steps}):
+        mine = {key: v for key, v in steps.items() if key[0] == machine and "ours" in v and "seconds" in v["ours"]}
+        if not mine:
+            continue
+        figure = Figure(figsize=(12, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        bars, by_k, by_ratio = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
+        key = max(mine, key=lambda k: len(mine[k]))
+        shown = [n for n in CONTENDERS if n in mine[key]][::-1]
+        left = [0.0] * len(shown)
+        for phase, colour in zip(PHASES, _COLOURS, strict=True):
+            widths = [mine[key][n].get(f"seconds/{phase}", 0.0) for n in shown]
+            if any(widths):
+                label = "whole step (TRL)" if phase == "step" else phase
+                bars.barh([_NAMES[n] for n in shown], widths, left=left, color=colour, label=label)
+                left = [a + b for a, b in zip(left, widths, strict=True)]
+        bars.set_xlabel("seconds per update")
+        bars.set_title(f"{key[1]}, {key[2]}", fontsize=10)
+        bars.legend(fontsize=8, frameon=False)
+        rows = [r for r in speedups(mine) if "over_reference" in r]
+        data = key[2].split()[0]
+        over_k = sorted((r for r in rows if r["case"].startswith(data)), key=lambda r: r["K"])
+        over_ratio = sorted((r for r in rows if r["K"] == 8), key=lambda r: r["P"] / r["R"])
+        for axes, name, chosen in (
+            (by_k, "K, rollouts per prompt", over_k),
+            (by_ratio, "P/R, prompt over response", over_ratio),
+        ):
+            x = [r["K"] if axes is by_k else r["P"] / r["R"] for r in chosen]
+            axes.plot(x, [r["over_reference"] for r in chosen], "o-", color="#0072B2", label="measured")
+            axes.plot(x, [r["predicted_by_flops"] for r in chosen], "s--", color="#6E6E6E", label="predicted by FLOPs")
+            axes.set_xlabel(name)
+            axes.set_ylabel("times the reference-style step")
+            axes.set_ylim(bottom=0)
+            axes.legend(fontsize=8, frameon=False)
+        figure.suptitle(machine, fontsize=9)
+        slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+        names.append(f"step-{slug}.png")
+        figure.savefig(folder / names[-1], dpi=100)
+    return names
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """Replace what stands between two markers; a marker that is not there changes nothing."""
+    pattern = re.compile(rf"(<!-- {marker}:start -->\n).*?(<!-- {marker}:end -->)", re.S)
+    return pattern.sub(lambda m: f"{m[1]}{content}\n{m[2]}", text)
+
+
+def main() -> None:
+    """Read the CSV, write everything else."""
+    lines = read()
+    (RESULTS / "summary.json").write_text(json.dumps(summarize(lines), indent=2) + "\n")
+    plots = plot(lines, RESULTS)
+    print(step_table(lines), sweep_table(lines), sep="\n\n")
+    if Path(__file__).resolve().parent / "results" == RESULTS and README.is_file():
+        images = [f"![Seconds by phase; gain over K and over P/R](benchmarks/results/{name})" for name in plots]
+        text = fill(README.read_text(), "bench-step", step_table(lines))
+        text = fill(text, "bench-plots", "\n\n".join(images))
+        README.write_text(fill(text, "bench-sweep", sweep_table(lines)))
+
+
+if __name__ == "__main__":
+    main()

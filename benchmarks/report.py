@@ -136,6 +136,21 @@ def sweep_table(lines: list[dict[str, str]]) -> str:
     return "\n".join(out)
 
 
+def rollout_table(lines: list[dict[str, str]]) -> str:
+    """Sampled tokens per second, and memory."""
+    names = {
+        "ours": "real-fast's Transformers engine",
+        "no shared prefill": "… with a prefill per rollout",
+        "transformers generate": "`model.generate(num_return_sequences=K)`, which gives no score",
+    }
+    out = ["| rollouts | case | tokens/s | memory above the weights |", "|---|---|---|---|"]
+    for (machine, model, case), variants in newest(lines, "rollout").items():
+        for name, v in variants.items():
+            peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
+            out.append(f"| {names.get(name, name)} | {model}, {case}; {machine} | {v['tokens_per_s']:.0f} | {peak} |")
+    return "\n".join(out)
+
+
 def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
     """One figure per machine: seconds by phase, gain over K, gain over P/R. Returns the files' names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -198,6 +213,7 @@ def main() -> None:
     if Path(__file__).resolve().parent / "results" == RESULTS and README.is_file():
         images = [f"![Seconds by phase; gain over K and over P/R](benchmarks/results/{name})" for name in plots]
         text = fill(README.read_text(), "bench-step", step_table(lines))
+        text = fill(text, "bench-rollout", rollout_table(lines))
         text = fill(text, "bench-plots", "\n\n".join(images))
         README.write_text(fill(text, "bench-sweep", sweep_table(lines)))
 

@@ -137,7 +137,8 @@ def update_memory(
     vocabulary = sizes.head / sizes.hidden
     # 16-bit operands: a chunk's product is a tensor of its own before it is added up.
     gradients = (8.0 if half else 4.0) * sizes.head
-    head = min(CHUNK_BYTES, 4.0 * vocabulary * head_rows) + gradients + 2 * 4.0 * sizes.hidden * head_rows
+    # and an eighth of it for the log-sum-exp
+    head = 1.125 * min(CHUNK_BYTES, 4.0 * vocabulary * head_rows) + gradients + 2 * 4.0 * sizes.hidden * head_rows
     return UpdateMemory(
         weights=4.0 * p / gpus,
         gradients=4.0 * p / gpus,

@@ -169,6 +169,11 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> t
     return z.sub_(z.amax(1, keepdim=True))
 
 
+def _logsumexp(z: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of each row, an eighth of the rows at a time: torch.logsumexp makes a temporary as large as z."""
+    return torch.cat([torch.logsumexp(part, 1) for part in z.split(-(-z.shape[0] // 8))])
+
+
 def _dlogits_(
     z: torch.Tensor, lse: torch.Tensor, ids: torch.Tensor, logp: torch.Tensor, u: torch.Tensor
 ) -> torch.Tensor:
@@ -211,7 +216,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         w = _operand(weight)
         for rows in _chunks(n, weight.shape[0], hidden.dtype, chunk_bytes):
             z = _logits(_operand(hidden[rows]), w, temperature)
-            lse[rows] = torch.logsumexp(z, 1)
+            lse[rows] = _logsumexp(z)
             logp[rows] = z.gather(1, ids[rows]) - lse[rows, None]
         ctx.save_for_backward(hidden, weight, ids, lse, logp)
         ctx.temperature, ctx.chunk_bytes = temperature, chunk_bytes
@@ -249,7 +254,7 @@ class _WeightedLogprob(torch.autograd.Function):
         for rows in _chunks(targets.shape[0], weight.shape[0], hidden.dtype, chunk_bytes):
             h = _operand(hidden[rows])
             z = _logits(h, w, temperature)
-            lse = torch.logsumexp(z, 1)
+            lse = _logsumexp(z)
             ids = targets[rows, None]
             chosen = z.gather(1, ids) - lse[:, None]
             logp[rows] = chosen[:, 0]

@@ -1,4 +1,4 @@
-"""The memory of an update, planned and measured, as JSON: ``python -m benchmarks.plan_check`` (a process of its own)."""
+"""Memory of an update, planned and measured, as JSON: ``python -m benchmarks.plan_check``, in its own process."""
 
 from __future__ import annotations
 

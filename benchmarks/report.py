@@ -106,9 +106,9 @@ def step_table(lines: list[dict[str, str]]) -> str:
             continue
         ours = variants["ours"]["seconds"]
         p = parameters(key[2])
+        prompts = "1 prompt" if p["prompts"] == 1 else f"{p['prompts']:.0f} prompts"
         out += [
-            f"{key[1]}, K = {p['K']:.0f}, P = {p['P']:.0f}, R = {p['R']:.0f}, {p['prompts']:.0f} prompts a step; "
-            f"{key[0]}:\n",
+            f"{key[1]}, K = {p['K']:.0f}, P = {p['P']:.0f}, R = {p['R']:.0f}, {prompts} a step; {key[0]}:\n",
             "| step | seconds | samples/s | tokens through the body | memory above the weights | over real-fast |",
             "|---|---|---|---|---|---|",
         ]

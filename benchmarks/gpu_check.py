@@ -101,8 +101,7 @@ SMALL = (
         sequences=2,
     ),
 )
-# What is timed beside the reference-style step, by model; the smaller ones can afford more.
-FULL = ("reference", "ours", "no shared prompt", "two forwards", "full logits", "every row")
+# What is timed at every size; at one of the smaller ones, every variant of ours too.
 PAIR = ("reference", "ours")
 
 
@@ -173,7 +172,8 @@ def run_step(case: Case, variant: str, device: Any, roofline: Any, attention: st
             measured.append(dict(phases.seconds))
     best = min(measured, key=lambda seconds: sum(seconds.values()))
     seconds = sum(best.values())
-    values = {
+    values: dict[str, tuple[float | None, str]] = {
+        "peak_bytes": (peak.bytes, "B"),
         "seconds": (seconds, "s"),
         "samples_per_s": (len(workload.rollouts) / seconds, "1/s"),
         "body_tokens": (contender.body_tokens, "tokens"),
@@ -183,8 +183,6 @@ def run_step(case: Case, variant: str, device: Any, roofline: Any, attention: st
         values |= {"flops": (work, "FLOP"), "of_roofline": (work / seconds / roofline.flops, "1")}
         rate = f", {work / seconds / 1e12:.0f} TFLOP/s, {work / seconds / roofline.flops:.0%} of the measured peak"
     values |= {f"seconds/{name}": (s, "s") for name, s in best.items()}
-    if peak.bytes is not None:
-        values["peak_bytes"] = (peak.bytes, "B")
     append("step", case.name, variant, f"random {workload.case}", values)
     print(f"{case.name:12} {variant:18} {seconds:8.3f} s{rate}", flush=True)
     return contender
@@ -261,6 +259,7 @@ def main() -> int:
     import torch
 
     from benchmarks import report, roofline
+    from benchmarks.steps import VARIANTS
 
     if not torch.cuda.is_available() and not arguments.small:
         print(
@@ -292,7 +291,7 @@ def main() -> int:
     cases = SMALL if arguments.small else CASES
     attempt("agreement", partial(run_agreement, cases[0], device, arguments.attention))
     work = [(case, variant) for case in cases for variant in PAIR]
-    work += [(case, v) for case in cases[:2][-1:] for v in FULL if v not in PAIR]
+    work += [(case, v) for case in cases[:2][-1:] for v in VARIANTS if v not in PAIR]
     if "trl" not in missing:
         work += [(case, "trl") for case in cases[:2]]
     for case, variant in work:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -13,34 +12,22 @@ from pathlib import Path
 
 import torch
 
+from real_fast.machine import cpu_name, versions
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @cache
 def machine() -> dict[str, str]:
     """The columns of a measurement that say where and with what it was made."""
-    packages = ("torch", "transformers", "triton", "trl", "liger-kernel")
-    versions = [f"python {platform.python_version()}"]
-    for name in packages:
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = versions("torch", "transformers", "triton", "trl", "liger-kernel")
+    listed = [f"python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())]
     if torch.cuda.is_available():
         device, where = "cuda", torch.cuda.get_device_name()
-        versions.append(f"cuda {torch.version.cuda}")
+        listed.append(f"cuda {torch.version.cuda}")
     else:
-        device, where = "cpu", f"{_cpu()}, {torch.get_num_threads()} threads"
-    return {"commit": _commit(), "device": device, "machine": where, "versions": ", ".join(versions)}
-
-
-def _cpu() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        device, where = "cpu", f"{cpu_name()}, {torch.get_num_threads()} threads"
+    return {"commit": _commit(), "device": device, "machine": where, "versions": ", ".join(listed)}
 
 
 def _commit() -> str:

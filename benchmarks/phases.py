@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import synchronize
+from real_fast.optim import clip_and_step
 
 
 class Phases:
@@ -52,12 +53,13 @@ class Phases:
                 handle.remove()
 
 
-def clear_gradients(module: nn.Module) -> None:
-    """Free the gradients, as an optimiser's zero_grad does."""
-    for parameter in module.parameters():
-        parameter.grad = None
-
-
 def optimizer_for(module: nn.Module) -> torch.optim.Optimizer:
     """The same optimiser for everyone."""
     return torch.optim.AdamW(module.parameters(), lr=1e-9, fused=True)
+
+
+def optimizer_step(module: nn.Module, optimizer: torch.optim.Optimizer | None, phases: Phases) -> None:
+    """The trainer's own clipping and step, where there is an optimiser."""
+    if optimizer is not None:
+        with phases("optimizer"):
+            clip_and_step(module, optimizer, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,7 +29,7 @@ COLUMNS = (
 )
 
 
-def append(suite: str, model: str, variant: str, case: str, values: dict[str, tuple[float, str]]) -> None:
+def append(suite: str, model: str, variant: str, case: str, values: Mapping[str, tuple[float | None, str]]) -> None:
     """Add one line per metric to ``benchmarks.csv``.
 
     Args:
@@ -36,7 +37,7 @@ def append(suite: str, model: str, variant: str, case: str, values: dict[str, tu
         model: Which model or shape.
         variant: Which implementation, such as "ours" or "trl".
         case: The other parameters as "K=8 P=1000 R=115", in that order everywhere.
-        values: Metric to (value, unit).
+        values: Metric to (value, unit); one whose value is None could not be measured here and gets no line.
     """
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "benchmarks.csv"
@@ -48,6 +49,8 @@ def append(suite: str, model: str, variant: str, case: str, values: dict[str, tu
         if new:
             writer.writeheader()
         for metric, (value, unit) in values.items():
+            if value is None:
+                continue
             writer.writerow({**fixed, "metric": metric, "value": f"{value:.6g}", "unit": unit})
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.phases import Phases, clear_gradients, optimizer_for
+from benchmarks.phases import Phases, optimizer_for, optimizer_step
 from benchmarks.workload import Workload
 from real_fast.attention.interface import pick_backend
 from real_fast.batch import Batch, Group, pad_batch
@@ -97,11 +97,7 @@ class OurStep:
                 with phases("backward"):
                     out.loss.backward()
                     loss += float(out.loss.detach())
-        if self.optimizer is not None:
-            with phases("optimizer"):
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-                self.optimizer.step()
-                clear_gradients(policy)
+        optimizer_step(policy, self.optimizer, phases)
         return loss
 
 
@@ -184,11 +180,7 @@ class ReferenceStep:
                     out.loss.backward()
                     loss += float(out.loss.detach())
                 del out
-        if self.optimizer is not None:
-            with phases("optimizer"):
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                self.optimizer.step()
-                clear_gradients(model)
+        optimizer_step(model, self.optimizer, phases)
         return loss
 
     def _logits(self, batch: Batch) -> torch.Tensor:
@@ -219,12 +211,12 @@ def agreement(ours: OurStep, reference: ReferenceStep) -> tuple[float, float]:
     results = []
     for contender in (reference, ours):
         module = contender.model if isinstance(contender, ReferenceStep) else contender.policy.model
-        clear_gradients(module)
+        module.zero_grad()
         optimizer, contender.optimizer = contender.optimizer, None
         loss = contender.step(Phases())
         contender.optimizer = optimizer
         results.append((loss, [p.grad for p in module.parameters() if p.grad is not None]))
-        clear_gradients(module)
+        module.zero_grad()
     (want, theirs), (got, mine) = results
     dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(theirs, mine, strict=True))
     sizes = [sum(float(g.double().square().sum()) for g in grads) ** 0.5 for grads in (theirs, mine)]

@@ -77,7 +77,5 @@ def test_rollout(variant: str, model: Any, tokenizer: Any, scale: Any, benchmark
     with PeakMemory() as peak:
         benchmark.pedantic(once, rounds=2, iterations=1)
     best = max(t / s for t, s in zip(tokens, seconds, strict=True))
-    values = {"tokens_per_s": (best, "1/s"), "seconds": (min(seconds), "s")}
-    if peak.bytes is not None:
-        values["peak_bytes"] = (peak.bytes, "B")
+    values = {"tokens_per_s": (best, "1/s"), "seconds": (min(seconds), "s"), "peak_bytes": (peak.bytes, "B")}
     append("rollout", "SmolLM2-135M", variant, f"K={K} P={workload.prompt_tokens:.0f} R={TOKENS}", values)

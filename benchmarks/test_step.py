@@ -96,7 +96,8 @@ def test_step(case: Any, variant: str, model: Any, tokenizer: Any, scale: Any, m
     measured = measure(lambda: make(variant, model, tokenizer, scale, workload, ROUNDS))
     if variant == "trl":
         measured.contender.close()
-    values = {
+    values: dict[str, tuple[float | None, str]] = {
+        "peak_bytes": (measured.peak_bytes, "B"),
         "seconds": (measured.seconds, "s"),
         "samples_per_s": (len(workload.rollouts) / measured.seconds, "1/s"),
         "body_tokens": (measured.contender.body_tokens, "tokens"),
@@ -104,8 +105,6 @@ def test_step(case: Any, variant: str, model: Any, tokenizer: Any, scale: Any, m
     if variant in COUNTED:
         values["flops"] = (flops.reference if variant == "reference" else flops.ours, "FLOP")
     values |= {f"seconds/{name}": (seconds, "s") for name, seconds in measured.phases.items()}
-    if measured.peak_bytes is not None:
-        values["peak_bytes"] = (measured.peak_bytes, "B")
     append("step", MODEL, variant, f"{data} {workload.case}", values)
 
 

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import fill
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
@@ -73,14 +75,6 @@ def measured(runs: dict[str, dict[str, Any]]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("device", "threads"))
     lines.append(f"\nMachine: {machine['device']}, {machine['threads']} cores; {versions}.")
     return "\n".join(lines)
-
-
-def fill(text: str, marker: str, content: str) -> str:
-    """Replace what stands between two markers."""
-    start, end = f"<!-- {marker}:start -->", f"<!-- {marker}:end -->"
-    head, _, rest = text.partition(start)
-    _, _, tail = rest.partition(end)
-    return f"{head}{start}\n{content}\n{end}{tail}"
 
 
 def main(arguments: list[str]) -> None:

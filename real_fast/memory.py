@@ -18,7 +18,7 @@ from real_fast.attention.interface import NAME, prepare, prepared_mask
 from real_fast.attention.layout import Layout
 from real_fast.attention.support import known_reason
 from real_fast.flops import empty_model
-from real_kernels.logprob import CHUNK_BYTES
+from real_kernels.head import CHUNK_BYTES
 
 
 @dataclass(frozen=True)

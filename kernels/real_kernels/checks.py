@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,16 +26,20 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, name: str = "hidden")
         raise ValueError(f"{name} is on {hidden.device} and weight on {weight.device}")
 
 
-def check_index(
-    name: str, index: torch.Tensor, shape: tuple[int, ...], limit: int, device: torch.device, validate: bool = True
-) -> None:
-    """An int64 tensor of one shape with values in 0..limit-1; values are looked at only if `validate`."""
+def check_bias(bias: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """A bias [V] of the weight's dtype and device."""
+    if bias is None:
+        return
+    check_shape("bias", bias, (weight.shape[0],), weight.device)
+    if bias.dtype != weight.dtype:
+        raise ValueError(f"bias is {bias.dtype} and weight {weight.dtype}: cast one to the other's dtype first")
+
+
+def check_index(name: str, index: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """An int64 tensor of one shape."""
     if index.dtype != torch.int64:
         raise ValueError(f"{name} must be int64, not {index.dtype}")
     check_shape(name, index, shape, device)
-    if validate and index.numel() and not bool(((index >= 0) & (index < limit)).all()):
-        low, high = int(index.min()), int(index.max())
-        raise ValueError(f"{name} must lie in 0..{limit - 1}, and spans {low}..{high}")
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -44,16 +50,52 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device:
         raise ValueError(f"{name} is on {tensor.device} and hidden on {device}")
 
 
-def check_score_ids(score_ids: torch.Tensor, vocabulary: int, device: torch.device, validate: bool = True) -> None:
-    """K different token ids; values are looked at only if `validate`."""
+def check_score_ids(score_ids: torch.Tensor, device: torch.device) -> None:
+    """A list of int64 token ids."""
     if score_ids.dim() != 1 or not score_ids.numel():
         raise ValueError(f"score_ids must be a list of token ids, not shape {tuple(score_ids.shape)}")
-    check_index("score_ids", score_ids, tuple(score_ids.shape), vocabulary, device, validate)
-    if validate and len(set(score_ids.tolist())) != score_ids.numel():
-        raise ValueError(f"score_ids must be different tokens, and are {score_ids.tolist()}")
+    check_index("score_ids", score_ids, tuple(score_ids.shape), device)
 
 
 def check_temperature(temperature: float) -> None:
     """A finite temperature above 0."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """None, or a finite cap above 0."""
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap must be above 0 and finite, or None, not {softcap}")
+
+
+class ValueChecks:
+    """Checks that must look at values: all of them wait for a GPU once, together, before anything is computed."""
+
+    def __init__(self) -> None:
+        self._fine: list[torch.Tensor] = []
+        self._message: list[Callable[[], str]] = []
+
+    def ids(self, name: str, ids: torch.Tensor, limit: int) -> None:
+        """Every id in 0..limit-1."""
+        self._fine.append(((ids >= 0) & (ids < limit)).all())
+        self._message.append(lambda: f"{name} must lie in 0..{limit - 1}, and spans {int(ids.min())}..{int(ids.max())}")
+
+    def different(self, name: str, ids: torch.Tensor) -> None:
+        """No id twice."""
+        self._fine.append((ids[:, None] == ids).sum() == ids.numel())
+        self._message.append(lambda: f"{name} must be different tokens, and are {ids.tolist()}")
+
+    def scale(self, values: torch.Tensor, labels: torch.Tensor) -> None:
+        """Ascending scores, and labels between the first and the last."""
+        self._fine.append((values[1:] > values[:-1]).all())
+        self._message.append(lambda: f"score_values must be at least two ascending scores, not {values.tolist()}")
+        bad = ~((labels >= values[0]) & (labels <= values[-1]))
+        self._fine.append(~bad.any())
+        self._message.append(lambda: f"labels {labels[bad].tolist()[:5]} are off the scale {values.tolist()}")
+
+    def run(self) -> None:
+        """Raise a ValueError for the first that fails."""
+        for fine, message in zip(torch.stack(self._fine).tolist(), self._message, strict=True):
+            if not fine:
+                raise ValueError(message())

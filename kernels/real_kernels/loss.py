@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from real_kernels.advantage import Baseline, group_advantages
-from real_kernels.checks import check_head, check_index, check_shape
-from real_kernels.logprob import CHUNK_BYTES, score_logprobs, weighted_logprob
-from real_kernels.reward import Reward, reward_terms
-
-LossNorm = Literal["sequence_sum", "token_mean"]
+from real_kernels.advantage import Baseline
+from real_kernels.checks import check_head, check_index, check_score_ids, check_shape
+from real_kernels.head import Impl, Mode
+from real_kernels.matmul import accumulator
+from real_kernels.options import check_options, gradient_in_forward, wanted
+from real_kernels.real_op import real_head
+from real_kernels.reward import Reward
+from real_kernels.rollout_terms import LossNorm
 
 
 @dataclass
@@ -69,7 +70,11 @@ def real_loss(
     num_rollouts: int | None = None,
     num_tokens: int | None = None,
     drop_zero_rows: bool = True,
-    chunk_bytes: int = CHUNK_BYTES,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    impl: Impl = "auto",
+    mode: Mode = "auto",
+    chunk_bytes: int | None = None,
     validate: bool = True,
 ) -> RealLossOutput:
     """REAL's loss, minus the generalised policy gradient's objective (arXiv 2603.17145).
@@ -82,8 +87,10 @@ def real_loss(
     The rows of one group must be in one call. With `num_rollouts` (and `num_tokens`) of the whole update given, the sum
     of the losses over calls does not depend on how groups are spread over them.
 
-    Gradients reach `hidden`, `score_hidden` and `weight`. Under LoRA with a frozen head no dW is computed. Tied
-    embeddings get both gradients through autograd. A sharded weight must be gathered by the caller.
+    Gradients reach `hidden`, `score_hidden`, `weight` and `bias`. Under LoRA with a frozen head no dW is computed (an
+    adapter on the lm_head itself must be merged into `weight` by the caller). A tied head gets its gradient here and
+    the embedding's elsewhere, and autograd adds them up. A weight that FSDP2 shards must be whole where it is used:
+    call the loss inside the ``forward`` of the wrapped module, or pass ``weight.full_tensor()``.
 
     Args:
         hidden: [N, D] hidden states that predict sampled tokens (the position before each).
@@ -111,79 +118,94 @@ def real_loss(
         temperature: Sampling temperature of the feedback tokens; the score distribution is always read at 1.
         num_rollouts: R, valid rollouts of the whole update; this call's by default.
         num_tokens: Sampled tokens of valid rollouts of the whole update; this call's by default.
-        drop_zero_rows: Leave rows with coefficient 0 out of the head (exact).
-        chunk_bytes: Most bytes of logits alive at a time.
-        validate: Check values too: ids and rollouts in range, labels on the scale. Each such check waits for a GPU;
-            with False, only the selection of rows does, once.
+        drop_zero_rows: Leave rows with coefficient 0 out of the head (exact). How many are left is asked of a GPU
+            once; False, with `valid` not given, is the way without any wait.
+        bias: [V] of the lm_head, same dtype as `weight`.
+        softcap: Logits become ``softcap * tanh(logits / softcap)``, before the temperature.
+        impl: "triton", "torch", or "auto": Triton for 16-bit tensors on CUDA, PyTorch otherwise.
+        mode: Where the head's gradient is computed: "forward" (6 N D V FLOPs) or "recompute" (8 N D V, less memory);
+            "auto" takes "forward" unless `chunk_bytes` cuts the rows into chunks too small to be worth it.
+        chunk_bytes: Most bytes of logits (or of their gradients) alive at a time; 256 MiB, and 1 GiB for Triton.
+        validate: Check values too: ids and rollouts in range, labels on the scale. They wait for a GPU once.
 
     Raises:
         ValueError: Shapes, dtypes, devices, ids, labels or options that do not fit; the message names the argument.
     """
-    check_head(hidden, weight)
+    chosen, room = check_options(hidden, weight, bias, temperature, softcap, impl, chunk_bytes)
     check_head(score_hidden, weight, "score_hidden")
     n, m, device = hidden.shape[0], score_hidden.shape[0], hidden.device
-    check_index("targets", targets, (n,), weight.shape[0], device, validate)
-    check_index("rollout", rollout, (n,), m, device, validate)
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    check_shape("labels", labels, (m,), device)
-    check_shape("group", group, (m,), device)
+    check_index("targets", targets, (n,), device)
+    check_index("rollout", rollout, (n,), device)
+    check_score_ids(score_ids, device)
     check_shape("score_values", score_values, tuple(score_ids.shape), device)
+    check_shape("labels", labels, (m,), device)
+    check_index("group", group, (m,), device)
+    wide = accumulator(hidden.dtype)
     for name, tensor in (("labels", labels), ("score_values", score_values)):
         if tensor.dtype != wide:
             raise ValueError(f"{name} must be {wide}, not {tensor.dtype}")
-    if valid is None:
-        valid = torch.ones(m, dtype=torch.bool, device=device)
-    check_shape("valid", valid, (m,), device)
-    if loss_norm not in ("sequence_sum", "token_mean"):
-        raise ValueError(f'loss_norm must be "sequence_sum" or "token_mean", not {loss_norm!r}')
-
-    logp = score_logprobs(score_hidden, weight, score_ids, chunk_bytes=chunk_bytes, validate=validate)
-    terms = reward_terms(logp, score_values, labels, reward=reward, lam=lam, renormalize=renormalize, validate=validate)
-    judged = terms
+    if score_values.numel() < 2:
+        raise ValueError(f"score_values must be at least two ascending scores, not {score_values.tolist()}")
+    if valid is not None:
+        check_shape("valid", valid, (m,), device)
+        if valid.dtype != torch.bool:
+            raise ValueError(f"valid must be bool, not {valid.dtype}")
     if reward_logprobs is not None:
-        check_shape("reward_logprobs", reward_logprobs, tuple(logp.shape), device)
-        judged = reward_terms(
-            reward_logprobs.detach().to(wide),
-            score_values,
-            labels,
-            reward=reward,
-            lam=lam,
-            renormalize=renormalize,
-            validate=False,
-        )
-    options = {"valid": valid, "baseline": baseline, "normalize_std": normalize_std, "clip": advantage_clip}
-    advantages = torch.zeros_like(labels)
-    for part, weight_of_part in zip(judged.terms, judged.weights, strict=True):
-        advantages = advantages + weight_of_part * group_advantages(part, group, **options)  # type: ignore[arg-type]
-
-    live = valid[rollout]
-    rollouts = valid.sum().clamp(min=1) if num_rollouts is None else num_rollouts
-    tokens = live.sum().clamp(min=1) if num_tokens is None else num_tokens
-    coefficients = torch.where(live, -advantages[rollout], torch.zeros((), dtype=wide, device=device))
-    coefficients = coefficients / (rollouts if loss_norm == "sequence_sum" else tokens)
-    logprobs = torch.full((n,), float("nan"), dtype=wide, device=device)
-    computed = coefficients != 0 if drop_zero_rows else live
-    rows = computed.nonzero()[:, 0]
-    exploration, chosen = weighted_logprob(
-        hidden.index_select(0, rows),
+        check_shape("reward_logprobs", reward_logprobs, (m, score_ids.shape[0]), device)
+    for name, value, known in (
+        ("loss_norm", loss_norm, ("sequence_sum", "token_mean")),
+        ("reward", reward, ("paper", "reference")),
+        ("baseline", baseline, ("leave_one_out", "mean")),
+    ):
+        if value not in known:
+            raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", not {value!r}')
+    if not advantage_clip >= 0:
+        raise ValueError(f"advantage_clip must be 0 or more, not {advantage_clip}")
+    need_hidden, need_scores, need_weight, need_bias = wanted(hidden, score_hidden, weight, bias)
+    loss, exploration, logprobs, computed, logp, rollouts, *_ = real_head(
+        hidden,
+        score_hidden,
         weight,
-        targets.index_select(0, rows),
-        coefficients.index_select(0, rows),
-        temperature=temperature,
-        chunk_bytes=chunk_bytes,
-        validate=False,
+        bias,
+        targets,
+        rollout,
+        score_ids,
+        score_values,
+        labels,
+        group,
+        valid,
+        None if reward_logprobs is None else reward_logprobs.detach(),
+        reward,
+        lam,
+        beta,
+        baseline,
+        normalize_std,
+        advantage_clip,
+        loss_norm,
+        renormalize,
+        temperature,
+        softcap,
+        num_rollouts,
+        num_tokens,
+        drop_zero_rows,
+        gradient_in_forward(mode, chosen, weight, softcap, room, n),
+        chosen,
+        room,
+        validate,
+        need_hidden or need_scores,
+        need_weight,
+        need_bias,
     )
-    logprobs.index_copy_(0, rows, chosen)
-    refinement = -beta * torch.where(valid, terms.refinement, torch.zeros_like(terms.refinement)).sum() / rollouts
+    expected, rewards, advantages = rollouts.unbind(0)
     return RealLossOutput(
-        loss=exploration + refinement,
-        exploration_loss=exploration.detach(),
-        refinement_loss=refinement.detach(),
+        loss=loss,
+        exploration_loss=exploration,
+        refinement_loss=(loss - exploration).detach(),
         logprobs=logprobs,
         computed=computed,
-        score_logprobs=logp.detach(),
-        expected_score=terms.expected_score.detach(),
-        rewards=judged.reward.detach(),
+        score_logprobs=logp,
+        expected_score=expected,
+        rewards=rewards,
         advantages=advantages,
-        off_scale_mass=1 - logp.detach().exp().sum(1),
+        off_scale_mass=1 - logp.exp().sum(1),
     )

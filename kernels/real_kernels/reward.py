@@ -116,5 +116,31 @@ def reward_terms(
     raise ValueError(f'reward must be "paper" or "reference", not {reward!r}')
 
 
+def reward_gradient(
+    logp: torch.Tensor,
+    values: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    reward: Reward = "paper",
+    lam: float = 1.0,
+    renormalize: bool = False,
+) -> torch.Tensor:
+    """Derivative of each rollout's `refinement` (see :class:`RewardTerms`) with respect to its log-probabilities.
+
+    ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "reference".
+
+    Returns:
+        [M, K].
+    """
+    l_k = _normalized(logp, renormalize)
+    p = l_k.exp()
+    error = (p * values).sum(1, keepdim=True) - labels[:, None]
+    slope = -2 * error * values * p
+    if reward == "paper":
+        slope = slope + lam * label_weights(labels, values, validate=False)
+    # Through l - logsumexp(l).
+    return slope - p * slope.sum(1, keepdim=True) if renormalize else slope
+
+
 def _normalized(logp: torch.Tensor, renormalize: bool) -> torch.Tensor:
     return logp - torch.logsumexp(logp, 1, keepdim=True) if renormalize else logp

@@ -107,23 +107,29 @@ def test_large_logits_stay_finite_and_zero_rows_work():
 
 
 def test_frozen_head_costs_no_weight_gradient(monkeypatch):
-    import real_kernels.logprob as module
+    import real_kernels.head as module
 
-    seen = []
-    original = module._Gradients.__init__
+    products = []
 
-    def spy(self, hidden, weight, need_hidden, need_weight):
-        seen.append((need_hidden, need_weight))
-        original(self, hidden, weight, need_hidden, need_weight)
+    def spy(out, a, b):
+        products.append(tuple(out.shape))
+        return original(out, a, b)
 
-    monkeypatch.setattr(module._Gradients, "__init__", spy)
+    original = module.mm_into
+    monkeypatch.setattr(module, "mm_into", spy)
     hidden, weight, targets = make(5, 4, 13)
     frozen = weight.detach()
     linear_logprob(hidden, frozen, targets).sum().backward()
     weighted_logprob(hidden, frozen, targets, torch.ones(5, dtype=torch.float64))[0].backward()
+    assert products == [(5, 4), (5, 4)]
+    products.clear()
+    linear_logprob(hidden.detach(), weight, targets).sum().backward()
+    weighted_logprob(hidden.detach(), weight, targets, torch.ones(5, dtype=torch.float64))[0].backward()
+    assert products == [(13, 4), (13, 4)]
+    products.clear()
     with torch.no_grad():
         weighted_logprob(hidden, weight, targets, torch.ones(5, dtype=torch.float64))
-    assert seen == [(True, False), (True, False), (False, False)]
+    assert products == []
 
 
 def test_backward_twice_gives_the_same_gradient():

@@ -1,0 +1,35 @@
+"""Matrix products with float32 results, whatever the operands' dtype: what the head's exactness rests on."""
+
+from __future__ import annotations
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """CPU matrix products round 16-bit results to 16 bits, so 16-bit operands are widened there (exactly)."""
+    return x.float() if x.dtype in HALF and not x.is_cuda else x
+
+
+def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Write a @ b into `out` and return it; sums are float32 (float64) whatever the dtypes."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.dtype in HALF:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(a @ b)
+
+
+def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b in place, total being float32 (float64): no temporary of its size."""
+    if a.dtype in HALF:
+        # The very same object as input and output: cuBLAS then adds in place.
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a, b)

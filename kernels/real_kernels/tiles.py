@@ -1,0 +1,92 @@
+"""Tile sizes of the GEMM kernel: a small fixed set per architecture, the first of which is the default.
+
+Set ``REAL_KERNELS_AUTOTUNE=1`` to time the set once per shape and take the fastest; without it nothing is timed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """One configuration of the GEMM kernel.
+
+    Attributes:
+        rows: Rows of hidden states per program.
+        columns: Vocabulary entries per program.
+        depth: Hidden dimensions per step.
+        stages: Depth of the software pipeline.
+        warps: Warps per program.
+        group: Row tiles that neighbouring programs share, for reuse in L2.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    group: int = 16
+
+
+# 16-bit operands. Kept to what fits: 99 KiB of shared memory for the default of sm_80 (it serves sm_86 and sm_89 too),
+# 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(128, 128, 32, 4, 4), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 4)),
+    "sm_90": (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 3, 8)),
+    "sm_100": (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 3, 8)),
+    "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
+}
+# float32 operands, multiplied exactly (no TF32): twice the bytes, and no matrix instructions.
+WIDE: dict[str, tuple[Tile, ...]] = {
+    "sm_80": (Tile(64, 128, 32, 3, 8),),
+    "sm_90": (Tile(64, 128, 32, 3, 8),),
+    "sm_100": (Tile(64, 128, 32, 3, 8),),
+    "gfx942": (Tile(64, 64, 32, 2, 4),),
+}
+# The interpreter runs tiles one after another in NumPy: small ones, so that tests meet several of them.
+INTERPRETED = (Tile(32, 64, 32, 1, 4, 2),)
+
+_chosen: dict[tuple[object, ...], Tile] = {}
+
+
+def architecture(device: torch.device) -> str:
+    """Which set of tiles a device takes; "interpreter" for CPU tensors."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # sm_120 (consumer Blackwell) has neither wgmma nor sm_100's tensor memory, and 99 KiB of shared memory.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def candidates(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles of an architecture, default first."""
+    if arch == "interpreter":
+        return INTERPRETED
+    return (WIDE if dtype == torch.float32 else TILES)[arch]
+
+
+def choose(device: torch.device, dtype: torch.dtype, key: tuple[int, ...], run: Callable[[Tile], object]) -> Tile:
+    """The tile to use: the default, or the fastest of the set if ``REAL_KERNELS_AUTOTUNE=1``.
+
+    Args:
+        device: Where the kernel runs.
+        dtype: Of the operands.
+        key: Shape, such as (rows rounded up to a power of two, D, V); timed once each.
+        run: Launches the kernel with one tile.
+    """
+    arch = architecture(device)
+    tiles = candidates(arch, dtype)
+    if len(tiles) == 1 or os.environ.get("REAL_KERNELS_AUTOTUNE", "0") != "1":
+        return tiles[0]
+    full = (device.index, dtype, *key)
+    if full not in _chosen:
+        from triton.testing import do_bench
+
+        _chosen[full] = min(tiles, key=lambda tile: float(do_bench(lambda: run(tile), warmup=20, rep=60)))
+    return _chosen[full]

@@ -1,0 +1,133 @@
+"""The head in plain PyTorch: it runs on every device, and in float64 it is the oracle of the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from real_kernels.matmul import accumulator, mm_into, operand
+from real_kernels.rows import Kept, Rows, Stats
+
+
+class TorchHead:
+    """See :class:`real_kernels.rows.Head`. Logits are float32 (float64), a chunk of rows or columns at a time."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
+        self.weight, self.bias, self.softcap, self.chunk_bytes = weight, bias, softcap, chunk_bytes
+        self.wide = accumulator(weight.dtype)
+        self._operand: torch.Tensor | None = None
+
+    def columns(self, columns: slice) -> torch.Tensor:
+        if columns.stop - columns.start < self.weight.shape[0]:
+            return operand(self.weight[columns])
+        if self._operand is None:
+            self._operand = operand(self.weight)
+        return self._operand
+
+    def rows_per_chunk(self) -> int:
+        return max(1, self.chunk_bytes // (self.weight.shape[0] * self.wide.itemsize))
+
+    def columns_per_chunk(self, n: int) -> int:
+        return max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self.wide.itemsize)))
+
+    def forward_by_default(self, n: int) -> bool:
+        return True
+
+    def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
+        parts = [self._statistics(rows.part(chunk), entropy) for chunk in chunks(rows.n, self.rows_per_chunk())]
+        if not parts:
+            empty = rows.hidden.new_empty(0, dtype=self.wide)
+            return Stats(empty, empty, empty.view(0, rows.selected), empty if entropy else None)
+        row_max, log_sum = torch.cat([p.row_max for p in parts]), torch.cat([p.log_sum for p in parts])
+        logp = torch.cat([p.logp for p in parts])
+        entropies = [part.entropy for part in parts if part.entropy is not None]
+        return Stats(row_max, log_sum, logp, torch.cat(entropies) if entropy else None)
+
+    def buffer(self, n: int) -> torch.Tensor:
+        return torch.empty(n, self.weight.shape[0], dtype=self.wide, device=self.weight.device)
+
+    def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
+        z = self._logits(rows, slice(0, self.weight.shape[0]), buffer)
+        row_max = z.amax(1)
+        # Minus the maximum: near p = 1 the log-sum-exp then keeps its last digits.
+        z.sub_(row_max[:, None])
+        log_sum = _logsumexp(z)
+        logp = z.gather(1, selected(rows)) - log_sum[:, None]
+        return Kept(rows, Stats(row_max, log_sum, logp), z)
+
+    def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
+        rows, stats, z, _ = kept
+        slope = self._slope(z + stats.row_max[:, None], rows.temperature)
+        dz = z.sub_(stats.log_sum[:, None]).exp_().mul_(-u.sum(1, keepdim=True))
+        dz.scatter_(1, selected(rows), selected_columns(stats.logp, u))
+        _chain_(dz, slope, rows.temperature)
+
+    def dlogits_columns(
+        self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
+    ) -> None:
+        room = out if out.dtype == self.wide else torch.empty_like(out, dtype=self.wide)
+        z = self._logits(rows, slice(first, last), room)
+        slope = self._slope(z, rows.temperature)
+        z.sub_(stats.row_max[:, None]).sub_(stats.log_sum[:, None])
+        dz = z.exp_().mul_(-u.sum(1, keepdim=True))
+        values = selected_columns(stats.logp, u)
+        ids = selected(rows)
+        for k in range(ids.shape[1]):
+            row = ((ids[:, k] >= first) & (ids[:, k] < last)).nonzero()[:, 0]
+            dz[row, ids[row, k] - first] = values[row, k]
+        _chain_(dz, slope, rows.temperature)
+        if dz is not out:
+            out.copy_(dz)
+
+    def _statistics(self, rows: Rows, entropy: bool) -> Stats:
+        kept = self.keep(rows, self.buffer(rows.n))
+        if not entropy:
+            return kept.stats
+        log_p = kept.buffer.sub_(kept.stats.log_sum[:, None])
+        # p log p is 0, not NaN, where a token is masked out by a bias of -inf.
+        return kept.stats._replace(entropy=-torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum(1))
+
+    def _logits(self, rows: Rows, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        h, w = operand(rows.hidden), self.columns(columns)
+        z = mm_into(out, h, w.t())
+        if self.bias is not None:
+            z.add_(self.bias[columns].to(z.dtype))
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z if rows.temperature == 1.0 else z.div_(rows.temperature)
+
+    def _slope(self, z: torch.Tensor, temperature: float) -> torch.Tensor | None:
+        """Derivative of the soft-cap, given capped logits."""
+        return None if self.softcap is None else 1 - (z * (temperature / self.softcap)) ** 2
+
+
+def chunks(n: int, step: int) -> Iterator[slice]:
+    """0..n in slices of at most `step`."""
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _chain_(dz: torch.Tensor, slope: torch.Tensor | None, temperature: float) -> None:
+    """From logits as the softmax sees them back to those of the matrix product."""
+    if slope is not None:
+        dz.mul_(slope)
+    if temperature != 1.0:
+        dz.div_(temperature)
+
+
+def selected(rows: Rows) -> torch.Tensor:
+    """[n, m] ids."""
+    return rows.ids[None, :].expand(rows.n, -1) if rows.shared else rows.ids[:, None]
+
+
+def selected_columns(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """dL/dz of the selected tokens [n, m], in the form that does not cancel near p = 1."""
+    return -u * torch.expm1(logp) - logp.exp() * (u.sum(1, keepdim=True) - u)
+
+
+def _logsumexp(z: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of each row, an eighth of the rows at a time: torch.logsumexp makes a temporary as large as z."""
+    if not z.shape[0]:
+        return z.new_empty(0)
+    return torch.cat([torch.logsumexp(part, 1) for part in z.split(-(-z.shape[0] // 8))])

@@ -1,0 +1,186 @@
+"""Triton: one GEMM, hidden states times lm_head, whose epilogue never lets the logits reach memory.
+
+The epilogue works on the tile's float32 accumulator. It writes, per row and tile of the vocabulary, the maximum and the
+sum of exponentials (an online log-sum-exp in two steps, without atomics, hence deterministic), the logits of the
+selected tokens, and by STORE:
+
+- 0: nothing else (forward pass of the recomputing head);
+- 1: exp(z - tile maximum) in the weight's dtype, which :mod:`real_kernels.triton_rows` turns into dL/dz in place;
+- 2: dL/dz itself, the log-sum-exp being known (backward pass of the recomputing head).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, without cancellation near 0."""
+    # Taylor's series up to x^8: its remainder is below float32's rounding for x > -1/2.
+    tail = 1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))
+    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * tail)))
+    return tl.where(x > -0.5, near, tl.exp(x) - 1)
+
+
+@triton.jit
+def sum_of_u(u, rows, live, m, SHARED: tl.constexpr):
+    """U = sum_k u_k of each row."""
+    if SHARED:
+        total = tl.zeros_like(rows).to(tl.float32)
+        for k in range(m):
+            total += tl.load(u + rows * m + k, mask=live, other=0.0)
+    else:
+        total = tl.load(u + rows, mask=live, other=0.0)
+    return total
+
+
+@triton.jit
+def put_selected(dz, columns, first, last, rows, live, ids, u, logp, total, m, SHARED: tl.constexpr):
+    """Overwrite the selected tokens' columns: -u_k expm1(l_k) - p_k sum_{j != k} u_j, in float32."""
+    if SHARED:
+        for k in range(m):
+            token = tl.load(ids + k).to(tl.int32)
+            if (token >= first) & (token < last):
+                u_k = tl.load(u + rows * m + k, mask=live, other=0.0)
+                l_k = tl.load(logp + rows * m + k, mask=live, other=0.0)
+                value = -u_k * expm1(l_k) - tl.exp(l_k) * (total - u_k)
+                dz = tl.where((columns == token)[None, :], value[:, None], dz)
+    else:
+        token = tl.load(ids + rows, mask=live, other=-1).to(tl.int32)
+        l_t = tl.load(logp + rows, mask=live, other=0.0)
+        dz = tl.where(columns[None, :] == token[:, None], (-total * expm1(l_t))[:, None], dz)
+    return dz
+
+
+@triton.jit
+def logits_kernel(
+    h,  # [n, D], or its descriptor
+    w,  # [V, D], or its descriptor
+    bias,  # [V]
+    ids,  # [n] targets, or [m] tokens that all rows share
+    tile_max,  # [tiles, n] float32
+    tile_sum,  # [tiles, n] float32
+    tile_ez,  # [tiles, n] float32: sum of exp(z - max) (z - max), for the entropy
+    selected,  # [n, m] float32 logits
+    row_max,  # [n] float32
+    log_sum,  # [n] float32
+    u,  # [n, m] float32
+    logp,  # [n, m] float32
+    out,  # [n, columns], by STORE
+    n,
+    D,
+    first,  # the columns are first..last-1
+    last,
+    m,
+    stride_h,
+    stride_w,
+    stride_out,
+    inverse_temperature,
+    cap,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    SHARED: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,  # for Triton's interpreter, whose dot knows no bfloat16; exact
+):
+    """Grid: one program per tile of rows and columns, in groups of GROUP row tiles."""
+    pid = tl.program_id(0)
+    row_tiles = tl.cdiv(n, BM)
+    column_tiles = tl.cdiv(last - first, BN)
+    per_group = GROUP * column_tiles
+    group = pid // per_group
+    height = tl.minimum(row_tiles - group * GROUP, GROUP)
+    row_tile = group * GROUP + (pid % per_group) % height
+    column_tile = (pid % per_group) // height
+
+    row0 = row_tile * BM
+    column0 = first + column_tile * BN
+    rows = row0 + tl.arange(0, BM)
+    columns = column0 + tl.arange(0, BN)
+    live = rows < n
+    inside = columns < last
+
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if DESCRIPTORS:
+        for k in range(0, D, BK):
+            a = h.load([row0, k])
+            b = w.load([column0, k])
+            if WIDEN:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    else:
+        depth = tl.arange(0, BK)
+        # Rows and columns past the end read the last one: their results are masked below.
+        a_at = h + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_h + depth[None, :]
+        b_at = w + tl.minimum(columns, last - 1).to(tl.int64)[None, :] * stride_w + depth[:, None]
+        for k in range(0, D, BK):
+            if EVEN_D:
+                a = tl.load(a_at)
+                b = tl.load(b_at)
+            else:
+                a = tl.load(a_at, mask=(depth < D - k)[None, :], other=0.0)
+                b = tl.load(b_at, mask=(depth < D - k)[:, None], other=0.0)
+            if WIDEN:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a_at += BK
+            b_at += BK
+
+    z = acc
+    if BIAS:
+        z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if CAP:
+        # tanh by exp(-2|x|), which cannot overflow; slope = d(cap tanh(x / cap)) / dx.
+        e = tl.exp(-2 * tl.abs(z) / cap)
+        t = (1 - e) / (1 + e)
+        slope = 1 - t * t
+        z = tl.where(z < 0, -t, t) * cap
+    z *= inverse_temperature
+
+    if STORE == 2:
+        peak = tl.load(row_max + rows, mask=live, other=0.0)
+        norm = tl.load(log_sum + rows, mask=live, other=0.0)
+        total = sum_of_u(u, rows, live, m, SHARED)
+        dz = tl.exp(z - peak[:, None] - norm[:, None]) * -total[:, None]
+        dz = put_selected(dz, columns, column0, column0 + BN, rows, live, ids, u, logp, total, m, SHARED)
+        if CAP:
+            dz *= slope
+        value = dz * inverse_temperature
+    else:
+        if SHARED:
+            for k in range(m):
+                token = tl.load(ids + k).to(tl.int32)
+                if (token >= column0) & (token < tl.minimum(column0 + BN, last)):
+                    z_k = tl.sum(tl.where((columns == token)[None, :], z, 0.0), 1)
+                    tl.store(selected + rows * m + k, z_k, mask=live)
+        else:
+            token = tl.load(ids + rows, mask=live, other=-1).to(tl.int32)
+            z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
+            here = (token >= column0) & (token < tl.minimum(column0 + BN, last))
+            tl.store(selected + rows, z_t, mask=live & here)
+        z = tl.where(inside[None, :], z, float("-inf"))
+        peak = tl.max(z, 1)
+        # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        value = tl.exp(z - base[:, None])
+        part = column_tile.to(tl.int64) * n + rows
+        tl.store(tile_max + part, peak, mask=live)
+        tl.store(tile_sum + part, tl.sum(value, 1), mask=live)
+        if ENTROPY:
+            ez = tl.where(value > 0, value * (z - base[:, None]), 0.0)
+            tl.store(tile_ez + part, tl.sum(ez, 1), mask=live)
+    if STORE > 0:
+        at = out + rows.to(tl.int64)[:, None] * stride_out + (columns - first)[None, :]
+        tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])

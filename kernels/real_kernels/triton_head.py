@@ -1,0 +1,275 @@
+"""The head by Triton kernels: the log-sum-exp inside the GEMM's epilogue, logits never in memory as such."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from real_kernels.matmul import HALF, operand
+from real_kernels.rollout_terms import RolloutOptions, RolloutTerms
+from real_kernels.rows import Kept, Rows, Stats
+from real_kernels.tiles import Tile, architecture, choose
+from real_kernels.triton_gemm import logits_kernel
+from real_kernels.triton_reward import reward_kernel
+from real_kernels.triton_rows import combine_kernel, dlogits_kernel
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Below this many rows a chunk's gradient of the weight is bound by reading and writing the sum, [V, D] in float32:
+# 8 V D bytes against the 2 n D V operations that recomputing adds; at 3 TB/s and 700 TFLOP/s they meet at n = 930.
+WORTHWHILE_ROWS = 1024
+# Kept rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
+_ALIGN = 64
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before the first import)."""
+    return not isinstance(logits_kernel, triton.JITFunction)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run on tensors of this device."""
+    return device.type == "cuda" or (device.type == "cpu" and interpreted())
+
+
+class TritonHead:
+    """See :class:`real_kernels.rows.Head`; for float16, bfloat16 and float32.
+
+    Kept logits are exp(z - tile maximum) in the weight's dtype: values in 0..1, so that a 16-bit one is off by its
+    rounding alone (2^-9 in bfloat16), where a 16-bit logit of 20 would be off by e^(1/16).
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
+        # The kernels step through D by one.
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.softcap, self.chunk_bytes = softcap, chunk_bytes
+
+    def columns(self, columns: slice) -> torch.Tensor:
+        return operand(self.weight[columns])
+
+    def rows_per_chunk(self) -> int:
+        step = max(1, self.chunk_bytes // (_aligned(self.weight.shape[0]) * self.weight.element_size()))
+        return step // 128 * 128 if step > 128 else step
+
+    def columns_per_chunk(self, n: int) -> int:
+        columns = max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self.weight.element_size())))
+        return columns // 256 * 256 if 256 < columns < self.weight.shape[0] else columns
+
+    def forward_by_default(self, n: int) -> bool:
+        # The soft-cap's slope needs the logit itself, which exp(z - max) has lost where it underflows.
+        return self.softcap is None and self.rows_per_chunk() >= min(n, WORTHWHILE_ROWS)
+
+    def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
+        return self._forward(rows, None, entropy).stats
+
+    def buffer(self, n: int) -> torch.Tensor:
+        v = self.weight.shape[0]
+        return torch.empty(n, _aligned(v), dtype=self.weight.dtype, device=self.weight.device)[:, :v]
+
+    def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
+        if self.softcap is not None:
+            raise ValueError('the Triton head has a soft-cap with mode="recompute" alone')
+        return self._forward(rows, buffer, False)
+
+    def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
+        rows, stats, buffer, (tile_max, columns) = kept
+        n, v = buffer.shape
+        if n:
+            block = 16
+            dlogits_kernel[(triton.cdiv(n, block), triton.cdiv(v, columns))](
+                buffer,
+                rows.ids,
+                tile_max,
+                stats.row_max,
+                stats.log_sum,
+                u,
+                stats.logp,
+                n,
+                v,
+                rows.selected,
+                buffer.stride(0),
+                1.0 / rows.temperature,
+                SHARED=rows.shared,
+                BLOCK_ROWS=block,
+                BN=columns,
+                num_warps=8,
+            )
+
+    def dlogits_columns(
+        self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
+    ) -> None:
+        if not rows.n:
+            return
+        hidden = _rows_of(rows.hidden)
+
+        def launch(tile: Tile) -> None:
+            self._launch(tile, hidden, rows, first, last, 2, out=out, stats=stats, u=u)
+
+        launch(choose(hidden.device, hidden.dtype, self._key(rows, last - first), launch))
+
+    def _forward(self, rows: Rows, buffer: torch.Tensor | None, entropy: bool) -> Kept:
+        n, v, m, device = rows.n, self.weight.shape[0], rows.selected, rows.hidden.device
+        row_max, log_sum = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+        logp = torch.empty(n, m, dtype=torch.float32, device=device)
+        stats = Stats(row_max, log_sum, logp, torch.empty_like(row_max) if entropy else None)
+        if not n:
+            return Kept(rows, stats, stats.logp if buffer is None else buffer, (None, 1))
+        hidden = _rows_of(rows.hidden)
+        selected = torch.empty(n, m, dtype=torch.float32, device=device)
+        store = 0 if buffer is None else 1
+
+        def launch(tile: Tile) -> torch.Tensor:
+            tiles = triton.cdiv(v, tile.columns)
+            parts = torch.empty(3 if entropy else 2, tiles, n, dtype=torch.float32, device=device)
+            self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected)
+            return parts
+
+        tile = choose(device, hidden.dtype, (store, *self._key(rows, v)), launch)
+        parts = launch(tile)
+        block = 32
+        combine_kernel[(triton.cdiv(n, block),)](
+            parts[0],
+            parts[1],
+            parts[-1],
+            selected,
+            stats.row_max,
+            stats.log_sum,
+            stats.logp,
+            stats.row_max if stats.entropy is None else stats.entropy,
+            n,
+            parts.shape[1],
+            m,
+            ENTROPY=entropy,
+            BLOCK_TILES=32,
+            BLOCK_ROWS=block,
+        )
+        return Kept(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns))
+
+    def _launch(
+        self,
+        tile: Tile,
+        hidden: torch.Tensor,
+        rows: Rows,
+        first: int,
+        last: int,
+        store: int,
+        *,
+        out: torch.Tensor | None = None,
+        parts: torch.Tensor | None = None,
+        selected: torch.Tensor | None = None,
+        stats: Stats | None = None,
+        u: torch.Tensor | None = None,
+    ) -> None:
+        """One launch of the GEMM. What a kind of epilogue does not use is given some tensor that is there."""
+        n, d = hidden.shape
+        weight, any_tensor = self.weight, hidden
+        descriptors = _descriptors(hidden, tile) and _descriptors(weight, tile)
+        h: Any = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]) if descriptors else hidden
+        w: Any = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if descriptors else weight
+        parts = any_tensor[None] if parts is None else parts
+        logits_kernel[(triton.cdiv(n, tile.rows) * triton.cdiv(last - first, tile.columns),)](
+            h,
+            w,
+            any_tensor if self.bias is None else self.bias,
+            rows.ids,
+            parts[0],
+            parts[min(1, len(parts) - 1)],
+            parts[-1],
+            any_tensor if selected is None else selected,
+            any_tensor if stats is None else stats.row_max,
+            any_tensor if stats is None else stats.log_sum,
+            any_tensor if u is None else u,
+            any_tensor if stats is None else stats.logp,
+            any_tensor if out is None else out,
+            n,
+            d,
+            first,
+            last,
+            rows.selected,
+            hidden.stride(0),
+            weight.stride(0),
+            0 if out is None else out.stride(0),
+            1.0 / rows.temperature,
+            1.0 if self.softcap is None else self.softcap,
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            GROUP=tile.group,
+            DESCRIPTORS=descriptors,
+            EVEN_D=d % tile.depth == 0,
+            BIAS=self.bias is not None,
+            CAP=self.softcap is not None,
+            SHARED=rows.shared,
+            ENTROPY=len(parts) == 3,
+            STORE=store,
+            # float32 operands are multiplied as float32, not as TF32.
+            PRECISION="ieee",
+            WIDEN=interpreted() and hidden.dtype == torch.bfloat16,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def _key(self, rows: Rows, columns: int) -> tuple[int, ...]:
+        return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))
+
+
+def rollout_terms(
+    logp: torch.Tensor,
+    judged: torch.Tensor,
+    values: torch.Tensor,
+    labels: torch.Tensor,
+    group: torch.Tensor,
+    valid: torch.Tensor,
+    counts: torch.Tensor,
+    options: RolloutOptions,
+) -> RolloutTerms:
+    """As :func:`real_kernels.rollout_terms.rollout_terms`, in one launch. float32."""
+    m, k = logp.shape
+    per_rollout = torch.empty(5, m, dtype=torch.float32, device=logp.device)
+    u = torch.empty(m, k, dtype=torch.float32, device=logp.device)
+    if m:
+        block = 64
+        reward_kernel[(triton.cdiv(m, block),)](
+            logp.contiguous(),
+            judged.contiguous(),
+            values.contiguous(),
+            labels.contiguous(),
+            group.contiguous(),
+            valid.contiguous().view(torch.uint8),
+            counts,
+            *per_rollout,
+            u,
+            m,
+            k,
+            float(options.lam),
+            float(options.beta),
+            float(options.clip),
+            REFERENCE=options.reward == "reference",
+            RENORMALIZE=options.renormalize,
+            LEAVE_ONE_OUT=options.baseline == "leave_one_out",
+            NORMALIZE=options.normalize_std,
+            TOKEN_MEAN=options.loss_norm == "token_mean",
+            BLOCK=block,
+            KP=triton.next_power_of_2(k),
+        )
+    y_hat, reward, advantages, coefficient, refinement = per_rollout
+    return RolloutTerms(y_hat, reward, advantages, coefficient, refinement, u)
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // _ALIGN) * _ALIGN
+
+
+def _rows_of(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
+
+
+def _descriptors(x: torch.Tensor, tile: Tile) -> bool:
+    """Whether the bulk copy engine (TMA) can fetch tiles of x; Triton's interpreter plays it where it can."""
+    if architecture(x.device) not in ("sm_90", "sm_100", "interpreter") or x.dtype not in HALF:
+        return False
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return bool(x.numel()) and aligned and x.stride(1) == 1

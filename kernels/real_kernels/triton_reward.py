@@ -1,0 +1,164 @@
+"""Triton: rewards, group advantages, row coefficients and the refinement's gradient in one launch.
+
+The plain twin is :func:`real_kernels.rollout_terms.rollout_terms`: a dozen small PyTorch operations, each of which is a
+launch, on tensors of a few hundred numbers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from real_kernels.advantage import STD_EPS
+
+_EPS = tl.constexpr(STD_EPS)
+
+
+@triton.jit
+def score_terms(logp, values, labels, rows, live, K, RENORMALIZE: tl.constexpr, KP: tl.constexpr):
+    """p, q, the scale's values, y_hat, -(y_hat - y)^2, sum_k q_k l_k and sum_k q_k p_k of a block of rollouts."""
+    k = tl.arange(0, KP)
+    there = live[:, None] & (k < K)[None, :]
+    at_l = tl.load(logp + rows[:, None] * K + k[None, :], mask=there, other=float("-inf"))
+    # Rows past the end would be all -inf.
+    at_l = tl.where(live[:, None], at_l, 0.0)
+    if RENORMALIZE:
+        peak = tl.max(at_l, 1)
+        at_l -= (peak + tl.log(tl.sum(tl.exp(at_l - peak[:, None]), 1)))[:, None]
+    p = tl.where(there, tl.exp(at_l), 0.0)
+    v = tl.load(values + k, mask=k < K, other=0.0)
+    # The label's weights are linear interpolation: hat functions on the grid, one-sided at its ends.
+    below = tl.load(values + k - 1, mask=(k > 0) & (k < K), other=float("-inf"))
+    above = tl.load(values + k + 1, mask=k + 1 < K, other=float("inf"))
+    y = tl.load(labels + rows, mask=live, other=0.0)
+    up = (y[:, None] - below[None, :]) / (v - below)[None, :]
+    down = (above[None, :] - y[:, None]) / (above - v)[None, :]
+    up = tl.where((k == 0)[None, :], 1.0, up)
+    down = tl.where((k == K - 1)[None, :], 1.0, down)
+    q = tl.where(there, tl.minimum(tl.maximum(tl.minimum(up, down), 0.0), 1.0), 0.0)
+    y_hat = tl.sum(p * v[None, :], 1)
+    squared = -(y_hat - y) * (y_hat - y)
+    log_label = tl.sum(tl.where(q > 0, q * at_l, 0.0), 1)
+    return p, q, v, y, y_hat, squared, log_label, tl.sum(q * p, 1)
+
+
+@triton.jit
+def two_terms(squared, log_label, p_label, lam, REFERENCE: tl.constexpr):
+    """The terms that get an advantage of their own: one for the paper's reward (the second is 0), two otherwise."""
+    if REFERENCE:
+        return squared, p_label
+    else:
+        return squared + lam * log_label, p_label * 0
+
+
+@triton.jit
+def advantage(r, mean, variance, count, clip, LEAVE_ONE_OUT: tl.constexpr, NORMALIZE: tl.constexpr):
+    """As :func:`real_kernels.group_advantages`."""
+    a = r - mean
+    if LEAVE_ONE_OUT:
+        a = a * count / tl.maximum(count - 1, 1.0)
+    if NORMALIZE:
+        a = a / (tl.sqrt(variance) + _EPS)
+    if clip > 0:
+        a = tl.minimum(tl.maximum(a, -clip), clip)
+    return tl.where(count > 1, a, 0.0)
+
+
+@triton.jit
+def reward_kernel(
+    logp,  # [M, K] score log-probabilities
+    judged,  # [M, K] those that the rewards and advantages come from; may be logp
+    values,  # [K]
+    labels,  # [M]
+    group,  # [M] int64
+    valid,  # [M] uint8
+    counts,  # [2]: rollouts and tokens of the update
+    y_hat,  # [M] out, as are all below
+    reward,  # [M]
+    advantages,  # [M]
+    coefficient,  # [M]: of every log-probability of the rollout's text
+    refinement,  # [M]: -beta / rollouts times what the refinement gradient goes through
+    u,  # [M, K]: derivative of the loss with respect to logp
+    M,
+    K,
+    lam,
+    beta,
+    clip,
+    REFERENCE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    TOKEN_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KP: tl.constexpr,
+):
+    """Grid: blocks of rollouts; each walks over all rollouts twice, for the mean and for the spread of its groups."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = i < M
+    mine = tl.load(group + i, mask=live, other=0)
+    ok = (tl.load(valid + i, mask=live, other=0) != 0) & live
+    count = tl.zeros((BLOCK,), tl.float32)
+    sum_a = tl.zeros((BLOCK,), tl.float32)
+    sum_b = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        there = j < M
+        fine = (tl.load(valid + j, mask=there, other=0) != 0) & there
+        same = (mine[:, None] == tl.load(group + j, mask=there, other=0)[None, :]) & ok[:, None] & fine[None, :]
+        _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
+            judged, values, labels, j, there, K, RENORMALIZE, KP
+        )
+        a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
+        count += tl.sum(same.to(tl.float32), 1)
+        sum_a += tl.sum(tl.where(same, a[None, :], 0.0), 1)
+        sum_b += tl.sum(tl.where(same, b[None, :], 0.0), 1)
+    members = tl.maximum(count, 1.0)
+    mean_a = sum_a / members
+    mean_b = sum_b / members
+    square_a = tl.zeros((BLOCK,), tl.float32)
+    square_b = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        there = j < M
+        fine = (tl.load(valid + j, mask=there, other=0) != 0) & there
+        same = (mine[:, None] == tl.load(group + j, mask=there, other=0)[None, :]) & ok[:, None] & fine[None, :]
+        _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
+            judged, values, labels, j, there, K, RENORMALIZE, KP
+        )
+        a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
+        from_a = tl.where(same, a[None, :] - mean_a[:, None], 0.0)
+        from_b = tl.where(same, b[None, :] - mean_b[:, None], 0.0)
+        square_a += tl.sum(from_a * from_a, 1)
+        square_b += tl.sum(from_b * from_b, 1)
+    _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(judged, values, labels, i, live, K, RENORMALIZE, KP)
+    a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
+    advantage_i = advantage(a, mean_a, square_a / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
+    reward_i = a
+    if REFERENCE:
+        advantage_i += lam * advantage(b, mean_b, square_b / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
+        reward_i = a + lam * b
+    # A left-out rollout may hold anything, NaN too.
+    advantage_i = tl.where(ok, advantage_i, 0.0)
+    tl.store(reward + i, reward_i, mask=live)
+    tl.store(advantages + i, advantage_i, mask=live)
+    rollouts = tl.load(counts)
+    tokens = tl.load(counts + 1)
+    if TOKEN_MEAN:
+        tl.store(coefficient + i, -advantage_i / tokens, mask=live)
+    else:
+        tl.store(coefficient + i, -advantage_i / rollouts, mask=live)
+
+    p, q, v, y, hat, squared, log_label, p_label = score_terms(logp, values, labels, i, live, K, RENORMALIZE, KP)
+    gain = squared
+    slope = -2 * (hat - y)[:, None] * v[None, :] * p
+    if not REFERENCE:
+        gain += lam * log_label
+        slope += lam * q
+    if RENORMALIZE:
+        slope -= p * tl.sum(slope, 1)[:, None]
+    scale = tl.where(ok, -beta / rollouts, 0.0)
+    tl.store(y_hat + i, hat, mask=live)
+    tl.store(refinement + i, tl.where(ok, gain * scale, 0.0), mask=live)
+    k = tl.arange(0, KP)
+    at = u + i[:, None] * K + k[None, :]
+    tl.store(at, tl.where(ok[:, None], slope * scale[:, None], 0.0), mask=live[:, None] & (k < K)[None, :])

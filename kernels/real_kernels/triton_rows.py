@@ -1,0 +1,93 @@
+"""Triton: what follows the GEMM row by row: the log-sum-exp over tiles, and dL/dz from what the GEMM kept."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from real_kernels.triton_gemm import put_selected, sum_of_u
+
+
+@triton.jit
+def combine_kernel(
+    tile_max,  # [tiles, n]
+    tile_sum,  # [tiles, n]
+    tile_ez,  # [tiles, n]
+    selected,  # [n, m] logits
+    row_max,  # [n]
+    log_sum,  # [n]: log-sum-exp minus row_max
+    logp,  # [n, m]
+    entropy,  # [n]
+    n,
+    tiles,
+    m,
+    ENTROPY: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Log-sum-exp of each row from its tiles', and the selected tokens' log-probabilities. All float32."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = rows < n
+    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
+    for t in range(0, tiles, BLOCK_TILES):
+        tile = t + tl.arange(0, BLOCK_TILES)
+        at = tile.to(tl.int64)[:, None] * n + rows[None, :]
+        mask = (tile < tiles)[:, None] & live[None, :]
+        peak = tl.maximum(peak, tl.max(tl.load(tile_max + at, mask=mask, other=float("-inf")), 0))
+    peak = tl.where(live, peak, 0.0)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for t in range(0, tiles, BLOCK_TILES):
+        tile = t + tl.arange(0, BLOCK_TILES)
+        at = tile.to(tl.int64)[:, None] * n + rows[None, :]
+        mask = (tile < tiles)[:, None] & live[None, :]
+        shift = tl.load(tile_max + at, mask=mask, other=float("-inf")) - peak[None, :]
+        scale = tl.exp(shift)
+        part = tl.load(tile_sum + at, mask=mask, other=0.0)
+        total += tl.sum(part * scale, 0)
+        if ENTROPY:
+            ez = tl.load(tile_ez + at, mask=mask, other=0.0)
+            weighted += tl.sum(tl.where(scale > 0, scale * (ez + part * shift), 0.0), 0)
+    norm = tl.log(total)
+    tl.store(row_max + rows, peak, mask=live)
+    tl.store(log_sum + rows, norm, mask=live)
+    if ENTROPY:
+        tl.store(entropy + rows, norm - weighted / total, mask=live)
+    for k in range(m):
+        z = tl.load(selected + rows * m + k, mask=live, other=0.0)
+        # Never above 0: rounding of the sum must not make a probability above 1.
+        tl.store(logp + rows * m + k, tl.minimum(z - peak - norm, 0.0), mask=live)
+
+
+@triton.jit
+def dlogits_kernel(
+    kept,  # [n, V] exp(z - tile maximum), overwritten by dL/dz
+    ids,
+    tile_max,
+    row_max,
+    log_sum,
+    u,
+    logp,
+    n,
+    V,
+    m,
+    stride,
+    inverse_temperature,
+    SHARED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """In place: dL/dz = -U p, and the selected columns from float32 values. Grid: (row blocks, tiles of the GEMM)."""
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(1)
+    columns = tile * BN + tl.arange(0, BN)
+    live = rows < n
+    total = sum_of_u(u, rows, live, m, SHARED)
+    shift = tl.load(tile_max + tile.to(tl.int64) * n + rows, mask=live, other=0.0)
+    shift -= tl.load(row_max + rows, mask=live, other=0.0) + tl.load(log_sum + rows, mask=live, other=0.0)
+    factor = -total * tl.exp(shift)
+    at = kept + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    mask = live[:, None] & (columns < V)[None, :]
+    dz = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+    dz = put_selected(dz, columns, tile * BN, tile * BN + BN, rows, live, ids, u, logp, total, m, SHARED)
+    tl.store(at, (dz * inverse_temperature).to(kept.dtype.element_ty), mask=mask)

@@ -12,10 +12,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report_head
 from benchmarks.record import RESULTS, read
 from benchmarks.steps import VARIANTS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README, KERNELS = ROOT / "README.md", ROOT / "docs" / "kernels.md"
 CONTENDERS = ("reference", "trl", *VARIANTS, "ours and rollouts")
 PHASES = ("rollout", "pack", "body forward", "head", "backward", "optimizer", "sync", "step")
 _COLOURS = ("#56B4E9", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999933")
@@ -80,7 +82,9 @@ def speedups(steps: dict[Key, dict[str, dict[str, float]]]) -> list[dict[str, An
 
 
 def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
-    """What ``summary.json`` holds: ``step_speedup`` per machine, model and K, and every case with all its ratios."""
+    """What ``summary.json`` holds: ``step_speedup`` per machine, model and K, every case with all its ratios, and
+    the head's ratios per shape and mode in ``head_cases``.
+    """
     rows = speedups(newest(lines, "step"))
     table: dict[str, Any] = {}
     for row in rows:
@@ -89,7 +93,8 @@ def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
         k = f"{row['K']:.0f}"
         if k not in place or sum(n.startswith("over_") for n in row) > sum(n.startswith("over_") for n in place[k]):
             place[k] = {n: v for n, v in row.items() if n not in ("machine", "model", "K")}
-    return {"step_speedup": table, "step_cases": rows}
+    heads = report_head.cases(newest(lines, "head"))
+    return {"step_speedup": table, "step_cases": rows, "head_cases": heads}
 
 
 def step_table(lines: list[dict[str, str]]) -> str:
@@ -208,14 +213,18 @@ def main() -> None:
     """Read the CSV, write everything else."""
     lines = read()
     (RESULTS / "summary.json").write_text(json.dumps(summarize(lines), indent=2) + "\n")
-    plots = plot(lines, RESULTS)
-    print(step_table(lines), sweep_table(lines), sep="\n\n")
-    if Path(__file__).resolve().parent / "results" == RESULTS and README.is_file():
+    plots, heads = plot(lines, RESULTS), newest(lines, "head")
+    head_plots = report_head.plot(heads, RESULTS)
+    print(step_table(lines), sweep_table(lines), report_head.table(heads), sep="\n\n")
+    if ROOT / "benchmarks" / "results" == RESULTS and README.is_file():
         images = [f"![Seconds by phase; gain over K and over P/R](benchmarks/results/{name})" for name in plots]
         text = fill(README.read_text(), "bench-step", step_table(lines))
         text = fill(text, "bench-rollout", rollout_table(lines))
         text = fill(text, "bench-plots", "\n\n".join(images))
         README.write_text(fill(text, "bench-sweep", sweep_table(lines)))
+        images = [f"![Seconds and peak memory of the head](../benchmarks/results/{name})" for name in head_plots]
+        text = fill(KERNELS.read_text(), "bench-head", report_head.table(heads))
+        KERNELS.write_text(fill(text, "bench-head-plots", "\n\n".join(images)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -32,12 +32,13 @@ class Tile(NamedTuple):
     group: int = 16
 
 
-# 16-bit operands. Kept to what fits: 99 KiB of shared memory for the default of sm_80 (it serves sm_86 and sm_89 too),
-# 227 KiB on sm_90 and sm_100, 64 KiB on gfx942.
+# 16-bit operands. Kept to what fits without spilling: 99 KiB of shared memory for the default of sm_80 (it serves sm_86 and
+# sm_89 too), 227 KiB on sm_90 and sm_100, 64 KiB on gfx942. "python -m benchmarks.kernels" compiles them all.
 TILES: dict[str, tuple[Tile, ...]] = {
-    "sm_80": (Tile(128, 128, 32, 4, 4), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 4)),
-    "sm_90": (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 3, 8)),
-    "sm_100": (Tile(128, 256, 64, 3, 8), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 3, 8)),
+    "sm_80": (Tile(128, 128, 32, 4, 8), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 8)),
+    # The second leaves room for two programs on a multiprocessor: one's epilogue runs beside the other's products.
+    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 4), Tile(256, 128, 64, 4, 8)),
+    "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 4), Tile(256, 128, 64, 4, 8)),
     "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
 }
 # float32 operands, multiplied exactly (no TF32): twice the bytes, and no matrix instructions.
@@ -47,6 +48,21 @@ WIDE: dict[str, tuple[Tile, ...]] = {
     "sm_100": (Tile(64, 128, 32, 3, 8),),
     "gfx942": (Tile(64, 64, 32, 2, 4),),
 }
+# Rows that share their tokens are score rows, one per rollout: few, so that the weight's bytes are what takes time.
+SCORES: dict[str, Tile] = {
+    "sm_80": Tile(64, 128, 32, 4, 4),
+    "sm_90": Tile(64, 128, 64, 4, 4),
+    "sm_100": Tile(64, 128, 64, 4, 4),
+    "gfx942": Tile(64, 128, 32, 2, 4),
+}
+# A soft-cap's slope needs registers of its own.
+CAPPED: dict[str, Tile] = {
+    "sm_80": Tile(128, 128, 32, 4, 8),
+    "sm_90": Tile(128, 128, 64, 3, 8),
+    "sm_100": Tile(128, 128, 64, 3, 8),
+    "gfx942": Tile(128, 128, 32, 2, 8),
+}
+Kind = Literal["rows", "scores", "capped"]
 # The interpreter runs tiles one after another in NumPy: small ones, so that tests meet several of them.
 INTERPRETED = (Tile(32, 64, 32, 1, 4, 2),)
 
@@ -64,24 +80,31 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def candidates(arch: str, dtype: torch.dtype) -> tuple[Tile, ...]:
+def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile, ...]:
     """The tiles of an architecture, default first."""
     if arch == "interpreter":
         return INTERPRETED
-    return (WIDE if dtype == torch.float32 else TILES)[arch]
+    if dtype == torch.float32:
+        return WIDE[arch]
+    if kind == "scores":
+        return (SCORES[arch],)
+    return (CAPPED[arch],) if kind == "capped" else TILES[arch]
 
 
-def choose(device: torch.device, dtype: torch.dtype, key: tuple[int, ...], run: Callable[[Tile], object]) -> Tile:
+def choose(
+    device: torch.device, dtype: torch.dtype, kind: Kind, key: tuple[int, ...], run: Callable[[Tile], object]
+) -> Tile:
     """The tile to use: the default, or the fastest of the set if ``REAL_KERNELS_AUTOTUNE=1``.
 
     Args:
         device: Where the kernel runs.
         dtype: Of the operands.
+        kind: Rows with a target each, score rows, or logits with a soft-cap.
         key: Shape, such as (rows rounded up to a power of two, D, V); timed once each.
         run: Launches the kernel with one tile.
     """
     arch = architecture(device)
-    tiles = candidates(arch, dtype)
+    tiles = candidates(arch, dtype, kind)
     if len(tiles) == 1 or os.environ.get("REAL_KERNELS_AUTOTUNE", "0") != "1":
         return tiles[0]
     full = (device.index, dtype, *key)

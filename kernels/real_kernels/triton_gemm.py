@@ -37,20 +37,37 @@ def sum_of_u(u, rows, live, m, SHARED: tl.constexpr):
 
 
 @triton.jit
-def put_selected(dz, columns, first, last, rows, live, ids, u, logp, total, m, SHARED: tl.constexpr):
-    """Overwrite the selected tokens' columns: -u_k expm1(l_k) - p_k sum_{j != k} u_j, in float32."""
+def cap_slope(l_k, lse, ratio, CAP: tl.constexpr):
+    """Derivative of the soft-cap at a selected token, whose logit is its log-probability plus the log-sum-exp."""
+    if CAP:
+        t = (l_k + lse) * ratio
+        return 1 - t * t
+    else:
+        return 1.0
+
+
+@triton.jit
+def put_selected(
+    dz, columns, first, width, rows, live, ids, u, logp, total, m, lse, ratio, SHARED: tl.constexpr, CAP: tl.constexpr
+):
+    """Overwrite the selected tokens' columns: -u_k expm1(l_k) - p_k sum_{j != k} u_j, in float32.
+
+    `columns` are 0..width-1, counted from the tile's first; `ratio` is temperature / cap.
+    """
     if SHARED:
         for k in range(m):
-            token = tl.load(ids + k).to(tl.int32)
-            if (token >= first) & (token < last):
+            token = tl.load(ids + k).to(tl.int32) - first
+            if (token >= 0) & (token < width):
                 u_k = tl.load(u + rows * m + k, mask=live, other=0.0)
                 l_k = tl.load(logp + rows * m + k, mask=live, other=0.0)
                 value = -u_k * expm1(l_k) - tl.exp(l_k) * (total - u_k)
+                value *= cap_slope(l_k, lse, ratio, CAP)
                 dz = tl.where((columns == token)[None, :], value[:, None], dz)
     else:
-        token = tl.load(ids + rows, mask=live, other=-1).to(tl.int32)
+        token = tl.load(ids + rows, mask=live, other=0).to(tl.int32) - first
         l_t = tl.load(logp + rows, mask=live, other=0.0)
-        dz = tl.where(columns[None, :] == token[:, None], (-total * expm1(l_t))[:, None], dz)
+        value = -total * expm1(l_t) * cap_slope(l_t, lse, ratio, CAP)
+        dz = tl.where(columns[None, :] == token[:, None], value[:, None], dz)
     return dz
 
 
@@ -106,9 +123,10 @@ def logits_kernel(
     row0 = row_tile * BM
     column0 = first + column_tile * BN
     rows = row0 + tl.arange(0, BM)
-    columns = column0 + tl.arange(0, BN)
+    # Counted from the tile's first column: 64-odd numbers a thread then are constants instead of registers.
+    columns = tl.arange(0, BN)
     live = rows < n
-    inside = columns < last
+    inside = columns < last - column0
 
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     if DESCRIPTORS:
@@ -123,7 +141,7 @@ def logits_kernel(
         depth = tl.arange(0, BK)
         # Rows and columns past the end read the last one: their results are masked below.
         a_at = h + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_h + depth[None, :]
-        b_at = w + tl.minimum(columns, last - 1).to(tl.int64)[None, :] * stride_w + depth[:, None]
+        b_at = w + tl.minimum(column0 + columns, last - 1).to(tl.int64)[None, :] * stride_w + depth[:, None]
         for k in range(0, D, BK):
             if EVEN_D:
                 a = tl.load(a_at)
@@ -140,12 +158,11 @@ def logits_kernel(
 
     z = acc
     if BIAS:
-        z += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + column0 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        # tanh by exp(-2|x|), which cannot overflow; slope = d(cap tanh(x / cap)) / dx.
+        # tanh by exp(-2|x|), which cannot overflow.
         e = tl.exp(-2 * tl.abs(z) / cap)
         t = (1 - e) / (1 + e)
-        slope = 1 - t * t
         z = tl.where(z < 0, -t, t) * cap
     z *= inverse_temperature
 
@@ -154,21 +171,23 @@ def logits_kernel(
         norm = tl.load(log_sum + rows, mask=live, other=0.0)
         total = sum_of_u(u, rows, live, m, SHARED)
         dz = tl.exp(z - peak[:, None] - norm[:, None]) * -total[:, None]
-        dz = put_selected(dz, columns, column0, column0 + BN, rows, live, ids, u, logp, total, m, SHARED)
+        ratio = 1 / (cap * inverse_temperature)
         if CAP:
-            dz *= slope
+            dz *= 1 - t * t
+        # After the slope, which would have to wait in registers for what the selected columns branch on.
+        dz = put_selected(dz, columns, column0, BN, rows, live, ids, u, logp, total, m, peak + norm, ratio, SHARED, CAP)
         value = dz * inverse_temperature
     else:
         if SHARED:
             for k in range(m):
-                token = tl.load(ids + k).to(tl.int32)
-                if (token >= column0) & (token < tl.minimum(column0 + BN, last)):
+                token = tl.load(ids + k).to(tl.int32) - column0
+                if (token >= 0) & (token < tl.minimum(BN, last - column0)):
                     z_k = tl.sum(tl.where((columns == token)[None, :], z, 0.0), 1)
                     tl.store(selected + rows * m + k, z_k, mask=live)
         else:
-            token = tl.load(ids + rows, mask=live, other=-1).to(tl.int32)
+            token = tl.load(ids + rows, mask=live, other=0).to(tl.int32) - column0
             z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
-            here = (token >= column0) & (token < tl.minimum(column0 + BN, last))
+            here = (token >= 0) & (token < tl.minimum(BN, last - column0))
             tl.store(selected + rows, z_t, mask=live & here)
         z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.max(z, 1)
@@ -182,5 +201,5 @@ def logits_kernel(
             ez = tl.where(value > 0, value * (z - base[:, None]), 0.0)
             tl.store(tile_ez + part, tl.sum(ez, 1), mask=live)
     if STORE > 0:
-        at = out + rows.to(tl.int64)[:, None] * stride_out + (columns - first)[None, :]
+        at = out + rows.to(tl.int64)[:, None] * stride_out + (column0 - first) + columns[None, :]
         tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from real_kernels.matmul import HALF, operand
 from real_kernels.rollout_terms import RolloutOptions, RolloutTerms
 from real_kernels.rows import Kept, Rows, Stats
-from real_kernels.tiles import Tile, architecture, choose
+from real_kernels.tiles import Kind, Tile, architecture, choose
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel
@@ -108,7 +108,7 @@ class TritonHead:
         def launch(tile: Tile) -> None:
             self._launch(tile, hidden, rows, first, last, 2, out=out, stats=stats, u=u)
 
-        launch(choose(hidden.device, hidden.dtype, self._key(rows, last - first), launch))
+        launch(choose(hidden.device, hidden.dtype, self._kind(rows), self._key(rows, last - first), launch))
 
     def _forward(self, rows: Rows, buffer: torch.Tensor | None, entropy: bool) -> Kept:
         n, v, m, device = rows.n, self.weight.shape[0], rows.selected, rows.hidden.device
@@ -127,7 +127,7 @@ class TritonHead:
             self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected)
             return parts
 
-        tile = choose(device, hidden.dtype, (store, *self._key(rows, v)), launch)
+        tile = choose(device, hidden.dtype, self._kind(rows), (store, *self._key(rows, v)), launch)
         parts = launch(tile)
         block = 32
         combine_kernel[(triton.cdiv(n, block),)](
@@ -212,6 +212,11 @@ class TritonHead:
             num_stages=tile.stages,
         )
 
+    def _kind(self, rows: Rows) -> Kind:
+        if rows.shared:
+            return "scores"
+        return "rows" if self.softcap is None else "capped"
+
     def _key(self, rows: Rows, columns: int) -> tuple[int, ...]:
         return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))
 
@@ -231,7 +236,7 @@ def rollout_terms(
     per_rollout = torch.empty(5, m, dtype=torch.float32, device=logp.device)
     u = torch.empty(m, k, dtype=torch.float32, device=logp.device)
     if m:
-        block = 64
+        block = 16
         reward_kernel[(triton.cdiv(m, block),)](
             logp.contiguous(),
             judged.contiguous(),

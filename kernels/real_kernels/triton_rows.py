@@ -80,14 +80,14 @@ def dlogits_kernel(
     """In place: dL/dz = -U p, and the selected columns from float32 values. Grid: (row blocks, tiles of the GEMM)."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.program_id(1)
-    columns = tile * BN + tl.arange(0, BN)
+    columns = tl.arange(0, BN)
     live = rows < n
     total = sum_of_u(u, rows, live, m, SHARED)
     shift = tl.load(tile_max + tile.to(tl.int64) * n + rows, mask=live, other=0.0)
     shift -= tl.load(row_max + rows, mask=live, other=0.0) + tl.load(log_sum + rows, mask=live, other=0.0)
     factor = -total * tl.exp(shift)
-    at = kept + rows.to(tl.int64)[:, None] * stride + columns[None, :]
-    mask = live[:, None] & (columns < V)[None, :]
+    at = kept + rows.to(tl.int64)[:, None] * stride + tile * BN + columns[None, :]
+    mask = live[:, None] & (columns < V - tile * BN)[None, :]
     dz = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    dz = put_selected(dz, columns, tile * BN, tile * BN + BN, rows, live, ids, u, logp, total, m, SHARED)
+    dz = put_selected(dz, columns, tile * BN, BN, rows, live, ids, u, logp, total, m, 0.0, 0.0, SHARED, False)
     tl.store(at, (dz * inverse_temperature).to(kept.dtype.element_ty), mask=mask)

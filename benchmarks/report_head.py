@@ -1,0 +1,110 @@
+"""The fused head's part of the report: per shape, ours in each mode beside every peer, in time and in peak memory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.head import NAMES
+
+Metrics = dict[str, dict[str, float]]  # variant to metric to value
+Key = tuple[str, str, str]  # machine, model, case
+OURS = ("ours forward", "ours forward, small budget", "ours recompute")
+_LABELS = {
+    "ours forward": "real_kernels, gradient in forward",
+    "ours forward, small budget": "real_kernels, gradient in forward, 8 chunks",
+    "ours recompute": "real_kernels, recompute",
+    "eager": "eager, full logits",
+    "torch.compile": "torch.compile, full logits",
+    "torch linear_cross_entropy": "torch `linear_cross_entropy`",
+    "torch linear_cross_entropy, 256 MiB": "torch `linear_cross_entropy`, 256 MiB chunks",
+    "liger": "Liger fused CE",
+    "liger, fp32 dW": "Liger fused CE, dW summed in fp32",
+    "liger grpo": "Liger chunked GRPO",
+    "cce": "CCE",
+    "quack": "QuACK",
+}
+
+
+def cases(found: dict[Key, Metrics]) -> list[dict[str, Any]]:
+    """For ``summary.json``: per shape and mode of ours, a peer's seconds and bytes over ours."""
+    rows = []
+    for (machine, model, case), variants in sorted(found.items()):
+        for name in OURS:
+            mine = variants.get(name)
+            if mine is None:
+                continue
+            row: dict[str, Any] = {"machine": machine, "shape": f"{model} {case}", "mode": name.removeprefix("ours ")}
+            row["seconds"], row["of_matmul_rate"] = mine["seconds"], mine["of_matmul_rate"]
+            row["peak_bytes"] = mine.get("peak_bytes")
+            others = {peer: m for peer, m in variants.items() if peer not in OURS}
+            row["time_over_ours"] = {peer: m["seconds"] / mine["seconds"] for peer, m in others.items()}
+            if mine.get("peak_bytes"):
+                row["memory_over_ours"] = {
+                    peer: m["peak_bytes"] / mine["peak_bytes"] for peer, m in others.items() if "peak_bytes" in m
+                }
+            rows.append(row)
+    return rows
+
+
+def table(found: dict[Key, Metrics]) -> str:
+    """Forward and backward, a table per machine and shape; the peak is above inputs and resulting gradients."""
+    out = []
+    for (machine, model, case), variants in sorted(found.items()):
+        if not case.endswith("+backward"):
+            continue
+        forward = found.get((machine, model, case.removesuffix("+backward")), {})
+        out += [
+            f"{model.replace(' fp', ', fp').replace(' bf', ', bf')}, {case.split()[0]}; {machine}:\n",
+            "| head | forward | forward and backward | of the matmul rate | peak memory | gradient error |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name in (*OURS, *(n for n in NAMES if n not in OURS)):
+            m = variants.get(name)
+            if m is None:
+                continue
+            only = f"{_time(forward[name]['seconds'])}" if name in forward else "-"
+            peak = f"{m['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in m else "-"
+            cells = [_LABELS[name], only, _time(m["seconds"]), f"{m['of_matmul_rate']:.0%}", peak]
+            cells.append(f"{m['gradient_error']:.1e}")
+            out.append(f"| {' | '.join(cells)} |")
+        out.append("")
+    return "\n".join(out).rstrip()
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f} ms"
+
+
+def plot(found: dict[Key, Metrics], folder: Path) -> list[str]:
+    """One figure per machine: seconds and peak memory per shape, forward and backward. Returns the files' names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = []
+    for machine in sorted({key[0] for key in found}):
+        mine = {key: v for key, v in found.items() if key[0] == machine and key[2].endswith("+backward")}
+        if not mine:
+            continue
+        shown = sorted(mine, key=lambda key: -len(mine[key]))[:4]
+        figure = Figure(figsize=(12, 1.2 + 2.6 * len(shown)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, key in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
+            variants = mine[key]
+            order = [n for n in (*OURS, *NAMES[3:]) if n in variants][::-1]
+            colours = ["#0072B2" if n in OURS else "#999999" for n in order]
+            labels = [_LABELS[n].replace("`", "") for n in order]
+            axes[0].barh(labels, [variants[n]["seconds"] for n in order], color=colours)
+            axes[0].set_xlabel("seconds, forward and backward")
+            axes[0].set_title(f"{key[1]}, {key[2].split()[0]}", fontsize=10)
+            axes[1].barh(labels, [variants[n].get("peak_bytes", 0.0) / 2**20 for n in order], color=colours)
+            axes[1].set_yticklabels([])
+            axes[1].set_xlabel("peak MiB above inputs and gradients")
+            for side in axes:
+                side.tick_params(labelsize=8)
+        figure.suptitle(machine, fontsize=9)
+        slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
+        names.append(f"head-{slug}.png")
+        figure.savefig(folder / names[-1], dpi=100)
+    return names

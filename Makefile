@@ -34,7 +34,7 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest $(ARGS)
 
-bench: $(STAMP) ## time the update and its parts against the alternatives, on this machine (about 20 minutes)
+bench: $(STAMP) ## time the head, the update and its parts against the alternatives, on this machine (half an hour)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/bench.txt
 	$(PY) -m pytest benchmarks --timeout=0 -q --benchmark-disable-gc $(ARGS)
 	$(PY) -m benchmarks.report

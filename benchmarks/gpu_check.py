@@ -1,8 +1,9 @@
 """Everything that only a GPU can tell, in one command, without network: ``python -m benchmarks.gpu_check OUT``.
 
-Most important first: the tests marked ``gpu``; what the machine reaches at best; the update at real sizes, ours against
-the reference-style one; a profile. What is done is on disk at once, so a run that is cut off leaves its first parts.
-OUT gets ``benchmarks.csv``, ``summary.json``, plots, ``gpu-tests.txt`` and ``profile-*.txt``.
+Most important first: the tests marked ``gpu``, the kernels' before the others; what the machine reaches at best; the
+head beside its peers; the update at real sizes, ours against the reference-style one; profiles. What is done is on
+disk at once, so a run that is cut off leaves its first parts. OUT gets ``benchmarks.csv``, ``summary.json``, plots,
+``gpu-tests.txt`` and ``profile-*.txt``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540.0  # seconds for everything
+TESTS, HEAD = 170.0, 150.0  # of which the tests and the head's benchmark take at most
+# Tests spend their time compiling kernels, a process one at a time.
+WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,9 @@ PAIR = ("reference", "ours")
 
 
 def gpu_test_files() -> list[Path]:
-    """Test files that hold a test marked gpu."""
-    return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    """Test files that hold a test marked gpu, the kernels' first."""
+    found = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    return sorted(found, key=lambda path: path.parent.name != "real_kernels")
 
 
 def missing_packages() -> list[str]:
@@ -117,19 +122,47 @@ def missing_packages() -> list[str]:
 
 
 def run_tests(out: Path, seconds: float) -> int:
-    """The tests marked gpu, into gpu-tests.txt."""
+    """The tests marked gpu, into gpu-tests.txt, several processes at a time. Exit status 1 if one failed."""
     # Without the project's pytest settings, which ask for plugins that may not be there.
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "--import-mode=importlib"]
-    command += ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "ignore", *map(str, gpu_test_files())]
-    with (out / "gpu-tests.txt").open("w") as file:
+    command += ["-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    end = time.monotonic() + seconds
+    listed = subprocess.run(
+        [*command, "--collect-only", *map(str, gpu_test_files())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    tests = [line for line in listed.stdout.splitlines() if "::" in line and not line.startswith("ERROR")]
+    if not tests:
+        (out / "gpu-tests.txt").write_text(listed.stdout + listed.stderr)
+        return int(listed.returncode not in (0, 5))  # 5: no test was collected
+    size = -(-len(tests) // WORKERS)
+    running = []
+    for i, start in enumerate(range(0, len(tests), size)):
+        # Neighbours compile the same kernels, so they go to one process.
+        file = (out / f"gpu-tests-{i}.txt").open("w")
+        running.append(
+            (subprocess.Popen([*command, *tests[start : start + size]], cwd=ROOT, stdout=file, stderr=file), file)
+        )
+    failed = listed.returncode not in (0, 5)
+    for process, file in running:
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
-            )
+            failed |= process.wait(max(1.0, end - time.monotonic())) not in (0, 5)
         except subprocess.TimeoutExpired:
+            process.kill()
             file.write(f"\nstopped after {seconds:.0f} s\n")
-            return 1
-    return done.returncode
+            failed = True
+        file.close()
+    report = out / "gpu-tests.txt"
+    report.write_text(listed.stderr)
+    with report.open("a") as whole:
+        for text in sorted(out.glob("gpu-tests-*.txt")):
+            whole.write(text.read_text())
+            text.unlink()
+    return int(failed)
 
 
 def run_step(case: Case, variant: str, device: Any, roofline: Any, attention: str, left: float) -> Any:
@@ -213,6 +246,22 @@ def run_agreement(case: Case, device: Any, attention: str) -> None:
         )
 
 
+def profile_head(path: Path, device: Any) -> None:
+    """The kernels of the head in each mode, at the first shape."""
+    from benchmarks import head
+
+    class Once:
+        def __init__(self, name: str) -> None:
+            hidden, weight, targets = head._timed_inputs(head.shapes(device)[0], device)
+            self.loss = head.contenders(device)[name](hidden, weight, targets)
+
+        def step(self, _: Any) -> None:
+            self.loss().backward()
+
+    for name in ("ours forward", "ours recompute"):
+        write_profile(path.with_name(f"{path.stem}-{name.split()[1]}.txt"), Once(name), device)
+
+
 def write_profile(path: Path, contender: Any, device: Any) -> None:
     """The kernels of one step, by time."""
     import torch
@@ -258,7 +307,7 @@ def main() -> int:
 
     import torch
 
-    from benchmarks import report, roofline
+    from benchmarks import head, report, roofline
     from benchmarks.steps import VARIANTS
 
     if not torch.cuda.is_available() and not arguments.small:
@@ -284,10 +333,15 @@ def main() -> int:
         return None
 
     if not arguments.no_tests and "pytest" not in missing:
-        failed += run_tests(arguments.out, 180) not in (0, 5)  # 5: no test was collected
-        print((arguments.out / "gpu-tests.txt").read_text()[-2000:], flush=True)
+        failed += run_tests(arguments.out, TESTS)
+        lines = (arguments.out / "gpu-tests.txt").read_text().splitlines()
+        print("\n".join(x for x in lines if x.startswith(("FAILED", "ERROR", "E  ", "stopped")) or " in " in x)[-4000:])
     peak = roofline.measure(device, 0.2 if arguments.small else 2.0)
     print(f"measured peak: {peak.flops / 1e12:.1f} TFLOP/s, {peak.bandwidth / 1e12:.2f} TB/s", flush=True)
+    failed += head.run(device, arguments.small, min(end, time.monotonic() + HEAD))
+    attempt("report", report.main)
+    if not arguments.small:
+        attempt("head profile", partial(profile_head, arguments.out / "profile-head.txt", device))
     cases = SMALL if arguments.small else CASES
     attempt("agreement", partial(run_agreement, cases[0], device, arguments.attention))
     work = [(case, variant) for case in cases for variant in PAIR]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ NAMES = (
     "ours forward",
     "ours recompute",
     "ours forward, small budget",
+    "ours forward, tuned",
+    "ours recompute, tuned",
     "eager",
     "torch.compile",
     "torch linear_cross_entropy",
@@ -113,6 +116,8 @@ def contenders(device: torch.device, impl: Any = "auto") -> dict[str, Factory]:
         "ours forward": partial(_ours, impl, 1),
         "ours recompute": partial(_ours_recompute, impl),
         "ours forward, small budget": partial(_ours, impl, 8),
+        "ours forward, tuned": partial(_ours, impl, 1),
+        "ours recompute, tuned": partial(_ours_recompute, impl),
         "eager": _eager,
         "torch.compile": _compiled,
         "torch linear_cross_entropy": partial(_torch_chunked, None),
@@ -129,7 +134,10 @@ def contenders(device: torch.device, impl: Any = "auto") -> dict[str, Factory]:
 
 def left_out(device: torch.device) -> dict[str, str]:
     """Name to reason of all that do not run on this device."""
+    untuned = "" if device.type == "cuda" else "tiles of the Triton kernels: needs a CUDA device"
     reasons = {
+        "ours forward, tuned": untuned,
+        "ours recompute, tuned": untuned,
         "torch.compile": _no_compiler(device.type),
         "torch linear_cross_entropy": _no_torch_chunked(),
         "torch linear_cross_entropy, 256 MiB": _no_torch_chunked(),
@@ -406,6 +414,7 @@ def bench(
     repeat: Callable[[Callable[[], None], int], None] = _loop,
 ) -> str:
     """Check, time and record one contender at one shape. Returns a line for the reader."""
+    os.environ["REAL_KERNELS_AUTOTUNE"] = str(int(name.endswith(", tuned")))
     error = errors_of(name, shape.dtype, device, impl)
     eager = errors_of("eager", shape.dtype, device)
     measured = measure(contenders(device, impl)[name], shape, device, backward, rounds, repeat)

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for every architecture, without a GPU: ``python -m benchmarks.kernels``.
 
 Per kernel, tile and architecture: registers, spills, shared memory, and the matrix instructions in the machine code.
-Writes ``kernels.csv`` beside the other results, and the table between the markers of ``docs/kernels.md``. Exit status 1 if a
-kernel spills, does not fit, or multiplies without the instructions that it should use.
+Writes ``kernels.csv`` beside the other results, and the table between the markers of ``docs/kernels.md``. Exit status
+1 if a kernel spills, does not fit, or multiplies without the instructions that it should use.
 """
 
 from __future__ import annotations
@@ -273,8 +273,8 @@ def main() -> int:
             line = compile_case(case)
             lines.append(line)
             print(
-                f"{line.arch:7} {line.kernel:8} {line.variant:40} {line.dtype} {line.tile:22} {line.registers:4} registers "
-                f"{line.shared:7} B shared  {line.matrix_instructions:12} {line.verdict}",
+                f"{line.arch:7} {line.kernel:8} {line.variant:40} {line.dtype} {line.tile:22} "
+                f"{line.registers:4} registers {line.shared:7} B shared  {line.matrix_instructions:12} {line.verdict}",
                 flush=True,
             )
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @cache
 def machine() -> dict[str, str]:
     """The columns of a measurement that say where and with what it was made."""
-    found = versions("torch", "transformers", "triton", "trl", "liger-kernel")
+    found = versions("torch", "transformers", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
     listed = [f"python {platform.python_version()}", *(f"{name} {version}" for name, version in found.items())]
     if torch.cuda.is_available():
         device, where = "cuda", torch.cuda.get_device_name()

@@ -18,7 +18,7 @@ from real_fast.attention.interface import NAME, prepare, prepared_mask
 from real_fast.attention.layout import Layout
 from real_fast.attention.support import known_reason
 from real_fast.flops import empty_model
-from real_kernels.head import CHUNK_BYTES
+from real_kernels.head import CHUNK_BYTES, TRITON_CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class UpdateMemory:
         moments: AdamW's two moments.
         copies: 16-bit copies of weights that autocast (or gathering a sharded layer) makes.
         activations: What the forward pass keeps for the backward pass.
-        head: A chunk of logits, the head's gradient in fp32, the hidden states' gradient.
+        head: A chunk of logits, the head's gradient, the hidden states' gradient.
     """
 
     weights: float
@@ -135,10 +135,14 @@ def update_memory(
     layer = sizes.layer_bytes * tokens + width * sizes.kv_width * repeated_keys
     kept = sizes.layers * sizes.boundary_bytes * tokens + layer if checkpointing else sizes.layers * layer
     vocabulary = sizes.head / sizes.hidden
-    # 16-bit operands: a chunk's product is a tensor of its own before it is added up.
-    gradients = (8.0 if half else 4.0) * sizes.head
-    # and an eighth of it for the log-sum-exp
-    head = 1.125 * min(CHUNK_BYTES, 4.0 * vocabulary * head_rows) + gradients + 2 * 4.0 * sizes.hidden * head_rows
+    if half:  # Triton's kernels: kept logits in 16 bits, 2 % more for what each tile leaves per row
+        logits = 2.0 * vocabulary * head_rows
+        # Several chunks sum dW in float32 before it is rounded; one writes it at once, and the backward pass scales it.
+        gradients = (6.0 if logits > TRITON_CHUNK_BYTES else 4.0) * sizes.head
+        chunk = 1.02 * min(TRITON_CHUNK_BYTES, logits)
+    else:
+        gradients, chunk = 4.0 * sizes.head, min(CHUNK_BYTES, 4.0 * vocabulary * head_rows)
+    head = chunk + gradients + 2 * 4.0 * sizes.hidden * head_rows
     return UpdateMemory(
         weights=4.0 * p / gpus,
         gradients=4.0 * p / gpus,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -61,18 +62,20 @@ def make_head(
     return TritonHead(weight, bias, softcap, chunk_bytes)
 
 
-def without_autocast(function: F) -> F:
-    """Autocast would round the matrix products to 16 bits, whatever the dtypes of what was passed."""
+def on_its_device(function: F) -> F:
+    """Runs it on the weight's device, where Triton launches, and without autocast, which would round logits."""
 
     @functools.wraps(function)
     def call(head: Head, *arguments: Any) -> Any:
-        with torch.autocast(head.weight.device.type, enabled=False):
+        device = head.weight.device
+        current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with current, torch.autocast(device.type, enabled=False):
             return function(head, *arguments)
 
     return call  # type: ignore[return-value]
 
 
-@without_autocast
+@on_its_device
 def statistics(head: Head, rows: Rows, entropy: bool = False) -> Stats:
     """Log-probabilities alone."""
     return head.statistics(rows, entropy)
@@ -116,7 +119,7 @@ class _Sum:
         return Gradients(self.hidden, dw, None if self.bias is None else self.bias.to(weight.dtype))
 
 
-@without_autocast
+@on_its_device
 def weighted_in_forward(
     head: Head, rows: Rows, coefficients: torch.Tensor, needs: Needs
 ) -> tuple[torch.Tensor, Gradients]:
@@ -159,7 +162,7 @@ class RealForward:
     gradients: Gradients | None
 
 
-@without_autocast
+@on_its_device
 def real_forward(
     head: Head,
     score: Rows,
@@ -242,7 +245,7 @@ def _pieces(scores: int, texts: int, room: int, together: bool) -> list[tuple[sl
     return [(slice(0, scores), slice(0, head)), *rest]
 
 
-@without_autocast
+@on_its_device
 def recomputed_gradients(head: Head, parts: Sequence[tuple[Rows, Stats, torch.Tensor]], needs: Needs) -> Gradients:
     """Gradients of all rows, in the order of `parts`, each given with u = dL/dlogp [n, m]."""
     weight = head.weight

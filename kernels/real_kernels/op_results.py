@@ -48,6 +48,9 @@ def wanted(gradients: Any, needs: Needs) -> tuple[Tensor | None, ...]:
 
 def scaled(gradients: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Times the upstream gradient, a scalar."""
+    # A loss that backward() is called on has 1. To look is free on the CPU alone, and not for tensors being traced.
+    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
+        return tuple(gradients)
     # Into new tensors: those saved must serve a second backward pass.
     return tuple(None if g is None else g * grad.to(g.dtype) for g in gradients)
 

@@ -32,8 +32,8 @@ class Tile(NamedTuple):
     group: int = 16
 
 
-# 16-bit operands. Kept to what fits without spilling: 99 KiB of shared memory for the default of sm_80 (it serves sm_86 and
-# sm_89 too), 227 KiB on sm_90 and sm_100, 64 KiB on gfx942. "python -m benchmarks.kernels" compiles them all.
+# 16-bit operands. Kept to what fits without spilling: 99 KiB of shared memory for the default of sm_80 (it serves sm_86
+# and sm_89 too), 227 KiB on sm_90 and sm_100, 64 KiB on gfx942. "python -m benchmarks.kernels" compiles them all.
 TILES: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(128, 128, 32, 4, 8), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 8)),
     # The second leaves room for two programs on a multiprocessor: one's epilogue runs beside the other's products.

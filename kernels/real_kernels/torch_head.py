@@ -9,9 +9,17 @@ import torch
 from real_kernels.matmul import accumulator, mm_into, operand
 from real_kernels.rows import Kept, Rows, Stats
 
+# What a few rows of logits may take for passes over them to stay in a CPU's cache.
+CACHE_BYTES = 2 * 2**20
+# A chunk on the CPU where nothing is gained from a larger one.
+STATISTICS_BYTES = 32 * 2**20
+
 
 class TorchHead:
-    """See :class:`real_kernels.rows.Head`. Logits are float32 (float64), a chunk of rows or columns at a time."""
+    """See :class:`real_kernels.rows.Head`. Logits are float32 (float64), a chunk of rows or columns at a time.
+
+    Kept logits are exp(z - row maximum), so that no exponential is taken twice.
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
         self.weight, self.bias, self.softcap, self.chunk_bytes = weight, bias, softcap, chunk_bytes
@@ -35,10 +43,17 @@ class TorchHead:
         return True
 
     def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
-        parts = [self._statistics(rows.part(chunk), entropy) for chunk in chunks(rows.n, self.rows_per_chunk())]
+        step = self.rows_per_chunk()
+        if not rows.hidden.is_cuda:
+            # Nothing is summed over chunks here, and small ones come out of memory that is warm.
+            step = min(step, max(128, STATISTICS_BYTES // (self.weight.shape[0] * self.wide.itemsize)))
+        room = self.buffer(min(step, rows.n))
+        parts = [
+            self._keep(rows.part(chunk), room[: chunk.stop - chunk.start], entropy).stats
+            for chunk in chunks(rows.n, step)
+        ]
         if not parts:
-            empty = rows.hidden.new_empty(0, dtype=self.wide)
-            return Stats(empty, empty, empty.view(0, rows.selected), empty if entropy else None)
+            return self._keep(rows, room, entropy).stats
         row_max, log_sum = torch.cat([p.row_max for p in parts]), torch.cat([p.log_sum for p in parts])
         logp = torch.cat([p.logp for p in parts])
         entropies = [part.entropy for part in parts if part.entropy is not None]
@@ -48,20 +63,17 @@ class TorchHead:
         return torch.empty(n, self.weight.shape[0], dtype=self.wide, device=self.weight.device)
 
     def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
-        z = self._logits(rows, slice(0, self.weight.shape[0]), buffer)
-        row_max = z.amax(1)
-        # Minus the maximum: near p = 1 the log-sum-exp then keeps its last digits.
-        z.sub_(row_max[:, None])
-        log_sum = _logsumexp(z)
-        logp = z.gather(1, selected(rows)) - log_sum[:, None]
-        return Kept(rows, Stats(row_max, log_sum, logp), z)
+        return self._keep(rows, buffer, False)
 
     def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
-        rows, stats, z, _ = kept
-        slope = self._slope(z + stats.row_max[:, None], rows.temperature)
-        dz = z.sub_(stats.log_sum[:, None]).exp_().mul_(-u.sum(1, keepdim=True))
-        dz.scatter_(1, selected(rows), selected_columns(stats.logp, u))
-        _chain_(dz, slope, rows.temperature)
+        rows, stats, p, slope = kept
+        factor = -u.sum(1, keepdim=True) * torch.exp(-stats.log_sum)[:, None]
+        values = selected_columns(stats.logp, u)
+        if rows.temperature != 1.0:
+            factor, values = factor / rows.temperature, values / rows.temperature
+        p.mul_(factor).scatter_(1, selected(rows), values)
+        if slope is not None:
+            p.mul_(slope)
 
     def dlogits_columns(
         self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
@@ -80,13 +92,30 @@ class TorchHead:
         if dz is not out:
             out.copy_(dz)
 
-    def _statistics(self, rows: Rows, entropy: bool) -> Stats:
-        kept = self.keep(rows, self.buffer(rows.n))
-        if not entropy:
-            return kept.stats
-        log_p = kept.buffer.sub_(kept.stats.log_sum[:, None])
-        # p log p is 0, not NaN, where a token is masked out by a bias of -inf.
-        return kept.stats._replace(entropy=-torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum(1))
+    def _keep(self, rows: Rows, buffer: torch.Tensor, entropy: bool) -> Kept:
+        z = self._logits(rows, slice(0, self.weight.shape[0]), buffer)
+        slope = self._slope(z, rows.temperature)
+        ids, n, m = selected(rows), rows.n, rows.selected
+        row_max, total, ez = (z.new_empty(n) for _ in range(3))
+        chosen = z.new_empty(n, m)
+        # A few rows at a time: on a CPU all these passes then run in its cache.
+        step = max(n, 1) if z.is_cuda else max(1, CACHE_BYTES // (z.shape[1] * z.itemsize))
+        for part in chunks(n, step):
+            block = z[part]
+            torch.amax(block, 1, out=row_max[part])
+            # Minus the maximum: near p = 1 the log-sum-exp then keeps its last digits.
+            block.sub_(row_max[part, None])
+            chosen[part] = block.gather(1, ids[part])
+            if entropy:
+                # p log p is 0, not NaN, where a token is masked out by a bias of -inf.
+                shifted = block.clamp(min=torch.finfo(block.dtype).min)
+                ez[part] = (block.exp_() * shifted).sum(1)
+            else:
+                block.exp_()
+            torch.sum(block, 1, out=total[part])
+        log_sum = total.log()
+        stats = Stats(row_max, log_sum, chosen - log_sum[:, None], log_sum - ez / total if entropy else None)
+        return Kept(rows, stats, z, slope)
 
     def _logits(self, rows: Rows, columns: slice, out: torch.Tensor) -> torch.Tensor:
         h, w = operand(rows.hidden), self.columns(columns)
@@ -124,10 +153,3 @@ def selected(rows: Rows) -> torch.Tensor:
 def selected_columns(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """dL/dz of the selected tokens [n, m], in the form that does not cancel near p = 1."""
     return -u * torch.expm1(logp) - logp.exp() * (u.sum(1, keepdim=True) - u)
-
-
-def _logsumexp(z: torch.Tensor) -> torch.Tensor:
-    """Log-sum-exp of each row, an eighth of the rows at a time: torch.logsumexp makes a temporary as large as z."""
-    if not z.shape[0]:
-        return z.new_empty(0)
-    return torch.cat([torch.logsumexp(part, 1) for part in z.split(-(-z.shape[0] // 8))])

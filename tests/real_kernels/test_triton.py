@@ -213,6 +213,20 @@ def test_bias_softcap_temperature_entropy(options, biased, impl):
         assert max(error(g, e) for g, e in zip(gradients, exact_gradients, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_score_tokens_with_bias_and_softcap(impl):
+    hidden, weight, _, bias = make(37, 24, 130, bias=True)
+    ids = torch.tensor([2, 16, 9, 77], device=DEVICE)
+    u = torch.randn(37, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    h, w, b = wide(hidden, weight, bias)
+    want = torch.log_softmax(reference_logits(h, w, b, softcap=5.0, temperature=0.8), 1)[:, ids]
+    exact_gradients = torch.autograd.grad((want * u).sum(), (h, w, b))
+    got = score_logprobs(hidden, weight, ids, bias=bias, softcap=5.0, temperature=0.8, impl=impl, chunk_bytes=9000)
+    assert error(got, want) < 1e-5
+    gradients = torch.autograd.grad((got * u).sum(), (hidden, weight, bias))
+    assert max(error(g, e) for g, e in zip(gradients, exact_gradients, strict=True)) < 1e-5
+
+
 def test_tokens_masked_by_the_bias():
     """A bias of -inf over a whole tile: probability 0, and no NaN."""
     hidden, weight, targets, bias = make(5, 16, 200, bias=True)

@@ -260,6 +260,7 @@ def profile_head(path: Path, device: Any) -> None:
 
     for name in ("ours forward", "ours recompute"):
         write_profile(path.with_name(f"{path.stem}-{name.split()[1]}.txt"), Once(name), device)
+    head._timed_inputs.cache_clear()
 
 
 def write_profile(path: Path, contender: Any, device: Any) -> None:
@@ -333,12 +334,18 @@ def main() -> int:
         return None
 
     if not arguments.no_tests and "pytest" not in missing:
-        failed += run_tests(arguments.out, TESTS)
-        lines = (arguments.out / "gpu-tests.txt").read_text().splitlines()
+        status = attempt("tests", partial(run_tests, arguments.out, TESTS))
+        failed += status or 0
+        text = arguments.out / "gpu-tests.txt"
+        lines = text.read_text().splitlines() if text.is_file() else []
         print("\n".join(x for x in lines if x.startswith(("FAILED", "ERROR", "E  ", "stopped")) or " in " in x)[-4000:])
-    peak = roofline.measure(device, 0.2 if arguments.small else 2.0)
+    peak = attempt("roofline", partial(roofline.measure, device, 0.2 if arguments.small else 2.0))
+    if peak is None:
+        return 1
     print(f"measured peak: {peak.flops / 1e12:.1f} TFLOP/s, {peak.bandwidth / 1e12:.2f} TB/s", flush=True)
-    failed += head.run(device, arguments.small, min(end, time.monotonic() + HEAD))
+    left = min(end, time.monotonic() + HEAD)
+    status = attempt("head", partial(head.run, device, arguments.small, left))
+    failed += status or 0
     attempt("report", report.main)
     if not arguments.small:
         attempt("head profile", partial(profile_head, arguments.out / "profile-head.txt", device))

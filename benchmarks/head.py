@@ -12,7 +12,8 @@ import importlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -156,7 +157,7 @@ def _no_package(device: torch.device, module: str, package: str, cuda: str) -> s
         return f"{cuda}: needs a CUDA device"
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # a package that breaks on import, too, is only left out
         return f"pip install --no-deps {package}: {error}"
     return ""
 
@@ -172,7 +173,7 @@ def _no_compiler(device: str) -> str:
     """Why torch.compile does not work here, by trying it: a compiler, its headers and Triton may each be missing."""
     try:
         torch.compile(lambda x: x.sin().cos(), dynamic=False)(torch.ones(64, device=device))
-    except RuntimeError as error:
+    except Exception as error:  # whatever a missing compiler raises
         return f"torch.compile does not work here: {(str(error).splitlines() or [''])[0]}"
     return ""
 
@@ -414,7 +415,32 @@ def bench(
     repeat: Callable[[Callable[[], None], int], None] = _loop,
 ) -> str:
     """Check, time and record one contender at one shape. Returns a line for the reader."""
+    with _tuning(name):
+        return _bench(name, shape, device, backward, rounds, impl, repeat)
+
+
+@contextmanager
+def _tuning(name: str) -> Iterator[None]:
+    """The fastest of the shipped tiles for those named so, the default for the others."""
+    before = os.environ.get("REAL_KERNELS_AUTOTUNE")
     os.environ["REAL_KERNELS_AUTOTUNE"] = str(int(name.endswith(", tuned")))
+    try:
+        yield
+    finally:
+        del os.environ["REAL_KERNELS_AUTOTUNE"]
+        if before is not None:
+            os.environ["REAL_KERNELS_AUTOTUNE"] = before
+
+
+def _bench(
+    name: str,
+    shape: Shape,
+    device: torch.device,
+    backward: bool,
+    rounds: int,
+    impl: str,
+    repeat: Callable[[Callable[[], None], int], None],
+) -> str:
     error = errors_of(name, shape.dtype, device, impl)
     eager = errors_of("eager", shape.dtype, device)
     measured = measure(contenders(device, impl)[name], shape, device, backward, rounds, repeat)
@@ -447,6 +473,13 @@ def run(device: torch.device, small: bool, deadline: float, impl: str = "auto") 
 
     What is done is recorded at once; whatever goes wrong in one contender is said, and the others go on.
     """
+    try:
+        return _run(device, small, deadline, impl)
+    finally:
+        _timed_inputs.cache_clear()
+
+
+def _run(device: torch.device, small: bool, deadline: float, impl: str) -> int:
     failed = 0
     for name, reason in left_out(device).items():
         print(f"head: {name} left out: {reason}", flush=True)

@@ -124,7 +124,9 @@ def gemm(arch: str, dtype: str, tile: Tile, default: bool, variant: str, **flags
         "cap": "fp32",
     }
     # As the launcher specialises them: multiples of 16 where real shapes are.
-    divisible = {"h", "w", "bias", "ids", "out", "D", "stride_h", "stride_w", "stride_out", "first"} | set(types)
+    divisible = {"h", "w", "bias", "out", "D", "stride_h", "stride_w", "stride_out", "width", "first"}
+    if not flags.get("even", True):
+        divisible -= {"D", "stride_h", "stride_w"}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     name = f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages"
     source = _source(logits_kernel, types, constants, divisible)
@@ -156,15 +158,13 @@ def cases(arch: str) -> Iterator[Case]:
             ("tile_max", "row_max", "log_sum", "u", "logp"), "*fp32"
         )
         constants = {"SHARED": False, "BLOCK_ROWS": 16, "BN": bn}
-        source = _source(dlogits_kernel, types, constants, {*types, "stride"})
+        source = _source(dlogits_kernel, types, constants, {"kept", "stride", "width"})
         yield Case(arch, "dlogits", "in place", "bf16", f"16x{bn}", True, source, {"num_warps": 8})
     types = dict.fromkeys(
         ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "logp", "entropy"), "*fp32"
     )
     constants = {"ENTROPY": True, "BLOCK_TILES": 32, "BLOCK_ROWS": 32}
-    yield Case(
-        arch, "combine", "entropy", "fp32", "32x32", True, _source(combine_kernel, types, constants, set(types)), {}
-    )
+    yield Case(arch, "combine", "entropy", "fp32", "32x32", True, _source(combine_kernel, types, constants, set()), {})
     floats = ("logp", "judged", "values", "labels", "counts", "y_hat", "reward", "advantages", "coefficient")
     types = dict.fromkeys((*floats, "refinement", "u"), "*fp32") | {"group": "*i64", "valid": "*u8"}
     types |= dict.fromkeys(("lam", "beta", "clip"), "fp32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import platform
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -31,6 +32,8 @@ def machine() -> dict[str, str]:
 
 
 def _commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:

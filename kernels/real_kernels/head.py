@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from real_kernels.matmul import accumulator, addmm_, mm_into, operand
+from real_kernels.matmul import HALF, accumulator, addmm_, mm_exactly, mm_into, operand
 from real_kernels.rollout_terms import RolloutTerms
 from real_kernels.rows import Head, Kept, Rows, Stats
 from real_kernels.torch_head import TorchHead, chunks
@@ -100,7 +100,7 @@ class _Sum:
         whole = self.head.columns(slice(0, self.head.weight.shape[0]))
         dz = operand(buffer.to(whole.dtype))
         if self.hidden is not None:
-            mm_into(self.hidden[rows], dz, whole)
+            mm_exactly(self.hidden[rows], dz, whole)
         if self.needs.weight:
             if self.started:
                 addmm_(self.weight, dz.t(), operand(hidden))
@@ -119,6 +119,16 @@ class _Sum:
         return Gradients(self.hidden, dw, None if self.bias is None else self.bias.to(weight.dtype))
 
 
+def _rows_at_once(head: Head, n: int, needs: Needs) -> int:
+    """Rows of a chunk: by the byte budget, or all where a float32 sum of dW would take more than chunks save."""
+    weight = head.weight
+    step = head.rows_per_chunk()
+    if needs.weight and weight.is_cuda and weight.dtype in HALF:
+        more = (n - step) * weight.shape[0] * weight.element_size()
+        return n if 0 < more <= 4 * weight.numel() else step
+    return step
+
+
 @on_its_device
 def weighted_in_forward(
     head: Head, rows: Rows, coefficients: torch.Tensor, needs: Needs
@@ -126,7 +136,7 @@ def weighted_in_forward(
     """Log-probabilities [n], and the gradients of ``(coefficients * logp).sum()``."""
     if not needs.any:
         return head.statistics(rows).logp[:, 0], Gradients(None, None, None)
-    step = min(head.rows_per_chunk(), max(rows.n, 1))
+    step = min(_rows_at_once(head, rows.n, needs), max(rows.n, 1))
     parts = list(chunks(rows.n, step))
     buffer, total = head.buffer(step), _Sum(head, rows.n, len(parts), needs)
     logp = torch.empty(rows.n, dtype=accumulator(head.weight.dtype), device=head.weight.device)
@@ -187,7 +197,7 @@ def real_forward(
         in_forward: Compute the gradients now, score rows and text rows in the same chunks.
         needs: Which gradients.
     """
-    m, budget = score.n, head.rows_per_chunk()
+    m, budget = score.n, _rows_at_once(head, score.n + text.n, needs)
     # Score rows that fill the budget by themselves go first, and come again once their gradient is known.
     together = in_forward and needs.any and m < budget
     buffer, first = None, None
@@ -277,5 +287,5 @@ def recomputed_gradients(head: Head, parts: Sequence[tuple[Rows, Stats, torch.Te
             if columns.start:
                 addmm_(dx, dz, head.columns(columns))
             else:
-                mm_into(dx, dz, head.columns(columns))
+                mm_exactly(dx, dz, head.columns(columns))
     return Gradients(None if dx is None else dx.to(weight.dtype), dw, db)

@@ -34,6 +34,7 @@ from real_kernels import ops
 from real_kernels.checks import check_index, check_score_ids, check_shape
 from real_kernels.head import Impl, Mode
 from real_kernels.matmul import accumulator
+from real_kernels.op_results import products
 from real_kernels.options import check_options, gradient_in_forward, wanted
 
 
@@ -204,7 +205,7 @@ def weighted_logprob(
             chunk_bytes=room,
             validate=validate,
         )
-        return (coefficients * logp).sum(), logp.detach()
+        return products(coefficients, logp), logp.detach()
     total, logp, *_ = ops.weighted_logprob(
         hidden,
         weight,

@@ -159,6 +159,9 @@ def real_loss(
     ):
         if value not in known:
             raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", not {value!r}')
+    for name, count in (("num_rollouts", num_rollouts), ("num_tokens", num_tokens)):
+        if count is not None and not count > 0:
+            raise ValueError(f"{name} must be above 0, not {count}")
     if not advantage_clip >= 0:
         raise ValueError(f"advantage_clip must be 0 or more, not {advantage_clip}")
     need_hidden, need_scores, need_weight, need_bias = wanted(hidden, score_hidden, weight, bias)

@@ -26,6 +26,11 @@ def mm_into(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     return out.copy_(a @ b)
 
 
+def mm_exactly(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """As :func:`mm_into`, for sums so long that cuBLAS may split them, and add the parts in 16 bits if `out` has 16."""
+    return out.copy_(torch.mm(a, b, out_dtype=torch.float32)) if a.dtype in HALF else mm_into(out, a, b)
+
+
 def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b in place, total being float32 (float64): no temporary of its size."""
     if a.dtype in HALF:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from real_kernels.head import Gradients, Needs
@@ -46,13 +48,43 @@ def wanted(gradients: Any, needs: Needs) -> tuple[Tensor | None, ...]:
     return tuple(g if want else None for g, want in zip(gradients, needs, strict=True))
 
 
-def scaled(gradients: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Times the upstream gradient, a scalar."""
+def scaled(gradients: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool], impl: str) -> list[Tensor | None]:
+    """Those wanted of the gradients computed in a forward pass, times the upstream gradient, a scalar.
+
+    Raises:
+        RuntimeError: Under ``create_graph=True``: these gradients are constants, and a second derivative would be 0.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("the head has no second derivative: call backward() or grad() without create_graph")
     # A loss that backward() is called on has 1. To look is free on the CPU alone, and not for tensors being traced.
     if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
-        return tuple(gradients)
-    # Into new tensors: those saved must serve a second backward pass.
-    return tuple(None if g is None else g * grad.to(g.dtype) for g in gradients)
+        return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+    times = torch.ops.real_kernels.scaled
+    return [times(g, grad, impl) if want else None for g, want in zip(gradients, wanted, strict=True)]
+
+
+@torch.library.custom_op("real_kernels::scaled", mutates_args=())
+def _scaled(x: Tensor, factor: Tensor, impl: str) -> Tensor:
+    """x times a scalar tensor, into a new one (what is saved must serve a second backward pass), in float32."""
+    if impl == "triton":
+        from real_kernels.triton_head import scaled as in_one_launch
+
+        return in_one_launch(x, factor)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = max(1, 2**24 // max(1, x[:1].numel()))
+    for start in range(0, x.shape[0], step):
+        out[start : start + step] = x[start : start + step].to(factor.dtype) * factor
+    return out
+
+
+@_scaled.register_fake
+def _(x: Tensor, factor: Tensor, impl: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def products(weights: Tensor, logp: Tensor) -> Tensor:
+    """Sum of weight times log-probability; a weight of 0 makes 0 of -inf too."""
+    return torch.where(weights != 0, weights * logp, 0.0).sum()
 
 
 def spread(values: Tensor, index: Tensor | None, n: int, fill: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import Needs, make_head, recomputed_gradients, statistics, weighted_in_forward
-from real_kernels.op_results import fake_gradients, or_none, scaled, tensors, wanted, wide
+from real_kernels.op_results import fake_gradients, or_none, products, scaled, tensors, wanted, wide
 from real_kernels.rows import Rows, Stats
 
 
@@ -38,7 +38,7 @@ def selected_logprobs(
         if shared:
             checks.different("score_ids", ids)
         checks.run()
-    head = make_head(impl, weight, bias, softcap, chunk_bytes)
+    head, ids = make_head(impl, weight, bias, softcap, chunk_bytes), ids.contiguous()
     stats = statistics(head, Rows(hidden, ids, shared, temperature), entropy)
     return stats.logp, stats.row_max, stats.log_sum, or_none(stats.entropy, stats.logp)
 
@@ -83,7 +83,7 @@ def selected_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias for u = dL/dlogp [n, m]."""
     head = make_head(impl, weight, bias, softcap, chunk_bytes)
-    rows = Rows(hidden, ids, shared, temperature)
+    rows = Rows(hidden, ids.contiguous(), shared, temperature)
     needs = Needs(need_hidden, need_weight, need_bias)
     return tensors(recomputed_gradients(head, [(rows, Stats(row_max, log_sum, logp), u.contiguous())], needs), weight)
 
@@ -152,9 +152,9 @@ def weighted_logprob(
         checks.run()
     head = make_head(impl, weight, bias, softcap, chunk_bytes)
     needs = Needs(need_hidden, need_weight, need_bias)
-    rows = Rows(hidden, targets, False, temperature)
+    rows = Rows(hidden, targets.contiguous(), False, temperature)
     logp, gradients = weighted_in_forward(head, rows, coefficients.contiguous(), needs)
-    return (coefficients * logp).sum(), logp.contiguous(), *tensors(gradients, weight)
+    return products(coefficients, logp), logp.contiguous(), *tensors(gradients, weight)
 
 
 @weighted_logprob.register_fake
@@ -184,13 +184,14 @@ def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others)
     ctx.save_for_backward(*others[1:])
+    ctx.impl = inputs[7]
 
 
 def _weighted_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 13
-    gradients = wanted(ctx.saved_tensors, Needs(*ctx.needs_input_grad[:3]))
-    return (*scaled(gradients, grad), *[None] * 10)
+    gradients = scaled(ctx.saved_tensors, grad, ctx.needs_input_grad[:3], ctx.impl)
+    return (*gradients, *[None] * 10)
 
 
 weighted_logprob.register_autograd(_weighted_backward, setup_context=_save_weighted)

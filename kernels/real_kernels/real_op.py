@@ -9,7 +9,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import Needs, make_head, real_forward, recomputed_gradients
-from real_kernels.op_results import fake_gradients, none, or_none, scaled, spread, wide
+from real_kernels.op_results import fake_gradients, none, or_none, products, scaled, spread, wide
 from real_kernels.rollout_terms import RolloutOptions, rollout_terms
 from real_kernels.rows import Rows, Stats
 
@@ -93,12 +93,12 @@ def real_head(
         return terms_function(logp, judged, score_values, labels, group, usable, counts, options)
 
     needs = Needs(need_hidden, need_weight, need_bias)
-    score = Rows(score_hidden, score_ids, True)
-    text = Rows(hidden, targets, False, temperature)
+    score = Rows(_valid_rows(score_hidden, valid), score_ids.contiguous(), True)
+    text = Rows(hidden, targets.contiguous(), False, temperature)
     out = real_forward(head, score, text, terms_of, rollout, live, drop_zero_rows, in_forward, needs)
     terms, n = out.terms, hidden.shape[0]
     weights = out.coefficients if out.index is None else out.coefficients.index_select(0, out.index)
-    exploration = (weights * out.logp).sum()
+    exploration = products(weights, out.logp)
     logprobs, computed = spread(out.logp, out.index, n, float("nan")), torch.ones(n, dtype=torch.bool, device=device)
     if out.index is not None:
         computed = torch.zeros_like(computed).index_fill_(0, out.index, True)
@@ -115,7 +115,7 @@ def real_head(
         dh, dw, db = out.gradients
         saved += [none(weight), none(weight)]
         if dh is not None:
-            saved = [spread(dh[m:], out.index, n, 0.0), dh[:m].clone()]
+            saved = list(_split(dh, m, out.index, n))
         saved += [or_none(dw, weight), or_none(db, weight), *(none(labels) for _ in range(3))]
     else:
         saved += [none(weight) for _ in range(4)]
@@ -132,14 +132,14 @@ def real_head(
 def _(hidden: Tensor, score_hidden: Tensor, weight: Tensor, *arguments: Any) -> RealTensors:
     score_ids, labels = arguments[3], arguments[5]
     in_forward, needs = arguments[22], Needs(*arguments[26:])
-    (n, d), m, k = hidden.shape, labels.shape[0], score_ids.shape[0]
+    n, m, k = hidden.shape[0], labels.shape[0], score_ids.shape[0]
     computed = hidden.new_empty(n, dtype=torch.bool)
     results = (wide(hidden), wide(hidden), wide(hidden, n), computed, wide(hidden, m, k), wide(hidden, 3, m))
     drop_zero_rows, valid = arguments[21], arguments[7]
     dh, dw, db = fake_gradients(n, weight, needs if in_forward else Needs(False, False, False))
-    if in_forward and needs.hidden and not drop_zero_rows and valid is None:
-        dh = weight.new_empty(m + n, d)[m:]
-    ds = weight.new_empty(m, d) if dh.numel() or (in_forward and needs.hidden) else none(weight)
+    ds = none(weight)
+    if in_forward and needs.hidden:
+        dh, ds = _fake_split(weight, n, m, not drop_zero_rows and valid is None)
     if needs.any and not in_forward:
         saved = (wide(hidden, 3, n), wide(hidden, 2, m), wide(hidden, m, k))
     else:
@@ -161,7 +161,9 @@ def real_head_backward(
     of_text: Tensor,
     of_score: Tensor,
     u: Tensor,
+    valid: Tensor | None,
     grad: Tensor,
+    every_row: bool,
     temperature: float,
     softcap: float | None,
     impl: str,
@@ -173,28 +175,49 @@ def real_head_backward(
     """Gradients of hidden, score_hidden, weight and bias of :func:`real_head`, computed again."""
     head = make_head(impl, weight, bias, softcap, chunk_bytes)
     n, m = hidden.shape[0], score_hidden.shape[0]
-    index = computed.nonzero()[:, 0]
-    if index.shape[0] == n:
-        text, stats = Rows(hidden, targets, False, temperature), Stats(of_text[0], of_text[1], logprobs[:, None])
-        weights = of_text[2]
-    else:
-        text = Rows(hidden.index_select(0, index), targets.index_select(0, index), False, temperature)
-        of_text = of_text.index_select(1, index)
-        stats, weights = Stats(of_text[0], of_text[1], logprobs.index_select(0, index)[:, None]), of_text[2]
-    score, score_stats = Rows(score_hidden, score_ids, True), Stats(of_score[0], of_score[1], score_logp)
-    parts = [(score, score_stats, u * grad), (text, stats, (weights * grad)[:, None])]
+    index = None
+    if not every_row:
+        index = computed.nonzero()[:, 0]
+        hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
+        of_text, logprobs = of_text.index_select(1, index), logprobs.index_select(0, index)
+    text = Rows(hidden, targets.contiguous(), False, temperature)
+    stats = Stats(of_text[0], of_text[1], logprobs[:, None])
+    score = Rows(_valid_rows(score_hidden, valid), score_ids.contiguous(), True)
+    score_stats = Stats(of_score[0], of_score[1], score_logp)
+    parts = [(score, score_stats, u * grad), (text, stats, (of_text[2] * grad)[:, None])]
     dh, dw, db = recomputed_gradients(head, parts, Needs(need_hidden, need_weight, need_bias))
-    split = (none(weight), none(weight))
-    if dh is not None:
-        split = (spread(dh[m:], None if index.shape[0] == n else index, n, 0.0), dh[:m].clone())
+    split = (none(weight), none(weight)) if dh is None else _split(dh, m, index, n)
     return (*split, or_none(dw, weight), or_none(db, weight))
 
 
 @real_head_backward.register_fake
 def _(hidden: Tensor, score_hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = Needs(*arguments[-3:])
+    needs, every_row = Needs(*arguments[-3:]), arguments[11]
     dh, dw, db = fake_gradients(hidden.shape[0], weight, needs)
-    return dh, weight.new_empty(score_hidden.shape) if needs.hidden else none(weight), dw, db
+    ds = none(weight)
+    if needs.hidden:
+        dh, ds = _fake_split(weight, hidden.shape[0], score_hidden.shape[0], every_row)
+    return dh, ds, dw, db
+
+
+def _valid_rows(score_hidden: Tensor, valid: Tensor | None) -> Tensor:
+    # 0 times what a left-out rollout holds must be 0 in the products too, be it NaN.
+    return score_hidden if valid is None else score_hidden.masked_fill(~valid[:, None], 0.0)
+
+
+def _split(dx: Tensor, m: int, index: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    """Gradients of text rows and of score rows, out of [score rows, computed text rows]."""
+    text = spread(dx[m:], index, n, 0.0)
+    aligned = index is not None or m * dx.shape[1] * dx.element_size() % 16 == 0
+    return text if aligned else text.clone(), dx[:m].clone()
+
+
+def _fake_split(weight: Tensor, n: int, m: int, every_row: bool) -> tuple[Tensor, Tensor]:
+    """Shapes and offsets of :func:`_split`."""
+    d = weight.shape[1]
+    if every_row and m * d * weight.element_size() % 16 == 0:
+        return weight.new_empty(m + n, d)[m:], weight.new_empty(m, d)
+    return weight.new_empty(n, d), weight.new_empty(m, d)
 
 
 def _save_real(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -204,13 +227,14 @@ def _save_real(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*others)
     ctx.in_forward, ctx.inputs = rest[18], len(inputs)
-    ctx.options = (rest[13], rest[14], rest[19], rest[20])
+    valid, drop_zero_rows, ctx.impl = rest[3], rest[17], rest[19]
+    ctx.options = (valid is None and not drop_zero_rows, rest[13], rest[14], rest[19], rest[20])
     _, logprobs, computed, score_logp, _, *saved = others
     if ctx.in_forward:
         ctx.save_for_backward(*saved[:4])
     else:
         ctx.save_for_backward(
-            hidden, score_hidden, weight, bias, targets, score_ids, computed, logprobs, score_logp, *saved[4:]
+            hidden, score_hidden, weight, bias, targets, score_ids, computed, logprobs, score_logp, *saved[4:], valid
         )
 
 
@@ -218,15 +242,14 @@ def _real_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | 
     if grad is None:
         return tuple([None] * ctx.inputs)
     of_hidden, of_scores, of_weight, of_bias = ctx.needs_input_grad[:4]
-    gradients: Any
+    wanted = (of_hidden, of_scores, of_weight, of_bias)
     if ctx.in_forward:
-        gradients = scaled(ctx.saved_tensors, grad)
+        own = scaled(ctx.saved_tensors, grad, wanted, ctx.impl)
     else:
         gradients = torch.ops.real_kernels.real_head_backward(
             *ctx.saved_tensors, grad, *ctx.options, of_hidden or of_scores, of_weight, of_bias
         )
-    wanted = (of_hidden, of_scores, of_weight, of_bias)
-    own = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        own = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
     return (*own, *[None] * (ctx.inputs - 4))
 
 

@@ -108,7 +108,8 @@ def reward_terms(
     y_hat = expected_score(logp, values)
     regression = -((y_hat - labels) ** 2)
     if reward == "paper":
-        r = regression + lam * (q * logp).sum(1)
+        # 0 log 0 is 0: a score that the bias masks out counts for labels on it alone.
+        r = regression + lam * torch.where(q > 0, q * logp, 0.0).sum(1)
         return RewardTerms(r, (r,), (1.0,), r, y_hat)
     if reward == "reference":
         p_label = (q * logp.exp()).sum(1)

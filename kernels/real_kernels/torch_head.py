@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from real_kernels.matmul import accumulator, mm_into, operand
+from real_kernels.matmul import HALF, accumulator, mm_into, operand
 from real_kernels.rows import Kept, Rows, Stats
 
 # What a few rows of logits may take for passes over them to stay in a CPU's cache.
@@ -25,6 +25,8 @@ class TorchHead:
         self.weight, self.bias, self.softcap, self.chunk_bytes = weight, bias, softcap, chunk_bytes
         self.wide = accumulator(weight.dtype)
         self._operand: torch.Tensor | None = None
+        # Of a logit; 16-bit operands of the products that follow are a copy.
+        self._bytes = self.wide.itemsize + (weight.element_size() if weight.is_cuda and weight.dtype in HALF else 0)
 
     def columns(self, columns: slice) -> torch.Tensor:
         if columns.stop - columns.start < self.weight.shape[0]:
@@ -34,13 +36,14 @@ class TorchHead:
         return self._operand
 
     def rows_per_chunk(self) -> int:
-        return max(1, self.chunk_bytes // (self.weight.shape[0] * self.wide.itemsize))
+        return max(1, self.chunk_bytes // (self.weight.shape[0] * self._bytes))
 
     def columns_per_chunk(self, n: int) -> int:
-        return max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self.wide.itemsize)))
+        return max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self._bytes)))
 
     def forward_by_default(self, n: int) -> bool:
-        return True
+        # What float16 keeps of dL/dz before the loss is scaled may be 0; on the CPU it is kept in float32.
+        return not (self.weight.is_cuda and self.weight.dtype == torch.float16)
 
     def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
         step = self.rows_per_chunk()

@@ -14,6 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Small tensors that start anywhere, and counts that differ from call to call: each combination of what they happen to
+# be divisible by would be compiled anew.
+UNALIGNED = ["tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "u", "logp", "entropy", "ids"]
+
 
 @triton.jit
 def expm1(x):
@@ -71,7 +75,7 @@ def put_selected(
     return dz
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def logits_kernel(
     h,  # [n, D], or its descriptor
     w,  # [V, D], or its descriptor
@@ -94,6 +98,7 @@ def logits_kernel(
     stride_h,
     stride_w,
     stride_out,
+    width,  # of a row of `out`, the padding included: zeros are written there
     inverse_temperature,
     cap,
     BM: tl.constexpr,
@@ -176,7 +181,7 @@ def logits_kernel(
             dz *= 1 - t * t
         # After the slope, which would have to wait in registers for what the selected columns branch on.
         dz = put_selected(dz, columns, column0, BN, rows, live, ids, u, logp, total, m, peak + norm, ratio, SHARED, CAP)
-        value = dz * inverse_temperature
+        value = tl.where(inside[None, :], dz * inverse_temperature, 0.0)
     else:
         if SHARED:
             for k in range(m):
@@ -202,4 +207,5 @@ def logits_kernel(
             tl.store(tile_ez + part, tl.sum(ez, 1), mask=live)
     if STORE > 0:
         at = out + rows.to(tl.int64)[:, None] * stride_out + (column0 - first) + columns[None, :]
-        tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+        room = columns < width - (column0 - first)
+        tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & room[None, :])

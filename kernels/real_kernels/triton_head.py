@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from real_kernels.rows import Kept, Rows, Stats
 from real_kernels.tiles import Kind, Tile, architecture, choose
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
-from real_kernels.triton_rows import combine_kernel, dlogits_kernel
+from real_kernels.triton_rows import combine_kernel, dlogits_kernel, scale_kernel
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Below this many rows a chunk's gradient of the weight is bound by reading and writing the sum, [V, D] in float32:
 # 8 V D bytes against the 2 n D V operations that recomputing adds; at 3 TB/s and 700 TFLOP/s they meet at n = 930.
 WORTHWHILE_ROWS = 1024
+# dL/dz of a chunk of the vocabulary: more makes nothing faster, as each chunk's part of dW is written once anyhow.
+COLUMN_BYTES = 256 * 2**20
 # Kept rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
 _ALIGN = 64
 
@@ -55,12 +58,16 @@ class TritonHead:
         return step // 128 * 128 if step > 128 else step
 
     def columns_per_chunk(self, n: int) -> int:
-        columns = max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self.weight.element_size())))
+        room = min(self.chunk_bytes, COLUMN_BYTES)
+        columns = max(1, min(self.weight.shape[0], room // (max(n, 1) * self.weight.element_size())))
         return columns // 256 * 256 if 256 < columns < self.weight.shape[0] else columns
 
     def forward_by_default(self, n: int) -> bool:
         # The soft-cap's slope needs the logit itself, which exp(z - max) has lost where it underflows.
-        return self.softcap is None and self.rows_per_chunk() >= min(n, WORTHWHILE_ROWS)
+        # And what float16 keeps of dL/dz before the loss is scaled may be 0.
+        if self.softcap is not None or self.weight.dtype == torch.float16:
+            return False
+        return self.rows_per_chunk() >= min(n, WORTHWHILE_ROWS)
 
     def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
         return self._forward(rows, None, entropy).stats
@@ -79,7 +86,7 @@ class TritonHead:
         n, v = buffer.shape
         if n:
             block = 16
-            dlogits_kernel[(triton.cdiv(n, block), triton.cdiv(v, columns))](
+            dlogits_kernel[(triton.cdiv(v, columns), triton.cdiv(n, block))](
                 buffer,
                 rows.ids,
                 tile_max,
@@ -88,7 +95,7 @@ class TritonHead:
                 u,
                 stats.logp,
                 n,
-                v,
+                _aligned(v),
                 rows.selected,
                 buffer.stride(0),
                 1.0 / rows.temperature,
@@ -129,7 +136,8 @@ class TritonHead:
 
         tile = choose(device, hidden.dtype, self._kind(rows), (store, *self._key(rows, v)), launch)
         parts = launch(tile)
-        block = 32
+        # Few rows: more programs, each with more tiles at a time.
+        block, at_once = (32, 32) if n > 1024 else (4, 256)
         combine_kernel[(triton.cdiv(n, block),)](
             parts[0],
             parts[1],
@@ -143,7 +151,7 @@ class TritonHead:
             parts.shape[1],
             m,
             ENTROPY=entropy,
-            BLOCK_TILES=32,
+            BLOCK_TILES=at_once,
             BLOCK_ROWS=block,
         )
         return Kept(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns))
@@ -192,6 +200,7 @@ class TritonHead:
             hidden.stride(0),
             weight.stride(0),
             0 if out is None else out.stride(0),
+            0 if out is None else min(_aligned(last - first), out.stride(0)),
             1.0 / rows.temperature,
             1.0 if self.softcap is None else self.softcap,
             BM=tile.rows,
@@ -264,6 +273,16 @@ def rollout_terms(
     return RolloutTerms(y_hat, reward, advantages, coefficient, refinement, u)
 
 
+def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x times a number on the device, multiplied in float32."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, factor, x.numel(), BLOCK=4096, num_warps=8)
+    return out
+
+
 def _aligned(columns: int) -> int:
     return -(-columns // _ALIGN) * _ALIGN
 
@@ -276,5 +295,5 @@ def _descriptors(x: torch.Tensor, tile: Tile) -> bool:
     """Whether the bulk copy engine (TMA) can fetch tiles of x; Triton's interpreter plays it where it can."""
     if architecture(x.device) not in ("sm_90", "sm_100", "interpreter") or x.dtype not in HALF:
         return False
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
     return bool(x.numel()) and aligned and x.stride(1) == 1

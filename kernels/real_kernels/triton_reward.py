@@ -12,6 +12,10 @@ import triton.language as tl
 from real_kernels.advantage import STD_EPS
 
 _EPS = tl.constexpr(STD_EPS)
+_UNALIGNED = [
+    *("logp", "judged", "values", "labels", "group", "valid", "counts"),
+    *("y_hat", "reward", "advantages", "coefficient", "refinement", "u"),
+]
 
 
 @triton.jit
@@ -59,12 +63,12 @@ def advantage(r, mean, variance, count, clip, LEAVE_ONE_OUT: tl.constexpr, NORMA
         a = a * count / tl.maximum(count - 1, 1.0)
     if NORMALIZE:
         a = a / (tl.sqrt(variance) + _EPS)
-    if clip > 0:
-        a = tl.minimum(tl.maximum(a, -clip), clip)
+    if clip > 0:  # not by minimum and maximum, which make a number of NaN
+        a = tl.where(a > clip, clip, tl.where(a < -clip, -clip, a))
     return tl.where(count > 1, a, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=_UNALIGNED)
 def reward_kernel(
     logp,  # [M, K] score log-probabilities
     judged,  # [M, K] those that the rewards and advantages come from; may be logp
@@ -143,10 +147,8 @@ def reward_kernel(
     tl.store(advantages + i, advantage_i, mask=live)
     rollouts = tl.load(counts)
     tokens = tl.load(counts + 1)
-    if TOKEN_MEAN:
-        tl.store(coefficient + i, -advantage_i / tokens, mask=live)
-    else:
-        tl.store(coefficient + i, -advantage_i / rollouts, mask=live)
+    share = -advantage_i / (tokens if TOKEN_MEAN else rollouts)
+    tl.store(coefficient + i, tl.where(ok, share, 0.0), mask=live)
 
     p, q, v, y, hat, squared, log_label, p_label = score_terms(logp, values, labels, i, live, K, RENORMALIZE, KP)
     gain = squared

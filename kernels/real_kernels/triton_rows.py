@@ -5,10 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from real_kernels.triton_gemm import put_selected, sum_of_u
+from real_kernels.triton_gemm import UNALIGNED, put_selected, sum_of_u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
+def scale_kernel(source, target, factor, n, BLOCK: tl.constexpr):
+    """target = source times a float32 number on the device, in float32: a 16-bit factor would be off by up to 0.4 %."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(source + at, mask=at < n, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(target + at, x.to(target.dtype.element_ty), mask=at < n)
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
     tile_max,  # [tiles, n]
     tile_sum,  # [tiles, n]
@@ -28,26 +36,26 @@ def combine_kernel(
     """Log-sum-exp of each row from its tiles', and the selected tokens' log-probabilities. All float32."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = rows < n
-    peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    for t in range(0, tiles, BLOCK_TILES):
-        tile = t + tl.arange(0, BLOCK_TILES)
-        at = tile.to(tl.int64)[:, None] * n + rows[None, :]
-        mask = (tile < tiles)[:, None] & live[None, :]
-        peak = tl.maximum(peak, tl.max(tl.load(tile_max + at, mask=mask, other=float("-inf")), 0))
-    peak = tl.where(live, peak, 0.0)
+    # Finite, so that no tile's -inf minus it is NaN; far below any logit.
+    peak = tl.full((BLOCK_ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     weighted = tl.zeros((BLOCK_ROWS,), tl.float32)
     for t in range(0, tiles, BLOCK_TILES):
         tile = t + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64)[:, None] * n + rows[None, :]
         mask = (tile < tiles)[:, None] & live[None, :]
-        shift = tl.load(tile_max + at, mask=mask, other=float("-inf")) - peak[None, :]
+        top = tl.load(tile_max + at, mask=mask, other=float("-inf"))
+        new = tl.maximum(peak, tl.max(top, 0))
+        shift = top - new[None, :]
         scale = tl.exp(shift)
         part = tl.load(tile_sum + at, mask=mask, other=0.0)
-        total += tl.sum(part * scale, 0)
+        before = tl.exp(peak - new)
         if ENTROPY:
             ez = tl.load(tile_ez + at, mask=mask, other=0.0)
+            weighted = before * (weighted + total * (peak - new))
             weighted += tl.sum(tl.where(scale > 0, scale * (ez + part * shift), 0.0), 0)
+        total = total * before + tl.sum(part * scale, 0)
+        peak = new
     norm = tl.log(total)
     tl.store(row_max + rows, peak, mask=live)
     tl.store(log_sum + rows, norm, mask=live)
@@ -55,11 +63,12 @@ def combine_kernel(
         tl.store(entropy + rows, norm - weighted / total, mask=live)
     for k in range(m):
         z = tl.load(selected + rows * m + k, mask=live, other=0.0)
-        # Never above 0: rounding of the sum must not make a probability above 1.
-        tl.store(logp + rows * m + k, tl.minimum(z - peak - norm, 0.0), mask=live)
+        l_k = z - peak - norm
+        # Never above 0: rounding of the sum must not make a probability above 1. A minimum would make 0 of NaN.
+        tl.store(logp + rows * m + k, tl.where(l_k > 0, 0.0, l_k), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def dlogits_kernel(
     kept,  # [n, V] exp(z - tile maximum), overwritten by dL/dz
     ids,
@@ -69,7 +78,7 @@ def dlogits_kernel(
     u,
     logp,
     n,
-    V,
+    width,  # of a row, the padding included
     m,
     stride,
     inverse_temperature,
@@ -77,9 +86,9 @@ def dlogits_kernel(
     BLOCK_ROWS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """In place: dL/dz = -U p, and the selected columns from float32 values. Grid: (row blocks, tiles of the GEMM)."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tile = tl.program_id(1)
+    """In place: dL/dz = -U p, and the selected columns from float32 values. Grid: (tiles of the GEMM, row blocks)."""
+    rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.program_id(0)
     columns = tl.arange(0, BN)
     live = rows < n
     total = sum_of_u(u, rows, live, m, SHARED)
@@ -87,7 +96,7 @@ def dlogits_kernel(
     shift -= tl.load(row_max + rows, mask=live, other=0.0) + tl.load(log_sum + rows, mask=live, other=0.0)
     factor = -total * tl.exp(shift)
     at = kept + rows.to(tl.int64)[:, None] * stride + tile * BN + columns[None, :]
-    mask = live[:, None] & (columns < V - tile * BN)[None, :]
+    mask = live[:, None] & (columns < width - tile * BN)[None, :]
     dz = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
     dz = put_selected(dz, columns, tile * BN, BN, rows, live, ids, u, logp, total, m, 0.0, 0.0, SHARED, False)
     tl.store(at, (dz * inverse_temperature).to(kept.dtype.element_ty), mask=mask)

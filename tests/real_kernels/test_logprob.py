@@ -111,12 +111,15 @@ def test_frozen_head_costs_no_weight_gradient(monkeypatch):
 
     products = []
 
-    def spy(out, a, b):
-        products.append(tuple(out.shape))
-        return original(out, a, b)
+    def spied(original):
+        def spy(out, a, b):
+            products.append(tuple(out.shape))
+            return original(out, a, b)
 
-    original = module.mm_into
-    monkeypatch.setattr(module, "mm_into", spy)
+        return spy
+
+    for name in ("mm_into", "mm_exactly"):
+        monkeypatch.setattr(module, name, spied(getattr(module, name)))
     hidden, weight, targets = make(5, 4, 13)
     frozen = weight.detach()
     linear_logprob(hidden, frozen, targets).sum().backward()

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.record import RESULTS
 from benchmarks.report import KERNELS, fill
-from real_kernels.tiles import CAPPED, SCORES, TILES, WIDE, Tile
+from real_kernels.tiles import NARROW, SCORES, TILES, WIDE, Tile
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel
@@ -142,11 +142,11 @@ def cases(arch: str) -> Iterator[Case]:
         if default:
             yield gemm(arch, "fp16", tile, default, "kept logits")
             yield gemm(arch, "bf16", tile, default, "log-sum-exp, entropy", entropy=True)
-            yield gemm(arch, "bf16", tile, default, "dlogits, pointers, odd D", pointers=True, even=False)
     for variant in EPILOGUES:
         yield gemm(arch, "bf16", SCORES[arch], True, f"{variant}, score tokens", shared=True)
     for variant in ("log-sum-exp", "dlogits"):
-        yield gemm(arch, "bf16", CAPPED[arch], True, f"{variant}, bias, soft-cap", bias=True, cap=True)
+        yield gemm(arch, "bf16", NARROW[arch], True, f"{variant}, bias, soft-cap", bias=True, cap=True)
+        yield gemm(arch, "bf16", NARROW[arch], True, f"{variant}, pointers, odd D", pointers=True, even=False)
     few = SCORES[arch]
     yield gemm(arch, "bf16", few, True, "dlogits, score tokens, bias, soft-cap", shared=True, bias=True, cap=True)
     for tile in WIDE[arch]:
@@ -170,10 +170,10 @@ def cases(arch: str) -> Iterator[Case]:
     types |= dict.fromkeys(("lam", "beta", "clip"), "fp32")
     flags = {"RENORMALIZE": True, "LEAVE_ONE_OUT": True, "NORMALIZE": True, "TOKEN_MEAN": False}
     for reference in (False, True):
-        constants = {**flags, "REFERENCE": reference, "BLOCK": 16, "KP": 16}
+        constants = {**flags, "REFERENCE": reference, "BLOCK": 32, "KP": 16}
         source = _source(reward_kernel, types, constants, set())
         name = "reference reward" if reference else "paper reward"
-        yield Case(arch, "reward", name, "fp32", "16", True, source, {})
+        yield Case(arch, "reward", name, "fp32", "32", True, source, {})
 
 
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], divisible: set[str]) -> Any:

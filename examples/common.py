@@ -76,8 +76,9 @@ def add_head_argument(model: Any) -> None:
         hidden = model.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state
         weight = model.get_output_embeddings().weight
         device = hidden.device.type
-        # The operands as autocast would have them for a linear layer; inside the loss it is off.
+        # What autocast does to a linear layer's operands; then it goes off, as it is inside real_kernels anyhow.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return head(hidden.to(dtype), weight.to(dtype))
+        with torch.autocast(device, enabled=False):
+            return head(hidden.to(dtype), weight.to(dtype))
 
     model.forward = forward

@@ -37,8 +37,8 @@ class Tile(NamedTuple):
 TILES: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(128, 128, 32, 4, 8), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 8)),
     # The second leaves room for two programs on a multiprocessor: one's epilogue runs beside the other's products.
-    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 4), Tile(256, 128, 64, 4, 8)),
-    "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 4), Tile(256, 128, 64, 4, 8)),
+    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8), Tile(256, 128, 64, 4, 8)),
+    "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8), Tile(256, 128, 64, 4, 8)),
     "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
 }
 # float32 operands, multiplied exactly (no TF32): twice the bytes, and no matrix instructions.
@@ -55,14 +55,14 @@ SCORES: dict[str, Tile] = {
     "sm_100": Tile(64, 128, 64, 4, 4),
     "gfx942": Tile(64, 128, 32, 2, 4),
 }
-# A soft-cap's slope needs registers of its own.
-CAPPED: dict[str, Tile] = {
+# A soft-cap's slope, and rows that no descriptor can fetch (off 16 bytes), need registers of their own.
+NARROW: dict[str, Tile] = {
     "sm_80": Tile(128, 128, 32, 4, 8),
     "sm_90": Tile(128, 128, 64, 3, 8),
     "sm_100": Tile(128, 128, 64, 3, 8),
     "gfx942": Tile(128, 128, 32, 2, 8),
 }
-Kind = Literal["rows", "scores", "capped"]
+Kind = Literal["rows", "scores", "narrow"]
 # The interpreter runs tiles one after another in NumPy: small ones, so that tests meet several of them.
 INTERPRETED = (Tile(32, 64, 32, 1, 4, 2),)
 
@@ -88,7 +88,7 @@ def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile
         return WIDE[arch]
     if kind == "scores":
         return (SCORES[arch],)
-    return (CAPPED[arch],) if kind == "capped" else TILES[arch]
+    return (NARROW[arch],) if kind == "narrow" else TILES[arch]
 
 
 def choose(
@@ -99,7 +99,7 @@ def choose(
     Args:
         device: Where the kernel runs.
         dtype: Of the operands.
-        kind: Rows with a target each, score rows, or logits with a soft-cap.
+        kind: Rows with a target each, score rows, or what takes more registers.
         key: Shape, such as (rows rounded up to a power of two, D, V); timed once each.
         run: Launches the kernel with one tile.
     """

@@ -174,7 +174,7 @@ class TritonHead:
         """One launch of the GEMM. What a kind of epilogue does not use is given some tensor that is there."""
         n, d = hidden.shape
         weight, any_tensor = self.weight, hidden
-        descriptors = _descriptors(hidden, tile) and _descriptors(weight, tile)
+        descriptors = _descriptors(hidden) and _descriptors(weight)
         h: Any = TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]) if descriptors else hidden
         w: Any = TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if descriptors else weight
         parts = any_tensor[None] if parts is None else parts
@@ -224,7 +224,8 @@ class TritonHead:
     def _kind(self, rows: Rows) -> Kind:
         if rows.shared:
             return "scores"
-        return "rows" if self.softcap is None else "capped"
+        plain = self.softcap is None and _aligned_rows(rows.hidden) and _aligned_rows(self.weight)
+        return "rows" if plain else "narrow"
 
     def _key(self, rows: Rows, columns: int) -> tuple[int, ...]:
         return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))
@@ -245,7 +246,7 @@ def rollout_terms(
     per_rollout = torch.empty(5, m, dtype=torch.float32, device=logp.device)
     u = torch.empty(m, k, dtype=torch.float32, device=logp.device)
     if m:
-        block = 16
+        block = 32
         reward_kernel[(triton.cdiv(m, block),)](
             logp.contiguous(),
             judged.contiguous(),
@@ -291,9 +292,12 @@ def _rows_of(hidden: torch.Tensor) -> torch.Tensor:
     return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
-def _descriptors(x: torch.Tensor, tile: Tile) -> bool:
+def _descriptors(x: torch.Tensor) -> bool:
     """Whether the bulk copy engine (TMA) can fetch tiles of x; Triton's interpreter plays it where it can."""
-    if architecture(x.device) not in ("sm_90", "sm_100", "interpreter") or x.dtype not in HALF:
-        return False
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
-    return bool(x.numel()) and aligned and x.stride(1) == 1
+    return architecture(x.device) in ("sm_90", "sm_100", "interpreter") and x.dtype in HALF and _aligned_rows(x)
+
+
+def _aligned_rows(x: torch.Tensor) -> bool:
+    """Whether every row starts on 16 bytes, none on another's."""
+    starts = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return bool(x.numel()) and starts and x.stride(0) >= x.shape[1] and x.stride(1) == 1

@@ -22,12 +22,14 @@ class Group:
         prompt_ids: Token ids of the prompt.
         label: Label on the scale.
         rollouts: K rollouts.
+        labels: A label for each rollout, where they differ (feedback by several raters).
     """
 
     index: int
     prompt_ids: Sequence[int]
     label: float
     rollouts: Sequence[Rollout]
+    labels: Sequence[float] | None = None
 
     @property
     def longest(self) -> int:
@@ -58,6 +60,7 @@ class Batch:
         valid: [M] bool, rollouts that have a score.
         engine_scores: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no score
             (K is 0 where no rollout has one).
+        outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
     """
 
     input_ids: torch.Tensor
@@ -72,6 +75,7 @@ class Batch:
     group: torch.Tensor
     valid: torch.Tensor
     engine_scores: torch.Tensor
+    outcome: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -141,10 +145,13 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         targets=torch.tensor(list(chain.from_iterable(r.sampled_ids for _, r in pairs)), dtype=torch.int64),
         rollout=rollout,
         score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
-        labels=torch.tensor([group.label for group, _ in pairs], dtype=torch.float32),
+        labels=torch.tensor(
+            [label for g in groups for label in g.labels or [g.label] * len(g.rollouts)], dtype=torch.float32
+        ),
         group=torch.tensor([group.index for group, _ in pairs]),
         valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
         engine_scores=_engine_scores([rollout for _, rollout in pairs]),
+        outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
     )
 
 

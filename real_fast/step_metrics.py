@@ -10,9 +10,9 @@ import torch
 
 from real_fast.batch import Batch, Group
 from real_fast.metrics import correlations
+from real_fast.objective import LossOutput
 from real_fast.rollout.check import EngineGap, compare
 from real_fast.scale import ScoreScale
-from real_kernels import RealLossOutput
 
 
 class StepMetrics:
@@ -27,7 +27,7 @@ class StepMetrics:
         self.groups = groups
         self.scale = scale
         self.rollouts = [r for g in groups for r in g.rollouts]
-        self.batches: list[tuple[Batch, RealLossOutput]] = []
+        self.batches: list[tuple[Batch, LossOutput]] = []
 
     @property
     def sampled_tokens(self) -> int:
@@ -39,7 +39,7 @@ class StepMetrics:
         """Whether every micro-batch's loss is a number."""
         return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
 
-    def add(self, batch: Batch, out: RealLossOutput) -> None:
+    def add(self, batch: Batch, out: LossOutput) -> None:
         """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
         out.loss = out.loss.detach()
         self.batches.append((batch, out))
@@ -68,21 +68,37 @@ class StepMetrics:
             self.gather("computed").bool().split(lengths),
         )
 
+    def part(self, name: str) -> float:
+        """One part of the update's loss."""
+        return float(sum(out.parts[name] for _, out in self.batches))
+
+    def rewards(self, valid: torch.Tensor, group: torch.Tensor) -> dict[str, float]:
+        """Of rollouts; nothing for a method without rewards."""
+        if self.batches[0][1].rewards is None:
+            return {}
+        reward, advantage = self.gather("rewards")[valid], self.gather("advantages")[valid]
+        spread = (
+            torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
+            if len(group)
+            else torch.zeros(1)
+        )
+        return {
+            "reward": _mean(reward),
+            "reward_std": _mean(spread),
+            "frac_reward_zero_std": _mean((spread < 1e-6).float()),
+            "advantage_abs": _mean(advantage.abs()),
+            "advantage_std": float(advantage.std(correction=0)) if len(advantage) else float("nan"),
+        }
+
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
         valid = self.of_batches("valid")
-        reward, advantage = self.gather("rewards")[valid], self.gather("advantages")[valid]
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
         distribution = self.gather("score_logprobs")[valid].exp()
         computed, logp = self.gather("computed").bool(), self.gather("logprobs")
         lengths = torch.tensor([len(r.sampled_ids) for r in self.rollouts], dtype=torch.float32)
         clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
-        spread = (
-            torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
-            if len(group)
-            else torch.zeros(1)
-        )
         error = y_hat - label
         finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
         agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
@@ -91,12 +107,8 @@ class StepMetrics:
         separate = sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
         return {
             "loss": float(sum(out.loss for _, out in self.batches)),
-            "loss/exploration": float(sum(out.exploration_loss for _, out in self.batches)),
-            "loss/refinement": float(sum(out.refinement_loss for _, out in self.batches)),
-            "reward": _mean(reward),
-            "reward_std": _mean(spread),
-            "frac_reward_zero_std": _mean((spread < 1e-6).float()),
-            "advantage_abs": _mean(advantage.abs()),
+            **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},
+            **self.rewards(valid, group),
             "score/rmse": _mean(error**2) ** 0.5,
             "score/mae": _mean(error.abs()),
             "score/bias": _mean(error),

@@ -1,4 +1,5 @@
-"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145).
+"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145), or by one of the
+methods that it is compared with.
 
     python -m real_fast.train --config configs/quickstart.yaml
 
@@ -26,7 +27,7 @@ from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
 from real_fast.evaluation import evaluate
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
-from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
+from real_fast.objective import Loss, Totals, binary_objective, draw_scores, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
 from real_fast.packing import BatchError, longest_sequence, micro_batches, require_room
 from real_fast.prompt import PromptBuilder, PromptError
@@ -37,6 +38,17 @@ from real_fast.run_folder import RunFolder, Stopped, StopSignal
 from real_fast.sampler import PromptSampler
 from real_fast.scale import ScaleError, ScoreScale
 from real_fast.step_metrics import StepMetrics
+from real_fast.supervised import (
+    RAFT,
+    SFT,
+    Terms,
+    given_feedback,
+    longest_answer,
+    pick_feedback,
+    require_given_room,
+    supervised_objective,
+    with_feedback,
+)
 
 KNOWN_ERRORS = (
     BatchError,
@@ -66,17 +78,23 @@ class Trainer:
             self.folder = RunFolder(config)
             found = checkpoint.complete(self.folder.checkpoints) if self.folder.resumed else []
             self.found = found[-1] if found else None
-            self.tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+            self.tokenizer = load_tokenizer(config.start, config.trust_remote_code)
             self.scale = ScoreScale.from_tokenizer(self.tokenizer, config.scale.values, config.scale.phrase)
             builder = PromptBuilder(config.prompt, self.tokenizer, self.scale)
             self.data = load_train_eval(config, builder, self.scale)
-            require_room(self.data.train, self.scale, config)
-            self.sampler = PromptSampler(self.data.train, config.rollout.prompts_per_step, config.seed)
+            longest = longest_sequence(self.data.train, self.scale, config)
+            if config.samples:
+                require_room(self.data.train, self.scale, config)
+            else:
+                with_feedback(self.data, config)
+                require_given_room(self.data.train, config, self.tokenizer, self.scale)
+                longest = longest_answer(self.data.train, config, self.tokenizer, self.scale)
+            self.sampler = PromptSampler(self.data.train, config.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
 
             self.device = pick_device(config.train.device)
             torch.manual_seed(config.seed)
-            source = str(self.found) if self.found else config.model
+            source = str(self.found) if self.found else config.start
             model = load_model(source, self.device, torch.float32, config.trust_remote_code)
             self.folder.require_space(model.num_parameters(), config.save.keep)
             if config.train.activation_checkpointing:
@@ -85,14 +103,14 @@ class Trainer:
             attention = pick_backend(config.train.attention, self.device, half or model.dtype)
             self.policy = Policy(model, half, attention if config.train.shared_prompt else None)
             if self.policy.attention:
-                require_span(model, longest_sequence(self.data.train, self.scale, config))
+                require_span(model, longest)
             self.optimizer = build_optimizer(model, config.optim)
             self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
             if self.found:
                 seconds = self.state.seconds
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
-            self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.model))
+            self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.start))
         self.folder.claim(config)
         write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
         self.folder.rewind(self.state.step if self.found else -1)
@@ -120,14 +138,15 @@ class Trainer:
                     self.save()
                 if self.config.warmup.steps and self.state.step == 0:
                     self.evaluate("warmup")
-                with tqdm(total=steps, initial=self.state.step, desc="REAL", unit="step") as bar:
+                with tqdm(total=steps, initial=self.state.step, desc=self.config.method, unit="step") as bar:
                     while True:
                         if every and 0 < self.state.step < steps and self.state.step % every == 0:
                             self.evaluate(f"step-{self.state.step:06d}")
                         if self.state.step >= steps:
                             break
                         metrics = self.step()
-                        bar.set_postfix(reward=f"{metrics['reward']:.3f}", rmse=f"{metrics['score/rmse']:.3f}")
+                        shown = ("reward", "score/rmse") if "reward" in metrics else ("loss", "score/rmse")
+                        bar.set_postfix({name.rpartition("/")[2]: f"{metrics[name]:.3f}" for name in shown})
                         bar.update()
                         if self.should_save():
                             self.save()
@@ -164,14 +183,14 @@ class Trainer:
             with self.timed("warmup"):
                 started = time.perf_counter()
                 picked = order.batch(step * config.batch_size)
-                groups = [given_feedback(row, i, n, self.tokenizer, self.scale) for n, (row, i) in enumerate(picked)]
+                groups = [given_feedback(row, [i], n, self.tokenizer, self.scale) for n, (row, i) in enumerate(picked)]
                 totals = Totals.of(groups)
                 loss = score_loss = 0.0
                 for batch in self.micro_batches(groups):
-                    out = self.policy(batch.to(self.device), cross_entropy(self.scale, totals))
+                    out = self.policy(batch.to(self.device), supervised_objective(SFT, self.scale, totals))
                     out.loss.backward()
                     loss += float(out.loss.detach())
-                    score_loss += float(out.score_loss)
+                    score_loss += float(out.parts["score"]) * (totals.tokens + totals.rollouts) / totals.rollouts
                 lr = decay.get_last_lr()[0]
                 norm, stepped = clip_and_step(self.policy, optimizer, self.config.optim.max_grad_norm)
                 decay.step()
@@ -189,26 +208,21 @@ class Trainer:
             )
 
     def step(self) -> dict[str, Any]:
-        """One update: sample, score, one forward and backward pass, optimiser, sync."""
+        """One update: sample (or take given feedback), one forward and backward pass, optimiser, sync."""
         started = time.perf_counter()
         self.seconds.clear()
         config, state = self.config, self.state
         rows: Sequence[JudgeRow] = self.sampler.batch(state.rows_seen)
-        checked = config.rollout.check_every > 0 and state.step % config.rollout.check_every == 0
+        every = config.rollout.check_every
+        checked = config.samples and every > 0 and state.step % every == 0
 
         with self.timed("rollout"):
-            rollouts = self.engine.generate([row.prompt_ids for row in rows], self.sampling(state.step))
-        groups = [
-            Group(n, row.prompt_ids, row.label, samples)
-            for n, (row, samples) in enumerate(zip(rows, rollouts, strict=True))
-        ]
+            groups = self.rollouts(rows) if config.samples else self.given(rows)
         metrics = StepMetrics(groups, self.scale)
 
         with self.timed("update"):
             self.policy.train()
-            objective = real_objective(
-                config.objective, self.scale, config.rollout.temperature, Totals.of(groups), every_row=checked
-            )
+            objective = self.objective(Totals.of(groups), checked)
             with self.timed("pack", within="update"):
                 batches = self.micro_batches(groups)
             for batch in batches:
@@ -216,14 +230,15 @@ class Trainer:
                 out = self.policy(batch, objective)
                 out.loss.backward()
                 metrics.add(batch, out)
-            gap = metrics.engine_gap()
-            if checked and metrics.finite:
+            gap = metrics.engine_gap() if config.samples else None
+            if gap and checked and metrics.finite:
                 gap.require(config.rollout, state.step)
         with self.timed("optimizer"):
             lr = self.scheduler.get_last_lr()[0]
             norm, stepped = clip_and_step(self.policy, self.optimizer, config.optim.max_grad_norm)
             self.scheduler.step()
-        self.sync()
+        if config.samples:
+            self.sync()
 
         state.step += 1
         state.rows_seen += len(rows)
@@ -231,22 +246,53 @@ class Trainer:
         state.num_tokens += metrics.sampled_tokens
         seconds = time.perf_counter() - started
         record = {
-            "phase": "real",
+            "phase": config.method,
             "step": state.step,
             "epoch": state.rows_seen / len(self.data.train),
             **metrics.result(),
-            **gap.metrics(),
+            **(gap.metrics() if gap else {}),
             "grad_norm": norm,
             "learning_rate": lr,
             "skipped_steps": state.skipped_steps,
             "num_tokens": state.num_tokens,
             "step_time": seconds,
             **{f"time/{phase}": s for phase, s in self.seconds.items()},
-            "time/rollout_share": self.seconds["rollout"] / seconds,
-            "time/rollout_tokens_per_second": metrics.sampled_tokens / self.seconds["rollout"],
         }
+        if config.samples:
+            record["time/rollout_share"] = self.seconds["rollout"] / seconds
+            record["time/rollout_tokens_per_second"] = metrics.sampled_tokens / self.seconds["rollout"]
         self.folder.log(record)
         return record
+
+    def rollouts(self, rows: Sequence[JudgeRow]) -> list[Group]:
+        """Sampled feedback for the rows of a step."""
+        sampling = self.sampling(self.state.step)
+        rollouts = self.engine.generate([row.prompt_ids for row in rows], sampling)
+        groups = [Group(n, row.prompt_ids, row.label, r) for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))]
+        if self.config.method == "binary_rl":
+            draw_scores(groups, sampling.seed)
+        return groups
+
+    def given(self, rows: Sequence[JudgeRow]) -> list[Group]:
+        """The rows of a step with their own feedback."""
+        config, seen = self.config.supervised, self.state.rows_seen
+        groups = []
+        for n, row in enumerate(rows):
+            most = config.feedbacks_per_prompt if config.feedback == "given" else 0
+            picked = pick_feedback(row, most, self.config.seed, seen + n)
+            groups.append(given_feedback(row, picked, n, self.tokenizer, self.scale))
+        return groups
+
+    def objective(self, totals: Totals, every_row: bool) -> Loss:
+        """The method's loss of one micro-batch."""
+        config, temperature = self.config, self.config.rollout.temperature
+        if config.method == "real":
+            return real_objective(config.objective, self.scale, temperature, totals, every_row)
+        if config.method == "binary_rl":
+            return binary_objective(config.objective, self.scale, temperature, totals, every_row)
+        tract = Terms(feedback=1.0, squared_error=config.supervised.squared_error)
+        terms = {"sft": SFT, "raft": RAFT, "tract": tract}[config.method]
+        return supervised_objective(terms, self.scale, totals, config.objective.renormalize)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The groups of an update as batches that fit into one forward pass each."""
@@ -277,6 +323,8 @@ class Trainer:
             if not any(line.get("name") == name for line in self.folder.metrics()):
                 self.folder.log({"phase": "eval", "name": name, "step": self.state.step, "eval": known})
             return
+        if not self.config.samples:
+            self.sync()
         with self.timed("eval"), tqdm(total=len(self.data.eval), desc=f"evaluate ({name})", unit="row") as bar:
 
             def progress(rows: int) -> None:
@@ -333,10 +381,13 @@ class Trainer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
-    config = settings.parse(Config, "real_fast.train", "Train a judge by REAL.", None if argv is None else list(argv))
+    config = settings.parse(Config, "real_fast.train", "Train a judge.", None if argv is None else list(argv))
     try:
-        trainer = Trainer(config)
-        return 0 if trainer.run() else 130
+        if config.method == "tract" and config.supervised.stages == 2:
+            from real_fast import tract
+
+            return 0 if tract.run(config) else 130
+        return 0 if Trainer(config).run() else 130
     except KNOWN_ERRORS as error:
         print(f"real_fast.train: error: {error}", file=sys.stderr)
         return 2

@@ -56,6 +56,8 @@ class Rollout:
             generated answer has no score.
         written_score: The score that the model wrote itself after its own phrase, or None.
         text: ``context_ids`` decoded, for people to read.
+        outcome: Place on the scale of a score drawn from the distribution, K for anything off the scale; None where
+            the method draws none.
     """
 
     sampled_ids: list[int]
@@ -66,6 +68,7 @@ class Rollout:
     score_logprobs: list[float] | None
     written_score: float | None
     text: str = ""
+    outcome: int | None = None
 
     @property
     def has_score(self) -> bool:

@@ -22,15 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMES = ("step_time", "seconds")
 
 
-@pytest.fixture(scope="session")
-def tiny_judge(tmp_path_factory, tiny_llama, smollm2_tokenizer):
-    """A random model with SmolLM2's tokenizer: everything but the judging, in milliseconds a step."""
-    folder = tmp_path_factory.mktemp("tiny_judge")
-    tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(folder)
-    smollm2_tokenizer.save_pretrained(folder)
-    return folder
-
-
 SETTINGS = """
 data: {train: "synthetic:train", eval: "synthetic:eval", max_eval: 12}
 prompt: {template: short, system: Grade.}

@@ -9,11 +9,12 @@ from real_fast.batch import Group, pack_batch, pad_batch
 from real_fast.config import ObjectiveConfig
 from real_fast.data import JudgeRow
 from real_fast.model import Policy
-from real_fast.objective import Totals, cross_entropy, given_feedback, real_objective
+from real_fast.objective import Totals, real_objective
 from real_fast.packing import BatchError, balanced_bins, micro_batches
 from real_fast.rollout.base import Rollout
 from real_fast.scale import ScoreScale
 from real_fast.step_metrics import StepMetrics
+from real_fast.supervised import SFT, given_feedback, supervised_objective
 from tests.real_kernels.naive import naive_real_loss
 
 EOS = 2
@@ -251,9 +252,9 @@ def test_cross_entropy_on_given_feedback(tiny_llama, smollm2_tokenizer):
     scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
     policy = Policy(tiny_llama(vocab_size=49152, hidden_size=16).double())
     row = JudgeRow("a", "a", "i", "r", "", "", 2.5, ["Two are wrong.", "Fine."], [2.5, 4.0], [7, 8, 9])
-    groups = [given_feedback(row, i, i, smollm2_tokenizer, scale) for i in (0, 1)]
+    groups = [given_feedback(row, [i], i, smollm2_tokenizer, scale) for i in (0, 1)]
     (batch,) = micro_batches(groups, LONG, 0, shared_prompt=False)
-    out = policy(batch, cross_entropy(scale, Totals.of(groups)))
+    out = policy(batch, supervised_objective(SFT, scale, Totals.of(groups)))
     total, count = 0.0, 0
     for text, label in (("Two are wrong.", 2.5), ("Fine.", 4.0)):
         ids = smollm2_tokenizer.encode(f"{text} So the overall score is ", add_special_tokens=False)

@@ -1,0 +1,115 @@
+"""TRACT's two stages (arXiv 2503.04381): train on given feedback, let that model write its own, start over on that.
+
+The feedback that the first model writes becomes a dataset, OUTPUT/self_generated.jsonl, which any method can train on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from real_fast.config import Config, DataConfig
+from real_fast.data import JudgeRow
+from real_fast.jsonio import write_jsonl
+from real_fast.rollout.base import Rollout, Sampling
+from real_fast.run_folder import OutputError, move_aside
+
+_ROWS_PER_CALL = 32
+
+
+def run(config: Config) -> bool:
+    """Both stages; with ``resume``, what is complete is kept. Returns False where a signal ended it before its end.
+
+    OUTPUT/stage1 holds the first run; OUTPUT itself is the second, so that OUTPUT/final is the judge.
+    """
+    from real_fast.train import Trainer
+
+    folder = Path(config.output).expanduser()
+    if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
+        move_aside(folder)
+    generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
+    if generated.is_file() and not config.resume:
+        raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
+    single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
+    if not generated.is_file():
+        first = Trainer(_resumable(replace(single, output=str(folder / "stage1"))))
+        if not first.run():
+            return False
+        print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
+        rows = first.data.train
+        rollouts = _sample(first, rows)
+        write_jsonl(held_out, (record(row, row.feedbacks) for row in first.data.eval))
+        _write(generated, rows, rollouts, first.scale.phrase)
+        first.engine.close()
+        del first
+    second = replace(single, data=DataConfig(train=str(generated), eval=str(held_out)))
+    return Trainer(_resumable(second)).run()
+
+
+def _resumable(config: Config) -> Config:
+    """Resume where there is something to; a stage that was complete before is found finished and trained again never."""
+    folder = Path(config.output)
+    started = (folder / "config.yaml").is_file()
+    finished = (folder / "summary.json").is_file()
+    if finished and config.resume:
+        # Only its feedback is missing: load the weights of its last checkpoint and go on from its end.
+        os.replace(folder / "summary.json", folder / "summary.superseded.json")
+    return replace(config, resume=config.resume and started)
+
+
+def _sample(trainer: Any, rows: Sequence[JudgeRow]) -> list[list[Rollout]]:
+    config = trainer.config
+    trainer.sync()
+    rollouts: list[list[Rollout]] = []
+    with tqdm(total=len(rows), desc="self-generated feedback", unit="row") as bar:
+        for at in range(0, len(rows), _ROWS_PER_CALL):
+            some = rows[at : at + _ROWS_PER_CALL]
+            sampling = Sampling(
+                n=config.supervised.feedbacks_per_prompt,
+                max_tokens=config.rollout.max_tokens,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                answer="forced",
+                seed=config.seed * 1_000_003 + at,
+            )
+            rollouts += trainer.engine.generate([row.prompt_ids for row in some], sampling)
+            bar.update(len(some))
+    return rollouts
+
+
+def _write(path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rollout]], phrase: str) -> None:
+    """Rows with the feedback that was finished; what was cut off at the limit stands beside it and is not trained on."""
+    records, kept, cut = [], 0, 0
+    for row, samples in zip(rows, rollouts, strict=True):
+        done = [feedback_of(r, phrase) for r in samples if r.finish != "length"]
+        unfinished = [r.text for r in samples if r.finish == "length"]
+        done = [text for text in done if text]
+        kept, cut = kept + len(done), cut + len(samples) - len(done)
+        records.append({**record(row, done), "unfinished_feedbacks": unfinished})
+    print(f"{kept} feedbacks written to {path}; {cut} were cut off at rollout.max_tokens or empty", file=sys.stderr)
+    write_jsonl(path, records)
+
+
+def feedback_of(rollout: Rollout, phrase: str) -> str:
+    """The text before the phrase."""
+    return rollout.text.partition(phrase.strip())[0].strip()
+
+
+def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
+    """A row as a line of a data file."""
+    return {
+        "id": row.id,
+        "prompt_id": row.prompt_id,
+        "instruction": row.instruction,
+        "response": row.response,
+        "rubric": row.rubric,
+        "reference_answer": row.reference_answer,
+        "score": row.label,
+        "feedbacks": list(feedbacks),
+    }

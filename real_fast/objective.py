@@ -150,9 +150,7 @@ def binary_objective(
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         device, dtype = hidden.device, wide(hidden)
         values = scale.values_tensor(device).to(dtype)
-        logp = score_logprobs(
-            hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda
-        )
+        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda)
         off = torch.log1p(-logp.exp().sum(1).clamp(max=1 - 1e-6))
         chosen = torch.cat([logp, off[:, None]], 1).gather(1, batch.outcome.clamp(min=0)[:, None])[:, 0]
         nearest = (batch.labels.to(dtype)[:, None] - values).abs().argmin(1)
@@ -171,7 +169,12 @@ def binary_objective(
         computed = batch.valid[batch.rollout] if every_row else per_row != 0
         rows = computed.nonzero()[:, 0]
         text, found = weighted_logprob(
-            hidden[batch.rows[rows]], weight, batch.targets[rows], per_row[rows], temperature=temperature, validate=False
+            hidden[batch.rows[rows]],
+            weight,
+            batch.targets[rows],
+            per_row[rows],
+            temperature=temperature,
+            validate=False,
         )
         logprobs = torch.full_like(per_row, float("nan")).index_copy(0, rows, found)
         score = torch.where(batch.valid, coefficient * chosen, 0.0).sum()

@@ -38,9 +38,7 @@ SFT = Terms(feedback=1.0, score=1.0)
 RAFT = Terms(squared_error=1.0)
 
 
-def given_feedback(
-    row: JudgeRow, indices: Sequence[int], place: int, tokenizer: Any, scale: ScoreScale
-) -> Group:
+def given_feedback(row: JudgeRow, indices: Sequence[int], place: int, tokenizer: Any, scale: ScoreScale) -> Group:
     """A row with some of its own feedback texts as one group, which shares the prompt; every token counts.
 
     Args:
@@ -119,7 +117,9 @@ def _lengths(row: JudgeRow, config: Config, tokenizer: Any, scale: ScoreScale) -
     phrase = len(scale.phrase_ids)
     if config.supervised.feedback == "none":
         return [phrase]
-    return [len(ids) + phrase for ids in tokenizer([f.strip() for f in row.feedbacks], add_special_tokens=False).input_ids]
+    return [
+        len(ids) + phrase for ids in tokenizer([f.strip() for f in row.feedbacks], add_special_tokens=False).input_ids
+    ]
 
 
 def supervised_objective(terms: Terms, scale: ScoreScale, totals: Totals, renormalize: bool = False) -> Loss:

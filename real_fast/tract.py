@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from real_fast.config import Config, DataConfig
-from real_fast.data import JudgeRow
+from real_fast.data import DataError, JudgeRow
 from real_fast.jsonio import write_jsonl
 from real_fast.rollout.base import Rollout, Sampling
 from real_fast.run_folder import OutputError, move_aside
@@ -45,7 +45,7 @@ def run(config: Config) -> bool:
         rows = first.data.train
         rollouts = _sample(first, rows)
         write_jsonl(held_out, (record(row, row.feedbacks) for row in first.data.eval))
-        _write(generated, rows, rollouts, first.scale.phrase)
+        _write(generated, rows, rollouts, first.scale.phrase, config.supervised.prompts_per_step)
         first.engine.close()
         del first
     second = replace(single, data=DataConfig(train=str(generated), eval=str(held_out)))
@@ -83,8 +83,14 @@ def _sample(trainer: Any, rows: Sequence[JudgeRow]) -> list[list[Rollout]]:
     return rollouts
 
 
-def _write(path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rollout]], phrase: str) -> None:
-    """Rows with the feedback that was finished; what was cut off at the limit stands beside it and is not trained on."""
+def _write(
+    path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rollout]], phrase: str, needed: int
+) -> None:
+    """Rows with the feedback that was finished; what was cut off at the limit stands beside it and is not trained on.
+
+    Raises:
+        DataError: Too few rows have a finished feedback; what there is stands in ``self_generated.rejected.jsonl``.
+    """
     records, kept, cut = [], 0, 0
     for row, samples in zip(rows, rollouts, strict=True):
         done = [feedback_of(r, phrase) for r in samples if r.finish != "length"]
@@ -92,6 +98,15 @@ def _write(path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rol
         done = [text for text in done if text]
         kept, cut = kept + len(done), cut + len(samples) - len(done)
         records.append({**record(row, done), "unfinished_feedbacks": unfinished})
+    usable = sum(bool(r["feedbacks"]) for r in records)
+    if usable < needed:
+        rejected = path.with_name("self_generated.rejected.jsonl")
+        write_jsonl(rejected, records)
+        raise DataError(
+            f"of {kept + cut} feedbacks that the model of stage 1 wrote, {cut} are empty or were cut off at "
+            f"rollout.max_tokens (see {rejected}); {usable} rows are left and an update needs {needed}: train stage 1 "
+            "longer or raise rollout.max_tokens, and --resume"
+        )
     print(f"{kept} feedbacks written to {path}; {cut} were cut off at rollout.max_tokens or empty", file=sys.stderr)
     write_jsonl(path, records)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from real_fast import tract
 from real_fast.batch import Group
 from real_fast.config import ObjectiveConfig
 from real_fast.data import JudgeRow
@@ -181,7 +182,7 @@ SUPERVISED = ["--supervised.prompts_per_step", "4", "--warmup.steps", "0", "--tr
         ("sft", [], {"loss/feedback", "loss/score"}),
         ("raft", ["--supervised.feedback", "none"], {"loss/squared_error"}),
         ("raft", [], {"loss/squared_error"}),
-        ("binary_rl", [], {"loss/feedback", "loss/score", "reward", "sampling/sampling_logp_difference/mean"}),
+        ("binary_rl", [], {"loss/feedback", "loss/score", "reward"}),
         ("real", ["--objective.exploration", "false"], {"loss/refinement", "reward"}),
         ("real", ["--objective.beta", "0"], {"loss/exploration", "reward"}),
     ],
@@ -192,20 +193,36 @@ def test_every_method_trains_a_judge(tiny_judge, tmp_path, method, more, keys):
     lines = [m for m in read_jsonl(output / "metrics.jsonl") if m["phase"] == method]
     assert [m["step"] for m in lines] == [1, 2, 3]
     assert all(keys <= m.keys() and m["score/rmse"] > 0 for m in lines)
+    # The first step compares engine and trainer, where there are rollouts.
+    compared = "sampling/sampling_logp_difference/mean" in lines[0]
+    assert compared == (method in ("real", "binary_rl") and "exploration" not in " ".join(more))
     assert ("reward" in lines[0]) == (method in ("real", "binary_rl"))
     summary = json.loads((output / "summary.json").read_text())
     assert summary["method"] == method and summary["eval"]["after"]["n"] == 12
     assert (output / "final" / "model.safetensors").is_file() and (output / "training.png").is_file()
 
 
-def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys):
+def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, monkeypatch):
     output = tmp_path / "tract"
     more = [*SUPERVISED, "--method", "tract", "--data.max_train", "20"]
-    assert main(flags(tiny_judge, output, *more)) == 0
+    # A random model ends no feedback by itself, and what is cut off is not trained on.
+    assert main(flags(tiny_judge, output, *more)) == 2
+    assert "rollout.max_tokens" in capsys.readouterr().err
+    assert len(read_jsonl(output / "self_generated.rejected.jsonl")) == 20
+
+    def finished(trainer, rows, sample=tract._sample):
+        rollouts = sample(trainer, rows)
+        for group in rollouts[1:]:
+            group[0].finish = "eos"
+        return rollouts
+
+    monkeypatch.setattr(tract, "_sample", finished)
+    assert main(flags(tiny_judge, output, *more, "--resume")) == 0
     rows = read_jsonl(output / "self_generated.jsonl")
     given = {r["id"]: r for r in rows}
     assert len(given) == 20 and all(len(r["feedbacks"]) + len(r["unfinished_feedbacks"]) == 1 for r in rows)
     assert all("overall score" not in text for r in rows for text in r["feedbacks"])
+    assert sum(len(r["feedbacks"]) for r in rows) == 19
     assert len(read_jsonl(output / "held_out.jsonl")) == 12
     for folder in (output / "stage1", output):
         assert json.loads((folder / "summary.json").read_text())["method"] == "tract"

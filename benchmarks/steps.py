@@ -25,7 +25,7 @@ from real_fast.model import Policy
 from real_fast.objective import Totals, real_objective
 from real_fast.packing import micro_batches
 from real_fast.scale import ScoreScale
-from real_kernels import RealLossOutput, group_advantages, reward_terms, score_logprobs
+from real_kernels import group_advantages, reward_terms, score_logprobs
 
 Variant = Literal["ours", "no shared prompt", "two forwards", "full logits", "every row"]
 VARIANTS: tuple[Variant, ...] = ("ours", "no shared prompt", "two forwards", "full logits", "every row")
@@ -63,7 +63,7 @@ class OurStep:
         self.policy = Policy(model, autocast, backend if self.shared else None)
         self.scale, self.groups, self.budget, self.variant = scale, workload.groups, budget, variant
         totals = Totals.of(self.groups)
-        self.objective: Callable[..., RealLossOutput] = (
+        self.objective: Callable[..., Any] = (
             full_logits_objective(scale, totals)
             if variant == "full logits"
             else real_objective(ObjectiveConfig(), scale, 1.0, totals, every_row=variant == "every row")

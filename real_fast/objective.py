@@ -1,4 +1,4 @@
-"""What is minimised on rollouts: REAL, and the binary reward that it is compared with. Losses for ``Policy.forward``."""
+"""What is minimised on rollouts: REAL, and the binary reward it is compared with. Losses for ``Policy.forward``."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def real_objective(
 
 
 def draw_scores(groups: Sequence[Group], seed: int) -> None:
-    """Draw each rollout's score from its distribution, as the binary reward needs it: an outcome in 0..K, K for off-scale.
+    """Draw each rollout's score from its distribution, for the binary reward: an outcome in 0..K, K for off the scale.
 
     A function of the seed, the group's place and the rollout's place; the engine's distribution is drawn from.
     """

@@ -84,8 +84,8 @@ def with_feedback(data: Dataset, config: Config) -> None:
     if len(data.train) < config.supervised.prompts_per_step:
         raise DataError(
             f"data.train: {len(data.train)} rows have feedback and {len(without)} have none, and "
-            f"supervised.prompts_per_step needs {config.supervised.prompts_per_step}: method {config.method} is trained on "
-            "feedback (tract and real can follow a model that writes it; raft goes without by supervised.feedback none)"
+            f"supervised.prompts_per_step needs {config.supervised.prompts_per_step}: method {config.method} is "
+            "trained on feedback (real needs none, nor does raft with supervised.feedback none)"
         )
 
 

@@ -53,7 +53,7 @@ def run(config: Config) -> bool:
 
 
 def _resumable(config: Config) -> Config:
-    """Resume where there is something to; a stage that was complete before is found finished and trained again never."""
+    """Resume where there is something to; what a stage has done is never done again."""
     folder = Path(config.output)
     started = (folder / "config.yaml").is_file()
     finished = (folder / "summary.json").is_file()

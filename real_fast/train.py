@@ -1,5 +1,6 @@
-"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145), or by one of the
-methods that it is compared with.
+"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145).
+
+Or by one of the methods that it is compared with.
 
     python -m real_fast.train --config configs/quickstart.yaml
 

@@ -19,13 +19,13 @@ from real_fast.metrics import calibration, correlations
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 _DPI = 100
-_TITLES = {"before": "Before training", "warmup": "After the warm-up", "after": "After REAL"}
+_TITLES = {"before": "Before training", "warmup": "After the warm-up", "after": "After training"}
 
 
 def training_curves(
     metrics: Sequence[dict[str, Any]], path: str | Path, warmup_metrics: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Reward, error of the expected score and Pearson over the REAL steps; the loss of the warm-up where there is one.
+    """Reward, error of the expected score and Pearson over the steps; the loss of the warm-up where there is one.
 
     Args:
         metrics: Lines of metrics.jsonl: ``step``, ``reward``, ``score/rmse``, ``score/mae``, ``score/pearson`` (each
@@ -34,21 +34,25 @@ def training_curves(
         path: PNG file.
         warmup_metrics: Lines of the warm-up: ``step`` and ``loss``.
     """
-    window = _window(sum("reward" in m for m in metrics))
-    figure, panels = _figure(2, 2, 8.6) if warmup_metrics else _figure(1, 3, 4.9)
+    window = window_for(sum("score/rmse" in m for m in metrics))
+    figure, panels = new_figure(2, 2, 8.6) if warmup_metrics else new_figure(1, 3, 4.9)
     *warmup, reward, error, pearson = panels.flat
     if warmup_metrics:
-        _series(warmup[0], warmup_metrics, "loss", "loss", BLUE, _window(len(warmup_metrics)))
-        _label(warmup[0], "Warm-up: cross-entropy on given feedback", "warm-up step", "loss (nats per token)")
-    _series(reward, metrics, "reward", "training batch", BLUE, window)
-    _label(reward, "Reward", "REAL step", "mean reward (squared score units)")
-    _series(error, metrics, "score/rmse", "RMSE, training batch", BLUE, window)
-    _series(error, metrics, "score/mae", "MAE, training batch", GREEN, window)
+        draw_series(warmup[0], warmup_metrics, "loss", "loss", BLUE, window_for(len(warmup_metrics)))
+        describe(warmup[0], "Warm-up: cross-entropy on given feedback", "warm-up step", "loss (nats per token)")
+    if any("reward" in m for m in metrics) or not any("loss" in m for m in metrics):
+        draw_series(reward, metrics, "reward", "training batch", BLUE, window)
+        describe(reward, "Reward", "step", "mean reward")
+    else:  # a method that trains on given feedback
+        draw_series(reward, metrics, "loss", "training batch", BLUE, window)
+        describe(reward, "Loss", "step", "loss")
+    draw_series(error, metrics, "score/rmse", "RMSE, training batch", BLUE, window)
+    draw_series(error, metrics, "score/mae", "MAE, training batch", GREEN, window)
     _evaluations(error, metrics, "rmse", "RMSE, held-out prompts")
-    _label(error, "Error of the expected score ŷ", "REAL step", "error (score units)")
-    _series(pearson, metrics, "score/pearson", "training batch", BLUE, window)
+    describe(error, "Error of the expected score ŷ", "step", "error (score units)")
+    draw_series(pearson, metrics, "score/pearson", "training batch", BLUE, window)
     _evaluations(pearson, metrics, "pearson", "held-out prompts")
-    _label(pearson, "Correlation of ŷ and label", "REAL step", "Pearson r")
+    describe(pearson, "Correlation of ŷ and label", "step", "Pearson r")
     columns = 2 if warmup_metrics else 1
     for axes in (error, pearson):
         if axes.get_legend_handles_labels()[0]:  # below the axes, where it hides no point
@@ -59,7 +63,7 @@ def training_curves(
     pearson.sharex(error)
     thick = f"thick: mean of {window} steps; " if window > 1 else ""
     figure.supxlabel(f"thin: every step; {thick}diamonds: evaluations with 95 % intervals", fontsize=10.5, color=GREY)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def before_after(predictions: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
@@ -72,8 +76,8 @@ def before_after(predictions: dict[str, list[dict[str, Any]]], path: str | Path)
     Raises:
         ValueError: No rows at all.
     """
-    scores = _scores(predictions)
-    figure, panels = _figure(1, len(predictions), 5.0 if len(predictions) > 1 else 6.5, sharey=True)
+    scores = scale_of(predictions)
+    figure, panels = new_figure(1, len(predictions), 5.0 if len(predictions) > 1 else 6.5, sharey=True)
     low, high = scores[0], scores[-1]
     jitter = np.random.default_rng(0)
     for axes, (phase, rows) in zip(panels.flat, predictions.items(), strict=True):
@@ -95,11 +99,11 @@ def before_after(predictions: dict[str, list[dict[str, Any]]], path: str | Path)
         found = correlations(y, x)
         without = f", {len(rows) - len(scored)} without a score" if len(scored) < len(rows) else ""
         numbers = f"Pearson {_number(found['pearson'])}, RMSE {_number(found['rmse'])}"
-        _label(axes, f"{_TITLES.get(phase, phase)}\n{numbers}\n({len(rows)} rows{without})", "true score (label)", "")
+        describe(axes, f"{_TITLES.get(phase, phase)}\n{numbers}\n({len(rows)} rows{without})", "true score (label)", "")
     panels[0, 0].set_ylabel("predicted score ŷ")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def calibration_plot(predictions: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
@@ -115,24 +119,24 @@ def calibration_plot(predictions: dict[str, list[dict[str, Any]]], path: str | P
     Raises:
         ValueError: No rows at all.
     """
-    scores = _scores(predictions)
-    figure, panels = _figure(2, len(predictions), 8.0, sharey="row", height_ratios=[3, 2])
+    scores = scale_of(predictions)
+    figure, panels = new_figure(2, len(predictions), 8.0, sharey="row", height_ratios=[3, 2])
     for column, (phase, rows) in enumerate(predictions.items()):
         scored = [r for r in rows if r["distribution"] is not None]
         p = np.array([list(r["distribution"].values()) for r in scored], dtype=float)
         labels = np.array([r["label"] for r in scored], dtype=float)
         error = _calibration_panel(panels[0, column], p, labels, scores)
         title = f"{_TITLES.get(phase, phase)}\ncalibration error {_number(error)}"
-        _label(panels[0, column], title, "predicted score ŷ (mean of the bin)", "")
+        describe(panels[0, column], title, "predicted score ŷ (mean of the bin)", "")
         if scored:
             _share_panel(panels[1, column], p, labels, scores, list(scored[0]["distribution"]))
-        _label(panels[1, column], "", "score", "")
+        describe(panels[1, column], "", "score", "")
     panels[0, 0].set_ylabel("mean label (score units)")
     panels[1, 0].set_ylabel("share of rows, probability")
     panels[1, 0].set_ylim(0, 1.3 * panels[1, 0].get_ylim()[1])  # room for the legend
     if panels[1, 0].get_legend_handles_labels()[0]:
         panels[1, 0].legend(loc="upper left", fontsize=10.5, ncols=2)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def smooth(y: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -172,7 +176,7 @@ def _share_panel(
     axes.set_xticks(at, [*texts, "other"])
 
 
-def _series(axes: Axes, lines: Sequence[dict[str, Any]], key: str, label: str, color: str, window: int) -> None:
+def draw_series(axes: Axes, lines: Sequence[dict[str, Any]], key: str, label: str, color: str, window: int) -> None:
     """A thin raw line and a thick smoothed one; the lines go on over steps without the number."""
     points = [(m["step"], m[key]) for m in lines if m.get(key) is not None]
     if not points:
@@ -195,7 +199,7 @@ def _evaluations(axes: Axes, lines: Sequence[dict[str, Any]], key: str, label: s
     axes.errorbar(x, y, yerr=spread, fmt="D", label=label, **style)
 
 
-def _window(n: int) -> int:
+def window_for(n: int) -> int:
     """Odd width of the smoothing: a tenth of the run and at least 5 steps; 1 for a run that is shorter than that."""
     return 1 if n < 8 else max(5, n // 10) | 1
 
@@ -205,7 +209,7 @@ def _nearest(labels: NDArray[np.float64], scores: list[float]) -> NDArray[np.int
     return np.asarray(np.abs(labels[:, None] - np.asarray(scores)[None, :]).argmin(axis=1))
 
 
-def _scores(predictions: dict[str, list[dict[str, Any]]]) -> list[float]:
+def scale_of(predictions: dict[str, list[dict[str, Any]]]) -> list[float]:
     """The scale, ascending; the labels where no row has a distribution."""
     rows = [r for phase in predictions.values() for r in phase]
     scores = {float(t) for r in rows for t in r["distribution"] or ()} or {float(r["label"]) for r in rows}
@@ -218,13 +222,15 @@ def _number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}".replace("-", "−")
 
 
-def _figure(rows: int, columns: int, height: float, **shared: Any) -> tuple[Figure, Any]:
+def new_figure(rows: int, columns: int, height: float, **shared: Any) -> tuple[Figure, Any]:
+    """A figure of one width in this project, and its panels [rows, columns]."""
     figure = Figure(figsize=(12.0 if columns > 1 else 7.0, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def _label(axes: Axes, title: str, x: str, y: str) -> None:
+def describe(axes: Axes, title: str, x: str, y: str) -> None:
+    """Title, names of the axes, a light grid."""
     axes.set_title(title, fontsize=13)
     axes.set_xlabel(x, fontsize=12)
     axes.set_ylabel(y, fontsize=12)
@@ -234,6 +240,7 @@ def _label(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all."""
     with jsonio.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from real_fast import plots
+from real_fast import health, html_report, plots
 from real_fast.attention.interface import describe
 from real_fast.jsonio import clean, write_json, write_jsonl
 from real_fast.machine import machine
@@ -66,10 +66,13 @@ def finish(trainer: Trainer) -> None:
         "machine": machine(trainer.device),
     }
     draw(folder.path, metrics, predictions)
+    health.health_curves(real, folder.path / "health.png")
+    health.score_histogram(predictions, folder.path / "histogram.png")
+    html_report.write(folder.path, clean(summary), real, predictions["after"])
     write_json(folder.path / "summary.json", clean(summary))
     print_table({name: evaluation for name, evaluation in evaluations.items() if evaluation})
     print(f"time by phase: {', '.join(f'{k} {v:.0f} s' for k, v in state.seconds.items())}")
-    print(f"wrote {folder.path}/ (summary.json, predictions.jsonl, plots, final/)", flush=True)
+    print(f"wrote {folder.path}/ (report.html, summary.json, predictions.jsonl, plots, final/)", flush=True)
 
 
 def draw(path: Path, metrics: list[dict[str, Any]], predictions: dict[str, list[dict[str, Any]]]) -> None:

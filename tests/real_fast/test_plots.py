@@ -58,7 +58,7 @@ def test_training_curves(tmp_path: Path, steps: int, warmup: int) -> None:
 
 
 def test_the_later_evaluation_at_a_step_is_drawn_with_its_interval() -> None:
-    axes = plots._figure(1, 1, 4.0)[1][0, 0]
+    axes = plots.new_figure(1, 1, 4.0)[1][0, 0]
     lines = [{"step": 0, "eval": {"rmse": 9.0}}, *metrics(3)[1:]]
     plots._evaluations(axes, lines, "rmse", "held out")
     summary = lines[1]["eval"]
@@ -72,7 +72,7 @@ def test_smoothing_is_a_centred_mean() -> None:
     y = np.array([1.0, 2.0, 6.0, 3.0, 5.0])
     assert plots.smooth(y, 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 14 / 3, 4.0])
     assert plots.smooth(y, 1).tolist() == y.tolist()
-    assert [plots._window(n) % 2 for n in (1, 8, 60, 61, 200)] == [1] * 5
+    assert [plots.window_for(n) % 2 for n in (1, 8, 60, 61, 200)] == [1] * 5
 
 
 @pytest.mark.parametrize("draw", [plots.before_after, plots.calibration_plot])
@@ -90,8 +90,8 @@ def test_scores_are_the_scale_and_not_only_what_occurs() -> None:
     some = rows(6, missing=2)
     for row in some:
         row["label"] = 2.0
-    assert plots._scores({"after": some}) == [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert plots._scores({"after": some[:2]}) == [2.0]
+    assert plots.scale_of({"after": some}) == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert plots.scale_of({"after": some[:2]}) == [2.0]
 
 
 def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""One self-contained HTML page per run: numbers, figures, settings, and the answers that it got most wrong."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment
+
+_FIGURES = (
+    ("training.png", "Training"),
+    ("health.png", "Training health"),
+    ("before_after.png", "Predicted against true score"),
+    ("histogram.png", "Expected scores and labels"),
+    ("calibration.png", "Calibration"),
+)
+_COLUMNS = ("n", "pearson", "spearman", "kendall", "rmse", "mae", "bias", "off_scale_mass", "truncated", "no_score")
+# What is worth a look, and when: (key, meaning, test on the mean of the last steps, advice).
+_WARNINGS = (
+    ("score/off_scale_mass", lambda x: x > 0.2, "much of the probability is off the scale: warm up longer"),
+    ("frac_reward_zero_std", lambda x: x > 0.5, "most groups have no spread: raise group_size or the temperature"),
+    ("completions/clipped_ratio", lambda x: x > 0.5, "most feedback is cut off: raise rollout.max_tokens"),
+    ("score/forced", lambda x: x > 0.9, "the model hardly writes the phrase itself: warm up on feedback"),
+    ("sampling/sampling_logp_difference/mean", lambda x: x > 0.05, "engine and trainer drift apart"),
+    ("score/entropy", lambda x: x < 0.05, "the score distribution has collapsed to a point"),
+)
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
+td, th { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: right }
+td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+.warning { background: #fff3e0; padding: .5em 1em } .text { text-align: left; max-width: 60em; white-space: pre-wrap }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p>{{ about }}</p>
+{% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
+<h2>Evaluation</h2>
+<table><tr><th>held-out rows</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for name, cells in evaluations %}<tr><td>{{ name }}</td>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+<p>RAIL predictions; in brackets 95 % intervals by resampling prompts.</p>
+{% for name, data in figures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
+{% endfor %}
+<h2>Largest errors</h2>
+<table><tr><th>row</th><th>label</th><th>ŷ</th><th class="text">feedback</th></tr>
+{% for r in worst %}<tr><td>{{ r.id }}</td><td>{{ "%.2f"|format(r.label) }}</td>
+<td>{{ "%.2f"|format(r.prediction) }}</td><td class="text">{{ r.feedback }}</td></tr>
+{% endfor %}</table>
+<h2>Numbers</h2><pre>{{ summary }}</pre>
+<h2>Settings</h2><pre>{{ settings }}</pre>
+</body></html>
+"""
+
+
+def write(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    """Write ``report.html`` into a run's folder, whose figures and config.yaml are there already.
+
+    Args:
+        folder: The run's.
+        summary: As in summary.json.
+        metrics: Lines of the training phase.
+        rows: Predictions of the last evaluation.
+    """
+    evaluations = [(name, [_cell(e, c) for c in _COLUMNS]) for name, e in summary["eval"].items() if e]
+    figures = [
+        (name, base64.b64encode((folder / file).read_bytes()).decode())
+        for file, name in _FIGURES
+        if (folder / file).is_file()
+    ]
+    scored = [r for r in rows if r["prediction"] is not None]
+    worst = sorted(scored, key=lambda r: -abs(r["prediction"] - r["label"]))[:10]
+    settings = folder / "config.yaml"
+    page = Environment(autoescape=True).from_string(_PAGE)
+    text = page.render(
+        title=f"{summary['method']}: {summary['model']}",
+        about=f"{summary['steps']} steps on {summary['train_rows']} rows, seed {summary['seed']}; "
+        f"{summary['rejected_rows']} rows rejected, {summary['skipped_steps']} steps skipped",
+        warnings=health_warnings(metrics),
+        columns=_COLUMNS,
+        evaluations=evaluations,
+        figures=figures,
+        worst=[{**r, "feedback": _first(r["feedback"])} for r in worst],
+        summary=yaml.safe_dump({k: v for k, v in summary.items() if k != "eval"}, sort_keys=False),
+        settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
+    )
+    (folder / "report.html").write_text(text, encoding="utf-8")
+
+
+def health_warnings(metrics: list[dict[str, Any]]) -> list[str]:
+    """What the last steps of a run show that its user should know."""
+    found = []
+    last = metrics[-5:]
+    for key, bad, advice in _WARNINGS:
+        values = [m[key] for m in last if m.get(key) is not None]
+        if values and bad(sum(values) / len(values)):
+            found.append(f"{key} is {sum(values) / len(values):.3g} over the last {len(values)} steps: {advice}.")
+    return found
+
+
+def _cell(evaluation: dict[str, Any], column: str) -> str:
+    value = evaluation.get(column)
+    if value is None:
+        return "-"
+    text = f"{value}" if isinstance(value, int) else f"{value:.3f}"
+    interval = (evaluation.get("ci95") or {}).get(column)
+    return f"{text} [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else text
+
+
+def _first(feedback: str | list[str]) -> str:
+    return feedback if isinstance(feedback, str) else feedback[0]

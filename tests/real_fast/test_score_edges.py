@@ -1,4 +1,4 @@
-"""Score distributions at the edges, from a data file to a trained judge: nothing rounded, dropped or divided by zero."""
+"""Score distributions at the edges, from a data file to a trained judge: nothing rounded, nothing divided by zero."""
 
 from __future__ import annotations
 

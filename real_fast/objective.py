@@ -78,6 +78,9 @@ def real_objective(
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         # Refinement alone has no use for the feedback's rows.
         n = len(batch.targets) if config.exploration else 0
+        judged = None
+        if from_engine and batch.engine_scores.shape[1]:
+            judged = batch.engine_scores.to(wide(hidden))
         out = real_loss(
             hidden[batch.rows[:n]],
             weight,
@@ -97,7 +100,7 @@ def real_objective(
             advantage_clip=config.advantage_clip,
             loss_norm=config.loss_norm,
             renormalize=config.renormalize,
-            reward_logprobs=batch.engine_scores if from_engine and batch.engine_scores.shape[1] else None,
+            reward_logprobs=judged,
             temperature=temperature,
             num_rollouts=totals.rollouts,
             num_tokens=totals.tokens,

@@ -112,7 +112,7 @@ def real_loss(
         loss_norm: "sequence_sum": as above; "token_mean": the exploration term is divided by the number of sampled
             tokens instead of the number of rollouts.
         renormalize: Softmax over the score tokens alone for the reward.
-        reward_logprobs: [M, K] score log-probabilities (temperature 1, full softmax) whose rewards the advantages come
+        reward_logprobs: [M, K] float32 (float64) score log-probabilities (temperature 1, full softmax) whose rewards the advantages come
             from, such as the rollout engine's; this call's own by default. The refinement gradient is always this
             call's.
         temperature: Sampling temperature of the feedback tokens; the score distribution is always read at 1.
@@ -152,6 +152,8 @@ def real_loss(
             raise ValueError(f"valid must be bool, not {valid.dtype}")
     if reward_logprobs is not None:
         check_shape("reward_logprobs", reward_logprobs, (m, score_ids.shape[0]), device)
+        if reward_logprobs.dtype != wide:
+            raise ValueError(f"reward_logprobs must be {wide}, not {reward_logprobs.dtype}")
     for name, value, known in (
         ("loss_norm", loss_norm, ("sequence_sum", "token_mean")),
         ("reward", reward, ("paper", "reference")),

@@ -89,7 +89,7 @@ def real_head(
         terms_function = rollout_terms
 
     def terms_of(logp: Tensor) -> Any:
-        judged = logp if reward_logprobs is None else reward_logprobs.to(dtype)
+        judged = logp if reward_logprobs is None else reward_logprobs
         return terms_function(logp, judged, score_values, labels, group, usable, counts, options)
 
     needs = Needs(need_hidden, need_weight, need_bias)

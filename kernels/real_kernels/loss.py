@@ -112,9 +112,9 @@ def real_loss(
         loss_norm: "sequence_sum": as above; "token_mean": the exploration term is divided by the number of sampled
             tokens instead of the number of rollouts.
         renormalize: Softmax over the score tokens alone for the reward.
-        reward_logprobs: [M, K] float32 (float64) score log-probabilities (temperature 1, full softmax) whose rewards the advantages come
-            from, such as the rollout engine's; this call's own by default. The refinement gradient is always this
-            call's.
+        reward_logprobs: [M, K] float32 (float64) score log-probabilities (temperature 1, full softmax) whose rewards
+            the advantages come from, such as the rollout engine's; this call's own by default. The refinement gradient
+            is always this call's.
         temperature: Sampling temperature of the feedback tokens; the score distribution is always read at 1.
         num_rollouts: R, valid rollouts of the whole update; this call's by default.
         num_tokens: Sampled tokens of valid rollouts of the whole update; this call's by default.

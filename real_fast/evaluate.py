@@ -5,28 +5,24 @@ python -m real_fast.evaluate --model runs/x/final --data bench.jsonl --output ru
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
 from tqdm import tqdm
 
 from real_fast import config as configs
-from real_fast import plots, settings
+from real_fast import plots, settings, trained
 from real_fast.config import ConfigError, EvalConfig, PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.data import DataError, Rejected, limit_by_prompt, load_rows, require_rows, write_rejected
 from real_fast.evaluation import evaluate
 from real_fast.jsonio import clean, write_json, write_jsonl
 from real_fast.metrics import table
-from real_fast.model import ModelError, load_model, load_tokenizer, pick_device, resolve_model
+from real_fast.model import ModelError, load_tokenizer
 from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.rollout.select import make_engine
+from real_fast.rollout.select import load_engine
 from real_fast.run_folder import OutputError, require_writable, writing
 from real_fast.scale import ScaleError, ScoreScale
 
@@ -56,7 +52,7 @@ class EvaluateConfig:
         scale: The score scale.
         prompt: How a row becomes a prompt.
         rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
-        eval: How many feedbacks, how warm, how many resamples.
+        eval: The protocol, how many feedbacks, how warm, how many resamples.
     """
 
     model: str = ""
@@ -101,41 +97,8 @@ class EvaluateConfig:
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Parse the command line; what the model's folder says about scale, prompt and answer comes first, so flags win."""
-    first = argparse.ArgumentParser(prog=PROG, add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
-    first.add_argument("--config")
-    known = first.parse_known_args(argv)[0]
-    model = known.model
-    if model is None and known.config and Path(known.config).is_file():
-        try:
-            values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError):
-            values = None  # the parser below says what is wrong with the file
-        model = values.get("model") if isinstance(values, dict) else None
-    defaults = _trained_with(Path(model)) if isinstance(model, str) and model else {}
-    argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
-    config: EvaluateConfig = settings.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
+    config: EvaluateConfig = trained.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
     return config
-
-
-def _trained_with(folder: Path) -> dict[str, Any]:
-    """Settings in a folder that the trainer wrote, reduced to those that an evaluation must share with training."""
-    path = folder / "real_fast.json"
-    if not path.is_file():
-        return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        found = {key: dict(saved[key]) for key in ("scale", "prompt", "rollout") if key in saved}
-        if "renormalize" in saved.get("objective", {}):
-            found["renormalize"] = saved["objective"]["renormalize"]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not what real_fast.train writes ({error}): mend it or remove it") from error
-    template = found.get("prompt", {}).get("template", "")
-    if template and (folder / template).is_file():
-        found["prompt"]["template"] = str(folder / template)
-    if "rollout" in found:  # the engine and its limits belong to the machine, not to the model
-        found["rollout"] = {k: v for k, v in found["rollout"].items() if k in ("answer", "max_tokens", "top_p")}
-    return found
 
 
 def prepare_output(folder: Path, overwrite: bool) -> None:
@@ -164,11 +127,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     require_rows(rows, 1, config.data, rejected)
     rows = limit_by_prompt(rows, config.max_rows, _LIMIT_SEED)
 
-    device = pick_device(config.device)
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    model = load_model(config.model, device, dtype, config.trust_remote_code)
-    engine = make_engine(full, model, tokenizer, scale, resolve_model(config.model))
-    del model  # vLLM has its own copy
+    engine = load_engine(full, tokenizer, scale)
     try:
         with tqdm(total=len(rows), desc="evaluate", unit="row") as bar:
             result = evaluate(

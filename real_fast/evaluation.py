@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.data import JudgeRow
 from real_fast.metrics import calibration, summarize
+from real_fast.protocol import ProtocolName, answer_mode, probabilities, read
 from real_fast.rollout.base import Rollout, RolloutEngine, Sampling
 from real_fast.scale import ScoreScale
 
@@ -37,29 +37,31 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     renormalize: bool = False,
 ) -> EvalResult:
-    """Sample ``config.n`` feedbacks a row and predict its score in two ways, side by side.
+    """Sample ``config.n`` feedbacks a row and predict its score by ``config.protocol``.
 
-    RAIL: the expected score y_hat = sum_k k * p_k (arXiv 2603.17145), p the softmax over the whole vocabulary at the
-    score's position, averaged over the feedbacks that have one. Decoded: the mean of the scores that the model wrote
-    itself. Where there is none, the prediction is None, never a made-up number.
+    The prediction is the protocol's (:mod:`real_fast.protocol`): RAIL's expected score y_hat = sum_k k * p_k (arXiv
+    2603.17145), p the softmax over the whole vocabulary at the score's position, averaged over the feedbacks that have
+    one; or, with "decode", the mean of the scores that the model wrote itself, which stands beside it in either case.
+    Where there is none, the prediction is None, never a made-up number.
 
     Args:
         engine: Samples; it decides how many sequences run at a time.
         rows: Rows with their `prompt_ids`.
         scale: The score scale.
-        config: n, temperature, resamples.
-        rollout: max_tokens, top_p and answer are used.
+        config: protocol, n, temperature, resamples.
+        rollout: max_tokens, top_p and (with the protocol "real") answer are used.
         seed: The same seed gives the same samples and intervals.
         progress: Called with the number of rows that were just finished.
         renormalize: Divide p by its sum, as training with ``objective.renormalize`` does.
 
     Returns:
-        `predictions` with id, prompt_id, label, prediction (y_hat), distribution ({score text: p}), off_scale_mass
-        (1 - sum of p as the model gave it), decoded, feedback (a text, a list of texts for n > 1) and n.
-        `summary` with the keys of :func:`real_fast.metrics.summarize` for RAIL and, under ``decoded``, for the written
-        scores; off_scale_mass, label_probability and calibration_error (:func:`real_fast.metrics.calibration`);
-        mean_length (sampled tokens a feedback), truncated (share of feedbacks cut at max_tokens), not_finite (feedbacks
-        whose probabilities are NaN, which count as without a score), tokens_per_second and seconds of the sampling.
+        `predictions` with id, prompt_id, label, prediction, distribution, off_scale_mass, decoded (see
+        :class:`real_fast.protocol.Reading`), feedback (a text, a list of texts for n > 1) and n.
+        `summary` with the protocol, the keys of :func:`real_fast.metrics.summarize` for the predictions and, under
+        ``decoded``, for the written scores; off_scale_mass, label_probability and calibration_error
+        (:func:`real_fast.metrics.calibration`); mean_length (sampled tokens a feedback; with "tract" those in front of
+        the phrase), truncated (share of feedbacks cut at max_tokens), not_finite (feedbacks whose probabilities are
+        NaN, which count as without a score), tokens_per_second and seconds of the sampling.
 
     Raises:
         ValueError: No rows, or a row without `prompt_ids`.
@@ -79,58 +81,49 @@ def evaluate(
             max_tokens=rollout.max_tokens,
             temperature=config.temperature,
             top_p=rollout.top_p,
-            answer=rollout.answer,
-            seed=_call_seed(seed, at),
+            answer=answer_mode(config.protocol, rollout.answer),
+            seed=call_seed(seed, at),
         )
         rollouts.extend(engine.generate([row.prompt_ids for row in some], sampling))
         if progress is not None:
             progress(len(some))
     seconds = time.perf_counter() - start
 
-    predictions = [_predict(row, group, scale, renormalize) for row, group in zip(rows, rollouts, strict=True)]
+    predictions = [
+        _predict(row, group, scale, config.protocol, renormalize) for row, group in zip(rows, rollouts, strict=True)
+    ]
     flat = [r for group in rollouts for r in group]
     tokens = sum(len(r.sampled_ids) for r in flat)
-    summary = _summary(predictions, scale, config.bootstrap, seed) | {
+    summary = {
+        "protocol": config.protocol,
+        **_summary(predictions, scale, config.bootstrap, seed),
         "mean_length": tokens / len(flat),
         "truncated": sum(r.finish == "length" for r in flat) / len(flat),
-        "not_finite": sum(r.has_score and _probabilities(r) is None for r in flat),
+        "not_finite": sum(r.has_score and probabilities(r) is None for r in flat),
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "seconds": seconds,
     }
     return EvalResult(predictions, summary)
 
 
-def _call_seed(seed: int, at: int) -> int:
+def call_seed(seed: int, at: int) -> int:
     """31-bit seed of the call whose first row is `at`: an engine numbers the prompts of each call from 0."""
     return int(np.random.SeedSequence([seed % 2**32, at]).generate_state(1)[0]) >> 1
 
 
-def _probabilities(rollout: Rollout) -> NDArray[np.float64] | None:
-    """[K] float64 full-softmax probabilities of the scores, None where there is no score or it is NaN."""
-    if rollout.score_logprobs is None:
-        return None
-    p = np.exp(np.asarray(rollout.score_logprobs, dtype=np.float64))
-    return p if np.isfinite(p).all() else None
-
-
-def _predict(row: JudgeRow, rollouts: Sequence[Rollout], scale: ScoreScale, renormalize: bool) -> dict[str, Any]:
-    found = [p for p in map(_probabilities, rollouts) if p is not None and (p.sum() > 0 or not renormalize)]
-    written = [r.written_score for r in rollouts if r.written_score is not None]
+def _predict(
+    row: JudgeRow, rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName, renormalize: bool
+) -> dict[str, Any]:
+    found = read(rollouts, scale, protocol, renormalize)
     texts = [r.text for r in rollouts]
-    prediction = distribution = off_scale = None
-    if found:
-        p = np.mean([p / p.sum() for p in found] if renormalize else found, axis=0)
-        prediction = float(p @ np.asarray(scale.values))
-        distribution = dict(zip(scale.texts, p.tolist(), strict=True))
-        off_scale = max(0.0, 1.0 - float(np.mean([p.sum() for p in found])))
     return {
         "id": row.id,
         "prompt_id": row.prompt_id,
         "label": row.label,
-        "prediction": prediction,
-        "distribution": distribution,
-        "off_scale_mass": off_scale,
-        "decoded": float(np.mean(written)) if written else None,
+        "prediction": found.prediction,
+        "distribution": found.distribution,
+        "off_scale_mass": found.off_scale_mass,
+        "decoded": found.decoded,
         "feedback": texts[0] if len(texts) == 1 else texts,
         "n": len(rollouts),
     }
@@ -140,12 +133,13 @@ def _summary(predictions: list[dict[str, Any]], scale: ScoreScale, bootstrap: in
     labels = [p["label"] for p in predictions]
     prompts = [p["prompt_id"] for p in predictions]
     scored = [p for p in predictions if p["distribution"] is not None]
+    off_scale = [p["off_scale_mass"] for p in predictions if p["off_scale_mass"] is not None]
     calibrated = calibration(
         [list(p["distribution"].values()) for p in scored], scale.values, [p["label"] for p in scored]
     )
     return {
         **summarize([p["prediction"] for p in predictions], labels, prompts, bootstrap, seed),
-        "off_scale_mass": float(np.mean([p["off_scale_mass"] for p in scored])) if scored else None,
+        "off_scale_mass": float(np.mean(off_scale)) if off_scale else None,
         "label_probability": calibrated["label_probability"],
         "calibration_error": calibrated["error"],
         "decoded": summarize([p["decoded"] for p in predictions], labels, prompts, bootstrap, seed),

@@ -66,6 +66,16 @@ class JudgeRow:
     prompt_ids: list[int] = field(default_factory=list)
 
 
+@dataclass
+class JudgeTexts:
+    """What a prompt is made of: see :class:`JudgeRow`."""
+
+    instruction: str
+    response: str
+    rubric: str
+    reference_answer: str
+
+
 def instruction_key(instruction: str) -> str:
     """A stable 16-digit key of an instruction that ignores how its white space is laid out."""
     return hashlib.sha256(" ".join(instruction.split()).encode()).hexdigest()[:16]
@@ -84,6 +94,22 @@ def parse_row(record: Any, row_id: str, scale: ScoreScale, needs_rubric: bool) -
     Raises:
         RowError: What is missing, not text, not a number or off the scale.
     """
+    texts = parse_texts(record, needs_rubric)
+    label = _label(record, scale)
+    feedbacks, feedback_labels = _feedbacks(record, label, scale)
+    given_id, prompt_id = record.get("id"), record.get("prompt_id")
+    return JudgeRow(
+        id=row_id if given_id in (None, "") else str(given_id),
+        prompt_id=instruction_key(texts.instruction) if prompt_id in (None, "") else str(prompt_id),
+        **vars(texts),
+        label=label,
+        feedbacks=feedbacks,
+        feedback_labels=feedback_labels,
+    )
+
+
+def parse_texts(record: Any, needs_rubric: bool) -> JudgeTexts:
+    """Read the texts of a record, which needs no label. Arguments and errors as of :func:`parse_row`."""
     if not isinstance(record, Mapping):
         raise RowError(f"not an object: {type(record).__name__}")
     instruction = _text(record, "instruction", required=True)
@@ -91,20 +117,7 @@ def parse_row(record: Any, row_id: str, scale: ScoreScale, needs_rubric: bool) -
     rubric = _rubric(record)
     if needs_rubric and not rubric:
         raise RowError(f"rubric is missing: the template uses it, and there is none of {_names('rubric')}")
-    label = _label(record, scale)
-    feedbacks, feedback_labels = _feedbacks(record, label, scale)
-    given_id, prompt_id = record.get("id"), record.get("prompt_id")
-    return JudgeRow(
-        id=row_id if given_id in (None, "") else str(given_id),
-        prompt_id=instruction_key(instruction) if prompt_id in (None, "") else str(prompt_id),
-        instruction=instruction,
-        response=response,
-        rubric=rubric,
-        reference_answer=_text(record, "reference_answer", required=False),
-        label=label,
-        feedbacks=feedbacks,
-        feedback_labels=feedback_labels,
-    )
+    return JudgeTexts(instruction, response, rubric, _text(record, "reference_answer", required=False))
 
 
 def _names(name: str) -> str:

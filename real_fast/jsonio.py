@@ -33,21 +33,21 @@ def write_json(path: str | Path, obj: Any) -> None:
         ValueError: A number that is not finite (see :func:`clean`); nothing is written.
         OSError: The folder cannot be written to.
     """
-    data = _encode(obj, indent=2)
+    data = encode(obj, indent=2)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, under a temporary name first. Raises as :func:`write_json` does."""
-    data = b"".join(_encode(row) for row in rows)
+    data = b"".join(encode(row) for row in rows)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Add one line to the end of a file, made if it is not there. Raises as :func:`write_json` does."""
-    data = _encode(obj)
+    data = encode(obj)
     with Path(path).open("ab") as file:
         file.write(data)
 
@@ -86,7 +86,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _encode(obj: Any, indent: int | None = None) -> bytes:
+def encode(obj: Any, indent: int | None = None) -> bytes:
+    """A JSON value as UTF-8 with a line end.
+
+    Raises:
+        ValueError: A number that is not finite (see :func:`clean`).
+    """
     text = json.dumps(obj, allow_nan=False, ensure_ascii=False, indent=indent) + "\n"
     try:
         return text.encode("utf-8")

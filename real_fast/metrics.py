@@ -98,7 +98,7 @@ def summarize(
     if len(names) < 2:
         reasons["ci95"] = "an interval needs at least two prompts to resample"
     elif possible:
-        samples = _resample(x, y, group, len(names), bootstrap, seed)
+        samples = resample(x, y, group, len(names), bootstrap, seed)
         for name in possible:
             values = [s[name] for s in samples if s[name] is not None]
             left_out[name] = bootstrap - len(values)
@@ -161,7 +161,8 @@ def table(summary: dict[str, Any]) -> str:
         return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
     both = (summary, summary["decoded"])
-    lines = [("", "RAIL", "decoded"), ("rows with a score", *(f"{r['n_scored']} of {r['n']}" for r in both))]
+    heading = "written" if summary.get("protocol") == "decode" else "RAIL"
+    lines = [("", heading, "decoded"), ("rows with a score", *(f"{r['n_scored']} of {r['n']}" for r in both))]
     lines += [(name, *(cell(r, name) for r in both)) for name in (*WITH_INTERVALS, "mae", "bias")]
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -177,10 +178,18 @@ def _no_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> str | Non
     return None
 
 
-def _resample(
-    x: NDArray[np.float64], y: NDArray[np.float64], group: NDArray[np.intp], n_groups: int, count: int, seed: int
+def resample(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    group: NDArray[np.intp],
+    n_groups: int,
+    count: int,
+    seed: int | list[int],
 ) -> list[dict[str, Any]]:
-    """:func:`correlations` of `count` resamples of whole groups; rows without a prediction (NaN) then drop out."""
+    """:func:`correlations` of `count` resamples of whole groups; rows without a prediction (NaN) then drop out.
+
+    The same groups and seed draw the same resamples, whatever x and y are.
+    """
     rows = np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group, minlength=n_groups))[:-1])
     rows = [r[np.isfinite(x[r])] for r in rows]
     rng = np.random.default_rng(seed)

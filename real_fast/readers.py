@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,32 +59,38 @@ def read(source: str, split: str) -> Records:
             raise DataError(f"{source}: cannot be read: {error}") from error
 
 
-def _open(path: Path) -> Any:
+def open_binary(path: Path) -> Any:
+    """Open a file to read bytes from, decompressed where its name ends in .gz."""
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _jsonl(path: Path) -> Records:
-    with _open(path) as file:
-        for line, data in enumerate(file, start=1):
-            try:
-                text = data.decode("utf-8-sig" if line == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8: {error.reason} at byte {error.start} of line {line}"
-                yield line, Unreadable(reason, data.decode("utf-8", errors="backslashreplace"))
-                continue
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except json.JSONDecodeError as error:
-                record = Unreadable(f"not JSON: {error.msg} at column {error.colno} of line {line}", text)
-            except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
-                record = Unreadable(f"not JSON: {error} in line {line}", text)
-            yield line, record
+    with open_binary(path) as file:
+        yield from jsonl_records(file)
+
+
+def jsonl_records(lines: Iterable[bytes]) -> Records:
+    """Yield (line from 1, record) of every JSON line that is not blank; one that is not JSON as :class:`Unreadable`."""
+    for line, data in enumerate(lines, start=1):
+        try:
+            text = data.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8: {error.reason} at byte {error.start} of line {line}"
+            yield line, Unreadable(reason, data.decode("utf-8", errors="backslashreplace"))
+            continue
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            record = Unreadable(f"not JSON: {error.msg} at column {error.colno} of line {line}", text)
+        except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
+            record = Unreadable(f"not JSON: {error} in line {line}", text)
+        yield line, record
 
 
 def _json(path: Path) -> Records:
-    with _open(path) as file:
+    with open_binary(path) as file:
         try:
             records = json.loads(file.read())
         except (ValueError, RecursionError) as error:

@@ -93,7 +93,8 @@ def print_table(evaluations: dict[str, dict[str, Any]]) -> None:
             f"{name:<14}{e['n']:>5}{pearson:>26}{_number(e['spearman']):>10}{_number(e['kendall']):>9}"
             f"{_number(e['rmse'], 2):>7}{e['no_score']:>10}"
         )
-    print("(RAIL predictions; 95 % intervals by resampling prompts)")
+    protocols = sorted({e.get("protocol", "real") for e in evaluations.values()})
+    print(f"(protocol {', '.join(protocols)}; 95 % intervals by resampling prompts)")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from real_fast.scale import ScoreScale
 
-Answer = Literal["forced", "generated"]
+Answer = Literal["forced", "generated", "cut"]
 Finish = Literal["phrase", "eos", "length"]
 
 
@@ -23,7 +23,9 @@ class Sampling:
         max_tokens: Longest sampled text in tokens.
         temperature: 0 for greedy.
         top_p: Nucleus; 1 for none.
-        answer: "forced": a phrase that was not sampled is appended; "generated": nothing is appended.
+        answer: "forced": a phrase that was not sampled is appended; "generated": nothing is appended; "cut": the text
+            is cut where the phrase begins and the phrase appended in its own tokens, so that the score is a function
+            of the feedback alone (for evaluation; the trainer uses the first two).
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
     """
 
@@ -46,7 +48,7 @@ class Rollout:
     Attributes:
         sampled_ids: Tokens that the model sampled and that count as its actions: the feedback, the part of the phrase
             that it wrote itself up to its last visible character, a final EOS. The score is not among them (it is
-            integrated out).
+            integrated out). With "cut", the feedback alone.
         sampled_logprobs: Log-probability of each at the sampling temperature, from the engine, float.
         context_ids: See above. ``sampled_ids[i]`` is predicted at position ``len(prompt) + i - 1``.
         n_forced: Number of tokens at the end of ``context_ids`` that are no actions: appended ones, and (if answers
@@ -117,21 +119,40 @@ class PhraseFinder:
 
         A token that completes the phrase and goes on behind it ("isn't") completes nothing.
         """
+        return next((end for _, end, whole in self._places(ids, self._decode(ids)) if whole), None)
+
+    def before(self, ids: Sequence[int]) -> int:
+        """Number of tokens in front of the first phrase, or of all; white space at their end does not count.
+
+        Here a token may complete the phrase and go on behind it, unless it makes another word ("scores") of it. A token
+        that runs from the feedback into the phrase goes with the phrase.
+        """
         text = self._decode(ids)
+        behind = len(self.phrase)
+        places = (at for at, _, end in self._places(ids, text) if end or not text[at + behind :][:1].isalpha())
+        feedback = text[: next(places, None)].rstrip()
+        tokens = self._shortest(ids, feedback)
+        return tokens if self._decode(ids[:tokens]).rstrip() == feedback else tokens - 1
+
+    def _places(self, ids: Sequence[int], text: str) -> Iterator[tuple[int, int, bool]]:
+        """Of every phrase in `text`: its first character, the tokens up to its end, and whether they end with it."""
         at = text.find(self.phrase)
         while at >= 0:
             whole = text[: at + len(self.phrase)]
-            low, high = 1, len(ids)
-            while low < high:  # the shortest prefix of ids whose text goes up to the phrase's end
-                middle = (low + high) // 2
-                if self._decode(ids[:middle]).startswith(whole):
-                    high = middle
-                else:
-                    low = middle + 1
-            if self._decode(ids[:low]) == whole:
-                return low
+            end = self._shortest(ids, whole)
+            yield at, end, self._decode(ids[:end]) == whole
             at = text.find(self.phrase, at + 1)
-        return None
+
+    def _shortest(self, ids: Sequence[int], text: str) -> int:
+        """Fewest of the `ids` whose text goes up to the end of `text`."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if self._decode(ids[:middle]).startswith(text):
+                high = middle
+            else:
+                low = middle + 1
+        return low
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -144,7 +165,7 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
         ids: Sampled ids as the engine returned them, possibly with the score and more behind the phrase.
         eos_ids: Ids that end a generation.
         finder: Finds the phrase.
-        answer: "forced" or "generated".
+        answer: See :class:`Sampling`.
 
     Returns:
         What counts. In ``score_position`` stands the index in `ids` of the token sampled where the score belongs, if
@@ -154,6 +175,7 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
     stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     body = list(ids[:stop])
     end = finder.end(body)
+    written = None
     if end is not None:
         tail = list(scale.tail_ids)
         score_at = end + len(tail)
@@ -162,12 +184,18 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
             written = scale.values[scale.score_ids.index(token)] if token in scale.score_ids else None
             if answer == "forced":
                 return Parsed(end, body[:score_at], len(tail), "phrase", True, score_at, written)
-            if written is not None:
+            if answer == "generated" and written is not None:
                 return Parsed(score_at, body[:score_at], 0, "phrase", True, score_at, written)
         if answer == "forced":
             # Counting the tail where it was sampled, and not where it was put right, would bias the policy gradient.
             return Parsed(end, body[:end] + tail, len(tail), "phrase", True, None)
     finish: Finish = "length" if stop is None else "eos"
+    if answer == "cut":
+        cut = finder.before(body)
+        context = [*body[:cut], *scale.phrase_ids]
+        place = len(context) if len(context) < len(ids) and list(ids[: len(context)]) == context else None
+        found: Finish = finish if end is None else "phrase"
+        return Parsed(cut, context, len(scale.phrase_ids), found, True, place, written)
     keep = len(ids) if stop is None else stop + 1
     if answer == "forced":
         forced = list(scale.phrase_ids)

@@ -251,7 +251,7 @@ class TransformersEngine:
             s.score_logprobs, s.done = logits.log_softmax(-1)[0, list(self.scale.score_ids)].tolist(), True
 
     def _answered(self, ids: list[int], answer: Answer) -> bool:
-        """Whether the token at the score's place has been sampled, or (if forced) another one instead of the tail."""
+        """Whether the token at the score's place was sampled, or (unless generated) another one instead of the tail."""
         near = self.tokenizer.decode(
             ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -262,6 +262,6 @@ class TransformersEngine:
             return False
         tail = self.scale.tail_ids
         written = tuple(ids[end : end + len(tail)])
-        if answer == "forced":
+        if answer != "generated":
             return len(ids) > end + len(tail) or written != tail[: len(written)]
         return written == tail and len(ids) > end + len(tail) and ids[end + len(tail)] in self.scale.score_ids

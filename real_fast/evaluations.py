@@ -1,0 +1,145 @@
+"""Finds the evaluations that runs have left behind: which method, on which benchmark, with which predictions."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from real_fast.jsonio import read_jsonl
+
+
+class NoEvaluationError(ValueError):
+    """Nothing to compare. The message says where was looked and for what."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        method: Name of the run's folder, with as much of its path, protocol or number of feedbacks as tells it apart.
+        benchmark: Name of the data.
+        protocol: See :mod:`real_fast.protocol`.
+        feedbacks: Feedbacks sampled per row.
+        rows: Predictions with id, prompt_id, label and prediction, in the order of their ids.
+        source: The file that they are in.
+        owner: The run's folder, or the evaluation's own where it is not in a run.
+    """
+
+    method: str
+    benchmark: str
+    protocol: str
+    feedbacks: int
+    rows: list[dict[str, Any]]
+    source: Path
+    owner: Path
+
+
+def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], list[str]]:
+    """Every finished evaluation in the folders and below them: those of ``real_fast.evaluate``, and runs' last ones.
+
+    Args:
+        folders: Runs, evaluations, or folders of them.
+
+    Returns:
+        The evaluations, in the order of the folders, and a sentence for everything that was passed over.
+
+    Raises:
+        NoEvaluationError: A folder does not exist, or none holds an evaluation.
+    """
+    for folder in folders:
+        if not Path(folder).expanduser().is_dir():
+            raise NoEvaluationError(f"{folder}: there is no such folder")
+    found: dict[Path, Evaluation] = {}
+    notes: list[str] = []
+    for folder in folders:
+        before = len(notes)
+        summaries = _summaries(Path(folder).expanduser())
+        any_read = False
+        for path, read in summaries:
+            try:
+                evaluation = read(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+                notes.append(f"{path} cannot be read and is left out: {type(error).__name__}: {error}")
+                continue
+            if evaluation is not None:
+                any_read = True
+                found.setdefault(evaluation.source.resolve(), evaluation)
+        if not any_read and len(notes) == before:
+            notes.append(
+                f"{folder} holds no finished evaluation (predictions.jsonl with summary.json, or eval/after.json with "
+                "eval/after.predictions.jsonl) and is left out"
+            )
+    if not found:
+        raise NoEvaluationError("; ".join(notes) or "no folder was given")
+    return _named(list(found.values())), notes
+
+
+def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], Evaluation | None]]]:
+    """Files that mark a finished evaluation, with what reads them."""
+    own = sorted(folder.rglob("eval/after.json"))
+    if folder.name == "eval" and (folder / "after.json").is_file():
+        own.append(folder / "after.json")
+    return [(p, _of_run) for p in own] + [(p, _of_evaluate) for p in sorted(folder.rglob("summary.json"))]
+
+
+def _of_run(path: Path) -> Evaluation:
+    """A run's evaluation of its held-out rows after training."""
+    run = path.parent.parent
+    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    benchmark = Path(data["eval"]).name if data.get("eval") else f"{Path(data['train']).name} (held out)"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return _load(summary, benchmark, path.with_name("after.predictions.jsonl"), run)
+
+
+def _of_evaluate(path: Path) -> Evaluation | None:
+    """What real_fast.evaluate wrote; None for a run's own summary, whose evaluation is in its eval folder."""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    predictions = path.with_name("predictions.jsonl")
+    if "pearson" not in summary or not predictions.is_file():
+        return None
+    parents = (p for p in path.resolve().parents if (p / "metrics.jsonl").is_file() or (p / "final").is_dir())
+    return _load(summary, Path(summary["data"]).name, predictions, next(parents, path.parent))
+
+
+def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> Evaluation:
+    rows = sorted(read_jsonl(predictions), key=lambda row: str(row["id"]))
+    if not rows:
+        raise ValueError("it has no rows")
+    if repeated := [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]:
+        raise ValueError(f"the id {repeated[0]!r} stands there twice")
+    for row in rows:
+        float(row["label"]), row["prompt_id"], row["prediction"]
+    protocol = summary.get("protocol", "real")
+    return Evaluation("", benchmark, protocol, int(rows[0].get("n", 1)), rows, predictions, owner.resolve())
+
+
+def _named(found: list[Evaluation]) -> list[Evaluation]:
+    """Short names that tell methods apart: by folder, then (within a benchmark) by protocol, then by file."""
+    owners = {e.owner: 1 for e in found}
+    while repeated := _repeated({owner: _tail(owner, parts) for owner, parts in owners.items()}):
+        for owner in repeated:
+            owners[owner] += 1
+    named = [replace(e, method=_tail(e.owner, owners[e.owner])) for e in found]
+    for tell in (
+        lambda e: f"{e.method} ({e.protocol}, n={e.feedbacks})",
+        lambda e: f"{e.method} [{e.source.resolve().relative_to(e.owner)}]",
+    ):
+        same = Counter((e.benchmark, e.method) for e in named)
+        named = [replace(e, method=tell(e)) if same[e.benchmark, e.method] > 1 else e for e in named]
+    return named
+
+
+def _tail(path: Path, parts: int) -> str:
+    return "/".join(path.parts[-parts:])
+
+
+def _repeated(names: dict[Path, str]) -> list[Path]:
+    count = Counter(names.values())
+    return [path for path, name in names.items() if count[name] > 1]

@@ -1,0 +1,280 @@
+"""The command that grades rows: a JSON line in, the same line with its grade out, in order.
+
+python -m real_fast.judge --model runs/x/final < rows.jsonl > graded.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+from tqdm import tqdm
+
+from real_fast import trained
+from real_fast.config import ConfigError, PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.evaluation import call_seed
+from real_fast.grade import Grade
+from real_fast.grading import Judge
+from real_fast.jsonio import clean, encode
+from real_fast.model import ModelError
+from real_fast.prompt import PromptError
+from real_fast.readers import DataError, Unreadable, jsonl_records, open_binary
+from real_fast.scale import ScaleError
+
+__all__ = ["Grade", "Judge", "JudgeConfig", "grade_lines", "main"]
+
+PROG = "real_fast.judge"
+KNOWN_ERRORS = (ConfigError, DataError, ModelError, PromptError, ScaleError)
+_RAW = "row"  # where a line that is no JSON object is kept
+
+
+@dataclass
+class JudgeConfig:
+    """Grade JSON lines from standard input (or a file); write them to standard output, each with its grade.
+
+    Args:
+        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt and
+            answer are taken over; flags override them.
+        data: A .jsonl or .jsonl.gz file in place of standard input.
+        n: Feedbacks sampled per row; their score distributions are averaged.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
+        protocol: How a score comes about. "real": the score distribution behind the phrase that the model wrote, or as
+            rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and the
+            phrase is appended; "decode": the mean of the scores that the model wrote itself.
+        key: The field that a grade is written to; rows must not have it yet.
+        batch_size: Rows graded and written at a time.
+        seed: The same rows, seed and batch_size give the same samples.
+        precision: Number format of the weights.
+        device: "auto" takes CUDA where there is one.
+        trust_remote_code: Run Python code that comes with the model.
+        renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
+        scale: The score scale.
+        prompt: How a row becomes a prompt.
+        rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
+    """
+
+    model: str = ""
+    data: str = ""
+    n: int = 1
+    temperature: float = 1.0
+    protocol: Literal["real", "tract", "decode"] = "real"
+    key: str = "grade"
+    batch_size: int = 64
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+    renormalize: bool = False
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(gpu_memory_utilization=trained.GPU_SHARE))
+
+    def require(self) -> None:
+        """Raise :class:`ConfigError` for settings that cannot work; the judge checks the others."""
+        if not self.model:
+            raise ConfigError("model is not set: give --model or put it into the config file")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}: it must be 1 or more")
+        if not self.key or self.key == _RAW:
+            raise ConfigError(f"key is {self.key!r}: give another name for the field that a grade is written to")
+
+    def judge(self) -> Judge:
+        """Load the judge."""
+        return Judge(
+            self.model,
+            scale=self.scale,
+            engine=self.rollout.engine,
+            n=self.n,
+            temperature=self.temperature,
+            protocol=self.protocol,
+            prompt=self.prompt,
+            rollout=self.rollout,
+            renormalize=self.renormalize,
+            precision=self.precision,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class Grader(Protocol):
+    """What :func:`grade_lines` needs of a :class:`Judge`."""
+
+    def grade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
+        """One grade per row, in order."""
+
+
+def grade_lines(
+    judge: Grader, records: Sequence[tuple[int, Any]], key: str, seed: int
+) -> Iterator[tuple[bytes, str | None]]:
+    """Grade records and yield a JSON line for each, in order, with the reason where there is no score.
+
+    Args:
+        judge: Grades.
+        records: (line, record) as :func:`real_fast.readers.jsonl_records` gives them.
+        key: A record's fields are kept, and its grade is added under this name: feedback, score, distribution,
+            off_scale_mass and decoded, or an error. A record that has the field already is left as it is, with the
+            error under the first free ``key_2``, ``key_3``, ... What is no JSON object is kept under ``row``.
+        seed: Of the whole batch.
+    """
+    reasons = [_unusable(record, key) for _, record in records]
+    grades = iter(judge.grade_batch([r for (_, r), why in zip(records, reasons, strict=True) if why is None], seed))
+    for (_, record), why in zip(records, reasons, strict=True):
+        grade = next(grades) if why is None else Grade(error=why)
+        shown = {name: value for name, value in asdict(grade).items() if value is not None or not grade.error}
+        if not grade.error:
+            del shown["error"]
+        kept = _kept(record)
+        yield encode({**kept, _free(key, kept): clean(shown)}), grade.error
+
+
+def _unusable(record: Any, key: str) -> str | None:
+    """Why a record cannot even be handed to the judge, or None."""
+    if isinstance(record, Unreadable):
+        return record.reason
+    if not isinstance(record, dict):
+        return f"not an object: {type(record).__name__}"
+    if key in record:
+        return f"the row has a field {key!r} already: choose another --key"
+    try:
+        encode(record)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    return None
+
+
+def _kept(record: Any) -> dict[str, Any]:
+    """A record's own fields, in a form that can be written."""
+    if isinstance(record, Unreadable):
+        return {_RAW: record.text.rstrip("\r\n")}
+    try:
+        encode(record)
+    except ValueError:  # NaN, say, which Python reads as JSON and nobody else does
+        return {_RAW: json.dumps(record, ensure_ascii=False)}
+    return record if isinstance(record, dict) else {_RAW: record}
+
+
+def _free(key: str, kept: dict[str, Any]) -> str:
+    name, number = key, 1
+    while name in kept:
+        number += 1
+        name = f"{key}_{number}"
+    return name
+
+
+def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[], Grader]) -> tuple[int, int, str]:
+    """Grade every line of `source` into `out`, batch by batch, with a progress bar on stderr.
+
+    Returns:
+        Rows, rows without a score, and where the first of these is and why.
+
+    Raises:
+        ConfigError: Rows of the first batch have the field that grades go to; nothing has been loaded or written then.
+    """
+    total = _lines_left(source)
+    records = jsonl_records(source)
+    batches = iter(lambda: list(islice(records, config.batch_size)), [])
+    first = next(batches, [])
+    for line, record in first:
+        if isinstance(record, dict) and config.key in record:
+            raise ConfigError(f"line {line} has a field {config.key!r} already: choose another name with --key")
+    rows = failed = 0
+    example = ""
+    if not first:
+        return rows, failed, example
+    judge = load()
+    with tqdm(total=total, desc="grade", unit="row") as bar:
+        for number, batch in enumerate(chain([first], batches)):
+            found = list(grade_lines(judge, batch, config.key, call_seed(config.seed, number)))
+            for (line, _), (data, error) in zip(batch, found, strict=True):
+                out.write(data)
+                rows += 1
+                if error:
+                    failed += 1
+                    example = example or f"line {line}: {error}"
+            out.flush()
+            bar.set_postfix(failed=failed, refresh=False)
+            bar.update(len(batch))
+    return rows, failed, example
+
+
+def _lines_left(source: IO[bytes]) -> int | None:
+    """Lines that are not blank, where they can be counted beforehand: in a file, not in a pipe."""
+    if not source.seekable():
+        return None
+    start = source.tell()
+    count = sum(1 for line in source if line.strip())
+    source.seek(start)
+    return count
+
+
+@contextmanager
+def results_alone() -> Iterator[IO[bytes]]:
+    """Give what standard output was; what libraries print meanwhile goes to standard error, out of the results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(os.dup(kept), "wb") as out:
+            yield out
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _source(data: str) -> Iterator[IO[bytes]]:
+    if not data:
+        yield sys.stdin.buffer
+        return
+    path = Path(data).expanduser()
+    if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise DataError(f"data {data}: give a .jsonl or .jsonl.gz file, one JSON object a line")
+    try:
+        file = open_binary(path)
+    except OSError as error:
+        raise DataError(f"data {data}: cannot be read: {error.strerror or error}") from error
+    with file:
+        yield file
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        0 where any row has a score (how many have none is said on stderr), 1 where none has or nobody reads the results
+        any more, 2 for a mistake of the user's, 130 for Ctrl-C.
+    """
+    try:
+        config: JudgeConfig = trained.parse(
+            JudgeConfig, PROG, "Grade rows.", list(sys.argv[1:] if argv is None else argv)
+        )
+        config.require()
+        with results_alone() as out, ExitStack() as judges, _source(config.data) as source:
+            rows, failed, example = run(config, source, out, lambda: judges.enter_context(config.judge()))
+    except KNOWN_ERRORS as error:
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        print("stopped: nobody reads the results any more", file=sys.stderr)
+        return 1
+    except (OSError, EOFError, zlib.error) as error:
+        print(f"{PROG}: error: reading the rows or writing the results failed: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; every batch that was finished has been written", file=sys.stderr)
+        return 130
+    print(f"{rows - failed} of {rows} rows graded" + (f"; first without: {example}" if failed else ""), file=sys.stderr)
+    return 1 if rows and failed == rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

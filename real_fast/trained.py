@@ -1,0 +1,107 @@
+"""What a model folder that real_fast.train wrote says of how to judge with it (its real_fast.json)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from real_fast import settings
+from real_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    ObjectiveConfig,
+    PromptConfig,
+    RolloutConfig,
+    ScaleConfig,
+)
+
+# With no trainer beside it, vLLM gets nearly all of a GPU.
+GPU_SHARE = 0.9
+
+
+def trained_settings(folder: Path) -> dict[str, Any]:
+    """The settings that judging must share with training: scale, prompt, rollout (answer and lengths), renormalize.
+
+    Args:
+        folder: A model folder; one without real_fast.json gives {}.
+
+    Raises:
+        ConfigError: A real_fast.json that the trainer did not write.
+    """
+    path = folder / "real_fast.json"
+    if not path.is_file():
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        found = {key: dict(saved[key]) for key in ("scale", "prompt", "rollout") if key in saved}
+        if "renormalize" in saved.get("objective", {}):
+            found["renormalize"] = saved["objective"]["renormalize"]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not what real_fast.train writes ({error}): mend it or remove it") from error
+    template = found.get("prompt", {}).get("template", "")
+    if template and (folder / template).is_file():
+        found["prompt"]["template"] = str(folder / template)
+    if "rollout" in found:  # the engine and its limits belong to the machine, not to the model
+        found["rollout"] = {k: v for k, v in found["rollout"].items() if k in ("answer", "max_tokens", "top_p")}
+    return found
+
+
+def parse(config_class: type, prog: str, description: str, argv: list[str]) -> Any:
+    """Parse a command line into a `config_class`, on top of what the folder of its ``model`` says.
+
+    Flags and the ``--config`` file override the folder. A wrong key or value ends the process with status 2 and a
+    message that names the key, as :func:`real_fast.settings.parse` does. Raises as :func:`trained_settings` does.
+    """
+    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--model")
+    first.add_argument("--config")
+    known = first.parse_known_args(argv)[0]
+    model = known.model
+    if model is None and known.config and Path(known.config).is_file():
+        try:
+            values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            values = None  # the parser below says what is wrong with the file
+        model = values.get("model") if isinstance(values, dict) else None
+    defaults = trained_settings(Path(model).expanduser()) if isinstance(model, str) and model else {}
+    argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
+    return settings.parse(config_class, prog, description, argv)
+
+
+def judge_config(
+    name: str,
+    scale: Sequence[float] | ScaleConfig | None,
+    prompt: PromptConfig | None,
+    rollout: RolloutConfig | None,
+    renormalize: bool | None,
+    evaluation: EvalConfig,
+) -> Config:
+    """The settings of a judge that is called, in the form that the engines read; what is None is the folder's.
+
+    Raises as :func:`trained_settings` does.
+    """
+    taken = trained_settings(Path(name).expanduser()) if name else {}
+    if not isinstance(scale, ScaleConfig):
+        known: ScaleConfig = settings.from_namespace(ScaleConfig, taken.get("scale", {}))
+        scale = known if scale is None else replace(known, values=list(scale))
+    if rollout is None:
+        known_rollout: RolloutConfig = settings.from_namespace(RolloutConfig, taken.get("rollout", {}))
+        rollout = replace(known_rollout, gpu_memory_utilization=GPU_SHARE)
+    return Config(
+        model=name or "(loaded)",
+        output="(none)",
+        scale=scale,
+        prompt=prompt or settings.from_namespace(PromptConfig, taken.get("prompt", {})),
+        data=DataConfig(train="(requests)", eval="(requests)"),
+        rollout=rollout,
+        objective=ObjectiveConfig(renormalize=taken.get("renormalize", False) if renormalize is None else renormalize),
+        eval=evaluation,
+    )

@@ -10,7 +10,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -222,7 +222,7 @@ def results_alone() -> Iterator[IO[bytes]]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with os.fdopen(os.dup(kept), "wb") as out:
+        with redirect_stdout(sys.stderr), os.fdopen(os.dup(kept), "wb") as out:
             yield out
     finally:
         sys.stdout.flush()

@@ -303,6 +303,19 @@ def test_a_wrong_tail_is_put_right(tiny_llama: Tiny, smollm2_tokenizer: Any, sca
     assert open_.context_ids == ids and open_.sampled_ids == [*ids, 2]
 
 
+@pytest.mark.parametrize("text", ["Fine.\nSo the overall score is: good", f"Fine. {PHRASE}4", "Fine."])
+def test_the_score_behind_a_cut_feedback(
+    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, text: str
+) -> None:
+    model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, text)
+    engine = TransformersEngine(model, smollm2_tokenizer, scale)
+    [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0, answer="cut"))
+    feedback = smollm2_tokenizer.encode("Fine.")
+    assert rollout.sampled_ids == feedback == ids[: len(feedback)]
+    assert rollout.context_ids == [*feedback, *scale.phrase_ids] and rollout.n_forced == len(scale.phrase_ids)
+    assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
+
+
 def test_a_phrase_seen_late_still_gets_the_right_score(
     tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, monkeypatch: pytest.MonkeyPatch
 ) -> None:

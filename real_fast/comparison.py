@@ -93,7 +93,12 @@ def compare(
         if len(some) > 1 and baseline is not None and baseline not in found[-1].methods:
             notes.append(f"{name} has no evaluation of {baseline}: no differences there")
     lines = [line for table in found for line in table.lines(_reference(table.values, baseline))]
-    return lines + _average(found, baseline), notes
+    whole = [table for table in found if table.name in {e.benchmark for e in evaluations}]
+    average = _average(whole, baseline)
+    partly = [m for m in dict.fromkeys(e.method for e in evaluations) if m not in {line.method for line in average}]
+    if len(whole) > 1 and partly:
+        notes.append(f"no average for {', '.join(partly)}: not on the same rows as the others on every benchmark")
+    return lines + average, notes
 
 
 def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluation]], list[str]]:

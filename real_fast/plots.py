@@ -154,13 +154,13 @@ def comparison(lines: Sequence[Line], path: str | Path) -> None:
         for name in dict.fromkeys(line.benchmark for line in lines)
     }
     most = max(map(len, tables.values()))
-    figure, panels = _figure(len(tables), 2, 0.8 + len(tables) * (1.2 + 0.4 * most))
+    figure, panels = _figure(len(tables), 2, 0.8 + len(tables) * (1.0 + 0.4 * most), sharex="col")
     for row, (name, some) in zip(panels, tables.items(), strict=True):
         for axes, statistic, what in zip(row, ("pearson", "rmse"), ("Pearson r", "RMSE (score units)"), strict=True):
             for place, line in enumerate(some):
                 e = line.estimates[statistic]
                 if e.value is None:
-                    axes.annotate("undefined", (0.02, place), ("axes fraction", "data"), color=GREY, va="center")
+                    axes.text(0.02, place, "undefined", transform=axes.get_yaxis_transform(), color=GREY, va="center")
                     continue
                 ends = (e.value if e.low is None else e.low, e.value if e.high is None else e.high)
                 spread = [[max(0.0, e.value - ends[0])], [max(0.0, ends[1] - e.value)]]
@@ -168,7 +168,7 @@ def comparison(lines: Sequence[Line], path: str | Path) -> None:
                 axes.errorbar([e.value], [place], xerr=spread, fmt="o", color=color, capsize=4, elinewidth=1.6)
             axes.set_yticks(range(len(some)), [line.method for line in some])
             axes.set_ylim(len(some) - 0.5, -0.5)
-            _label(axes, name, what, "")
+            _label(axes, name, what if name == list(tables)[-1] else "", "")
         row[1].tick_params(labelleft=False)
     about = "95 % intervals by resampling prompts; orange: the reference of the tests"
     figure.supxlabel(about, fontsize=10.5, color=GREY)

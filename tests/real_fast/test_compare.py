@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from real_fast import plots
 from real_fast.compare import main
 from real_fast.comparison import AVERAGE, Line, compare
 from real_fast.evaluations import Evaluation, NoEvaluationError, find_evaluations
@@ -134,9 +135,11 @@ def test_the_average_over_benchmarks() -> None:
         return [evaluation(method, predictions(noise, seed, data=d), f"b{d}.jsonl") for d in (0, 1)]
 
     only = evaluation("only", predictions(0.1, 9, data=1), "b1.jsonl")
-    lines, _ = compare([*one("a", 1.5, 1), *one("b", 0.2, 3), only], bootstrap=300)
+    apart = evaluation("apart", predictions(0.1, 9, data=1)[:60], "b1.jsonl")  # takes nobody's average away
+    lines, notes = compare([*one("a", 1.5, 1), *one("b", 0.2, 3), only, apart], bootstrap=300)
     average = [line for line in lines if line.benchmark == AVERAGE]
-    assert [line.method for line in average] == ["a", "b"]  # "only" has no average
+    assert [line.method for line in average] == ["a", "b"]
+    assert notes[-1].startswith("no average for only, apart: ")
     a = average[0]
     each = [by(lines, "a", f"b{d}.jsonl").estimates["pearson"] for d in (0, 1)]
     assert a.estimates["pearson"].value == pytest.approx(np.mean([e.value for e in each]))
@@ -146,7 +149,7 @@ def test_the_average_over_benchmarks() -> None:
     assert a.reference == "b" and a.paired_rows == a.rows == 180 and a.differences["pearson"].p < 0.05
 
 
-def test_constants_and_single_prompts_leave_gaps_and_no_numbers() -> None:
+def test_constants_and_single_prompts_leave_gaps_and_no_numbers(tmp_path: Path) -> None:
     constant = [{**row, "prediction": 3.0} for row in predictions(0.3, 1)]
     none = [{**row, "prediction": None} for row in predictions(0.3, 1)]
     evaluations = [evaluation(m, r) for m, r in {"c": constant, "n": none, "a": predictions(0.3, 2)}.items()]
@@ -154,6 +157,8 @@ def test_constants_and_single_prompts_leave_gaps_and_no_numbers() -> None:
     assert by(lines, "c").estimates["pearson"].value is None and by(lines, "c").estimates["rmse"].low is not None
     assert by(lines, "c").differences["pearson"].value is None and by(lines, "c").differences["rmse"].p is not None
     assert by(lines, "n").no_score == 90 and by(lines, "n").differences["rmse"].value is None
+    plots.comparison(lines, tmp_path / "gaps.png")
+    assert (tmp_path / "gaps.png").stat().st_size > 5000
     single = [[{**row, "prompt_id": "p"} for row in predictions(0.3, s)] for s in (1, 2)]
     lines, _ = compare([evaluation(str(i), rows) for i, rows in enumerate(single)], bootstrap=20)
     d = next(line for line in lines if line.differences).differences["pearson"]
@@ -165,7 +170,8 @@ def test_the_baseline_must_be_there() -> None:
         compare([evaluation("a", predictions(1, 1)), evaluation("b", predictions(1, 2))], baseline="x")
     some = [evaluation(m, predictions(1, 1, data=d), f"{d}") for d, m in ((0, "a"), (0, "b"), (1, "b"), (1, "c"))]
     _, notes = compare(some, baseline="a", bootstrap=5)
-    assert notes == ["1 has no evaluation of a: no differences there"]
+    assert notes[0] == "1 has no evaluation of a: no differences there"
+    assert notes[1:] == ["no average for a, c: not on the same rows as the others on every benchmark"]
 
 
 # Finding

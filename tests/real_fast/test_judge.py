@@ -255,22 +255,26 @@ def test_calls_from_many_threads_wait_for_each_other(with_engine: Any) -> None:
     assert len(engine.calls) == 6 and engine.most_inside == 1
 
 
-def test_an_event_loop_goes_on_while_a_judge_works(with_engine: Any) -> None:
-    engine = FakeEngine([rollout([0.5, 0.25, 0.25])], seconds=0.1)
+def test_an_event_loop_goes_on_while_a_judge_works(with_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gate, waited = FakeEngine([rollout([0.5, 0.25, 0.25])]), threading.Event(), list[bool]()
+    generate = engine.generate
+
+    def when_the_loop_lets_it(prompts: Any, sampling: Any) -> Any:
+        waited.append(gate.wait(3.0))
+        return generate(prompts, sampling)
+
+    monkeypatch.setattr(engine, "generate", when_the_loop_lets_it)
     judge = with_engine(engine)
 
-    async def handler() -> tuple[list[Grade], int]:
-        ticks = 0
-        requests = asyncio.gather(*(judge.agrade(**ROW, seed=s) for s in range(3)), judge.agrade_batch([ROW]))
-        while not requests.done():
-            await asyncio.sleep(0.01)
-            ticks += 1
-        *single, batch = await requests
-        return [*single, *batch], ticks
+    async def handler() -> list[Grade]:
+        requests = [asyncio.create_task(judge.agrade(**ROW, seed=s)) for s in range(3)]
+        batch = asyncio.create_task(judge.agrade_batch([ROW]))
+        await asyncio.sleep(0.05)
+        gate.set()  # which a loop that a judge holds up never gets to
+        return [*await asyncio.gather(*requests), *await batch]
 
-    grades, ticks = asyncio.run(handler())
-    assert [g.score for g in grades] == pytest.approx([1.75] * 4)
-    assert ticks > 10 and engine.most_inside == 1
+    assert [g.score for g in asyncio.run(handler())] == pytest.approx([1.75] * 4)
+    assert waited == [True] * 4 and engine.most_inside == 1
 
 
 # On JSON lines

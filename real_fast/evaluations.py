@@ -104,8 +104,12 @@ def _of_evaluate(path: Path) -> Evaluation | None:
     predictions = path.with_name("predictions.jsonl")
     if "pearson" not in summary or not predictions.is_file():
         return None
-    parents = (p for p in path.resolve().parents if (p / "metrics.jsonl").is_file() or (p / "final").is_dir())
-    return _load(summary, Path(summary["data"]).name, predictions, next(parents, path.parent))
+    owner = next((parent for parent in path.resolve().parents if _is_run(parent)), path.parent)
+    return _load(summary, Path(summary["data"]).name, predictions, owner)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "final").is_dir()
 
 
 def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> Evaluation:
@@ -122,7 +126,7 @@ def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Pat
 
 def _named(found: list[Evaluation]) -> list[Evaluation]:
     """Short names that tell methods apart: by folder, then (within a benchmark) by protocol, then by file."""
-    owners = {e.owner: 1 for e in found}
+    owners = {e.owner: 2 if _is_run(e.owner.parent) else 1 for e in found}  # a run's stage is named with the run
     while repeated := _repeated({owner: _tail(owner, parts) for owner, parts in owners.items()}):
         for owner in repeated:
             owners[owner] += 1

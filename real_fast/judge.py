@@ -5,35 +5,30 @@ python -m real_fast.judge --model runs/x/final < rows.jsonl > graded.jsonl
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Literal
 
 from tqdm import tqdm
 
 from real_fast import trained
 from real_fast.config import ConfigError, PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.evaluation import call_seed
-from real_fast.grade import Grade
+from real_fast.grade_lines import RAW, Grader, grade_lines
 from real_fast.grading import Judge
-from real_fast.jsonio import clean, encode
 from real_fast.model import ModelError
 from real_fast.prompt import PromptError
-from real_fast.readers import DataError, Unreadable, jsonl_records, open_binary
+from real_fast.readers import DataError, jsonl_records, open_binary
 from real_fast.scale import ScaleError
-
-__all__ = ["Grade", "Judge", "JudgeConfig", "grade_lines", "main"]
 
 PROG = "real_fast.judge"
 KNOWN_ERRORS = (ConfigError, DataError, ModelError, PromptError, ScaleError)
-_RAW = "row"  # where a line that is no JSON object is kept
 
 
 @dataclass
@@ -83,7 +78,7 @@ class JudgeConfig:
             raise ConfigError("model is not set: give --model or put it into the config file")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}: it must be 1 or more")
-        if not self.key or self.key == _RAW:
+        if not self.key or self.key == RAW:
             raise ConfigError(f"key is {self.key!r}: give another name for the field that a grade is written to")
 
     def judge(self) -> Judge:
@@ -102,71 +97,6 @@ class JudgeConfig:
             device=self.device,
             trust_remote_code=self.trust_remote_code,
         )
-
-
-class Grader(Protocol):
-    """What :func:`grade_lines` needs of a :class:`Judge`."""
-
-    def grade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
-        """One grade per row, in order."""
-
-
-def grade_lines(
-    judge: Grader, records: Sequence[tuple[int, Any]], key: str, seed: int
-) -> Iterator[tuple[bytes, str | None]]:
-    """Grade records and yield a JSON line for each, in order, with the reason where there is no score.
-
-    Args:
-        judge: Grades.
-        records: (line, record) as :func:`real_fast.readers.jsonl_records` gives them.
-        key: A record's fields are kept, and its grade is added under this name: feedback, score, distribution,
-            off_scale_mass and decoded, or an error. A record that has the field already is left as it is, with the
-            error under the first free ``key_2``, ``key_3``, ... What is no JSON object is kept under ``row``.
-        seed: Of the whole batch.
-    """
-    reasons = [_unusable(record, key) for _, record in records]
-    grades = iter(judge.grade_batch([r for (_, r), why in zip(records, reasons, strict=True) if why is None], seed))
-    for (_, record), why in zip(records, reasons, strict=True):
-        grade = next(grades) if why is None else Grade(error=why)
-        shown = {name: value for name, value in asdict(grade).items() if value is not None or not grade.error}
-        if not grade.error:
-            del shown["error"]
-        kept = _kept(record)
-        yield encode({**kept, _free(key, kept): clean(shown)}), grade.error
-
-
-def _unusable(record: Any, key: str) -> str | None:
-    """Why a record cannot even be handed to the judge, or None."""
-    if isinstance(record, Unreadable):
-        return record.reason
-    if not isinstance(record, dict):
-        return f"not an object: {type(record).__name__}"
-    if key in record:
-        return f"the row has a field {key!r} already: choose another --key"
-    try:
-        encode(record)
-    except ValueError as error:
-        return f"not JSON: {error}"
-    return None
-
-
-def _kept(record: Any) -> dict[str, Any]:
-    """A record's own fields, in a form that can be written."""
-    if isinstance(record, Unreadable):
-        return {_RAW: record.text.rstrip("\r\n")}
-    try:
-        encode(record)
-    except ValueError:  # NaN, say, which Python reads as JSON and nobody else does
-        return {_RAW: json.dumps(record, ensure_ascii=False)}
-    return record if isinstance(record, dict) else {_RAW: record}
-
-
-def _free(key: str, kept: dict[str, Any]) -> str:
-    name, number = key, 1
-    while name in kept:
-        number += 1
-        name = f"{key}_{number}"
-    return name
 
 
 def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[], Grader]) -> tuple[int, int, str]:

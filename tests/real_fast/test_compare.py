@@ -184,6 +184,7 @@ def test_runs_and_evaluations_are_found_and_named(tmp_path: Path) -> None:
     evaluated(tmp_path / "runs" / "real" / "eval-b", rows)
     evaluated(tmp_path / "runs" / "real" / "eval-b-tract", rows, protocol="tract")
     evaluated(tmp_path / "other" / "real", other, "o.jsonl")
+    trained(tmp_path / "runs" / "sft" / "stage1", rows, {"train": "t.jsonl", "eval": "x/b.jsonl"})
     unfinished = tmp_path / "runs" / "stopped"
     unfinished.mkdir()
     broken = evaluated(tmp_path / "runs" / "broken", rows)
@@ -196,6 +197,7 @@ def test_runs_and_evaluations_are_found_and_named(tmp_path: Path) -> None:
         ("runs/real (real, n=1)", "b.jsonl", "real"),
         ("runs/real (tract, n=1)", "b.jsonl", "tract"),
         ("sft", "b.jsonl", "real"),
+        ("sft/stage1", "b.jsonl", "real"),
         ("other/real", "o.jsonl", "real"),
     }
     assert [r["id"] for r in found[0].rows] == sorted(r["id"] for r in rows)

@@ -22,6 +22,7 @@ from real_fast import judge as command
 from real_fast.config import ConfigError, RolloutConfig
 from real_fast.evaluation import evaluate
 from real_fast.fields import parse_row
+from real_fast.grade_lines import grade_lines
 from real_fast.readers import jsonl_records
 from real_fast.rollout.base import Rollout, Sampling
 
@@ -296,7 +297,7 @@ class StubJudge:
 
 def graded(data: str, key: str = "grade") -> list[dict[str, Any]]:
     records = list(jsonl_records(data.encode().splitlines(keepends=True)))
-    return [json.loads(line) for line, _ in command.grade_lines(StubJudge(), records, key, 0)]
+    return [json.loads(line) for line, _ in grade_lines(StubJudge(), records, key, 0)]
 
 
 def test_a_line_for_every_line_in_order_with_its_own_fields() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from real_fast import plots
 from real_fast.comparison import Estimate, Line, compare
+from real_fast.comparison_plot import comparison_plot
 from real_fast.evaluations import NoEvaluationError, find_evaluations
 from real_fast.jsonio import replacing
 from real_fast.metrics import WITH_INTERVALS
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> str:
         for name, content in zip(FILES, (text, csv_text(lines)), strict=False):
             with replacing(folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
-        plots.comparison(lines, folder / FILES[2])
+        comparison_plot(lines, folder / FILES[2])
     return text
 
 

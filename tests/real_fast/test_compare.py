@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import yaml
 
-from real_fast import plots
 from real_fast.compare import main
 from real_fast.comparison import AVERAGE, Line, compare
+from real_fast.comparison_plot import comparison_plot
 from real_fast.evaluations import Evaluation, NoEvaluationError, find_evaluations
 from real_fast.jsonio import write_json, write_jsonl
 from real_fast.metrics import WITH_INTERVALS, correlations, summarize
@@ -157,7 +157,7 @@ def test_constants_and_single_prompts_leave_gaps_and_no_numbers(tmp_path: Path) 
     assert by(lines, "c").estimates["pearson"].value is None and by(lines, "c").estimates["rmse"].low is not None
     assert by(lines, "c").differences["pearson"].value is None and by(lines, "c").differences["rmse"].p is not None
     assert by(lines, "n").no_score == 90 and by(lines, "n").differences["rmse"].value is None
-    plots.comparison(lines, tmp_path / "gaps.png")
+    comparison_plot(lines, tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 5000
     single = [[{**row, "prompt_id": "p"} for row in predictions(0.3, s)] for s in (1, 2)]
     lines, _ = compare([evaluation(str(i), rows) for i, rows in enumerate(single)], bootstrap=20)

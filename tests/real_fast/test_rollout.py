@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from real_fast.config import Config, ConfigError, RolloutConfig
+from real_fast.model import ModelError
 from real_fast.rollout import select
 from real_fast.rollout.assemble import eos_ids, random_stream
 from real_fast.rollout.base import PhraseFinder, Rollout, Sampling, parse_sample
@@ -593,3 +594,40 @@ def test_vllm_cannot_report_these_logprobs(
 ) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.top_p 0\.9 .* rollout\.temperature is 0\.7"):
         select.make_engine(config(engine="vllm", top_p=0.9, temperature=0.7), tiny, smollm2_tokenizer, scale, tmp_path)
+
+
+def test_without_a_trainer_vllm_alone_holds_the_weights(
+    tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.config.save_pretrained(tmp_path)
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(select, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(select, "load_model", lambda *_: pytest.fail("the weights are loaded twice"))
+    monkeypatch.setattr(select, "VllmEngine", lambda *args, **kwargs: made.append({"path": args[0], **kwargs}))
+    settings = config(engine="auto", max_num_seqs=7)
+    settings.model = str(tmp_path)
+    select.load_engine(settings, smollm2_tokenizer, scale)
+    [engine] = made
+    assert (engine["path"], engine["dtype"], engine["max_num_seqs"]) == (tmp_path, torch.bfloat16, 7)
+    assert engine["max_model_len"] == 256 + 64 + len(scale.phrase_ids) + 1
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("no model.safetensors")
+
+    monkeypatch.setattr(select, "VllmEngine", broken)
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        select.load_engine(settings, smollm2_tokenizer, scale)
+
+
+def test_without_a_trainer_transformers_loads_the_model(
+    tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path
+) -> None:
+    tiny.save_pretrained(tmp_path)
+    settings = config(engine="transformers", max_num_seqs=7)
+    settings.model, settings.train.device = str(tmp_path), "cpu"
+    engine = select.load_engine(settings, smollm2_tokenizer, scale)
+    assert isinstance(engine, TransformersEngine) and engine.max_num_seqs == 7
+    assert engine.model.dtype is engine.dtype is torch.bfloat16
+    with pytest.raises(ModelError, match="does not exist"):
+        settings.model = str(tmp_path / "nowhere")
+        select.load_engine(settings, smollm2_tokenizer, scale)

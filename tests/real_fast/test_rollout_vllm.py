@@ -153,6 +153,15 @@ def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
     found.require(BF16, 0)
 
 
+def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> None:
+    groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=24, answer="cut"))
+    phrase = list(setup.scale.phrase_ids)
+    rollouts = [rollout for group in groups for rollout in group]
+    assert all(rollout.context_ids == [*rollout.sampled_ids, *phrase] for rollout in rollouts)
+    assert any(rollout.finish == "phrase" for rollout in rollouts)
+    setup.gap(examples, groups, 1.0).require(BF16, 0)
+
+
 def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
     prompt = setup.tokenizer.encode("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n")
     groups = setup.engine.generate([prompt], Sampling(n=8, max_tokens=40, seed=3))

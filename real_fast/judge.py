@@ -78,6 +78,9 @@ class JudgeConfig:
             raise ConfigError("model is not set: give --model or put it into the config file")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size is {self.batch_size}: it must be 1 or more")
+        for name, own in (("temperature", "temperature"), ("group_size", "n")):
+            if getattr(self.rollout, name) != getattr(RolloutConfig(), name):
+                raise ConfigError(f"rollout.{name} is for training: give --{own}, which is the judge's")
         if not self.key or self.key == RAW:
             raise ConfigError(f"key is {self.key!r}: give another name for the field that a grade is written to")
 

@@ -412,6 +412,7 @@ def test_mistakes_of_the_users(tmp_path: Path, capfd: pytest.CaptureFixture[str]
 
     assert "model is not set" in failure()
     assert "batch_size is 0" in failure("--model", "m", "--batch_size", "0")
+    assert "give --temperature" in failure("--model", "m", "--rollout.temperature", "0.5")
     assert "key is 'row'" in failure("--model", "m", "--key", "row")
     assert "cannot be read" in failure("--model", "m", "--data", str(tmp_path / "none.jsonl"))
     assert "give a .jsonl" in failure("--model", "m", "--data", "rows.csv")

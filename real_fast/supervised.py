@@ -89,27 +89,28 @@ def with_feedback(data: Dataset, config: Config) -> None:
         )
 
 
-def longest_answer(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> int:
-    """Tokens of the longest prompt and answer together."""
-    return max(len(row.prompt_ids) + max(_lengths(row, config, tokenizer, scale)) for row in rows)
-
-
-def require_given_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> None:
+def require_given_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> int:
     """Refuse, before the work starts, settings under which a row's answers may not fit into a micro-batch.
+
+    Returns:
+        Tokens of the longest prompt and answer together.
 
     Raises:
         BatchError: The message names the row.
     """
     most, budget = config.supervised.feedbacks_per_prompt, config.train.micro_batch_tokens
+    longest = 0
     for row in rows:
         lengths = sorted(_lengths(row, config, tokenizer, scale))[-most:]
         prompt = len(row.prompt_ids)
+        longest = max(longest, prompt + lengths[-1])
         need = prompt + sum(lengths) if config.train.shared_prompt else len(lengths) * (prompt + lengths[-1])
         if need > budget:
             raise BatchError(
                 f"train.micro_batch_tokens is {budget}, and row {row.id!r} needs {need} ({prompt} of the prompt, "
                 f"{len(lengths)} answers of up to {lengths[-1]}): raise it, or lower supervised.feedbacks_per_prompt"
             )
+    return longest
 
 
 def _lengths(row: JudgeRow, config: Config, tokenizer: Any, scale: ScoreScale) -> list[int]:

@@ -44,7 +44,6 @@ from real_fast.supervised import (
     SFT,
     Terms,
     given_feedback,
-    longest_answer,
     pick_feedback,
     require_given_room,
     supervised_objective,
@@ -83,13 +82,12 @@ class Trainer:
             self.scale = ScoreScale.from_tokenizer(self.tokenizer, config.scale.values, config.scale.phrase)
             builder = PromptBuilder(config.prompt, self.tokenizer, self.scale)
             self.data = load_train_eval(config, builder, self.scale)
-            longest = longest_sequence(self.data.train, self.scale, config)
             if config.samples:
                 require_room(self.data.train, self.scale, config)
+                longest = longest_sequence(self.data.train, self.scale, config)
             else:
                 with_feedback(self.data, config)
-                require_given_room(self.data.train, config, self.tokenizer, self.scale)
-                longest = longest_answer(self.data.train, config, self.tokenizer, self.scale)
+                longest = require_given_room(self.data.train, config, self.tokenizer, self.scale)
             self.sampler = PromptSampler(self.data.train, config.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
 

@@ -85,14 +85,13 @@ class _Sum:
     """Gradients added up over chunks of rows."""
 
     def __init__(self, head: Head, rows: int, parts: int, needs: Needs) -> None:
-        self.head, self.needs, self.single, self.started = head, needs, parts == 1, False
+        self.head, self.needs, self.started = head, needs, False
         weight = head.weight
         self.hidden = weight.new_empty(rows, weight.shape[1]) if needs.hidden else None
         # One chunk alone is written straight into the weight's dtype.
-        wide = weight.dtype if self.single else accumulator(weight.dtype)
-        self.weight = torch.empty_like(weight, dtype=wide, memory_format=torch.contiguous_format)
-        if not needs.weight:
-            self.weight = self.weight.new_empty(0)
+        wide = weight.dtype if parts == 1 else accumulator(weight.dtype)
+        # Not even for a moment where the head is frozen: it is the largest tensor here.
+        self.weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=wide)
         self.bias = weight.new_zeros(weight.shape[0], dtype=accumulator(weight.dtype)) if needs.bias else None
 
     def add(self, rows: slice, buffer: torch.Tensor, hidden: torch.Tensor) -> None:

@@ -229,14 +229,15 @@ class EvalConfig:
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
         protocol: How a prediction comes about. "real": the score distribution behind the phrase that the model wrote,
             or as rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and
-            the phrase is appended; "decode": the mean of the scores that the model wrote itself.
+            the phrase is appended; "raft": no feedback, the score is read right behind the phrase; "decode": the mean
+            of the scores that the model wrote itself.
     """
 
     every: int = 0
     n: int = 1
     temperature: float = 1.0
     bootstrap: int = 1000
-    protocol: Literal["real", "tract", "decode"] = "real"
+    protocol: Literal["real", "tract", "raft", "decode"] = "real"
 
 
 @dataclass

@@ -12,8 +12,8 @@ import numpy as np
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.data import JudgeRow
 from real_fast.metrics import calibration, summarize
-from real_fast.protocol import ProtocolName, answer_mode, probabilities, read
-from real_fast.rollout.base import Rollout, RolloutEngine, Sampling
+from real_fast.protocol import ProtocolName, probabilities, read, sampling
+from real_fast.rollout.base import Rollout, RolloutEngine
 from real_fast.scale import ScoreScale
 
 _SEQUENCES_PER_CALL = 64
@@ -76,15 +76,8 @@ def evaluate(
     step = max(1, _SEQUENCES_PER_CALL // config.n)
     for at in range(0, len(rows), step):
         some = rows[at : at + step]
-        sampling = Sampling(
-            n=config.n,
-            max_tokens=rollout.max_tokens,
-            temperature=config.temperature,
-            top_p=rollout.top_p,
-            answer=answer_mode(config.protocol, rollout.answer),
-            seed=call_seed(seed, at),
-        )
-        rollouts.extend(engine.generate([row.prompt_ids for row in some], sampling))
+        how = sampling(config, rollout, call_seed(seed, at))
+        rollouts.extend(engine.generate([row.prompt_ids for row in some], how))
         if progress is not None:
             progress(len(some))
     seconds = time.perf_counter() - start

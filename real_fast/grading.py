@@ -18,7 +18,7 @@ from real_fast.grade import Grade, request, require_graded
 from real_fast.model import load_tokenizer
 from real_fast.prometheus import PrometheusNames
 from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.protocol import ProtocolName, answer_mode, read
+from real_fast.protocol import ProtocolName, read, sampling
 from real_fast.rollout.base import Rollout, RolloutEngine, Sampling
 from real_fast.rollout.select import load_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -131,7 +131,7 @@ class Judge(PrometheusNames):
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
             seed: See :class:`Judge`.
         """
-        return self._grade(rows, self._sampling(seed))
+        return self._grade(rows, sampling(self.config.eval, self.config.rollout, seed))
 
     async def agrade(
         self,
@@ -164,18 +164,7 @@ class Judge(PrometheusNames):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _sampling(self, seed: int) -> Sampling:
-        rollout, config = self.config.rollout, self.config.eval
-        return Sampling(
-            n=config.n,
-            max_tokens=rollout.max_tokens,
-            temperature=config.temperature,
-            top_p=rollout.top_p,
-            answer=answer_mode(config.protocol, rollout.answer),
-            seed=seed,
-        )
-
-    def _grade(self, rows: Sequence[Any], sampling: Sampling) -> list[Grade]:
+    def _grade(self, rows: Sequence[Any], how: Sampling) -> list[Grade]:
         """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
         with self._lock:
             if self._engine is None:
@@ -190,9 +179,9 @@ class Judge(PrometheusNames):
                     grades.append(Grade())
                 except (RowError, PromptError) as error:
                     grades.append(Grade(error=str(error)))
-            step = max(1, self.config.rollout.max_num_seqs // sampling.n)
+            step = max(1, self.config.rollout.max_num_seqs // how.n)
             for at in range(0, len(prompts), step):
-                some = replace(sampling, seed=call_seed(sampling.seed, at))
+                some = replace(how, seed=call_seed(how.seed, at))
                 found = self._sample(self._engine, prompts[at : at + step], some)
                 for place, rollouts in zip(places[at : at + step], found, strict=True):
                     grades[place] = self._verdict(rollouts)
@@ -206,17 +195,17 @@ class Judge(PrometheusNames):
         return ids
 
     def _sample(
-        self, engine: RolloutEngine, prompts: list[list[int]], sampling: Sampling
+        self, engine: RolloutEngine, prompts: list[list[int]], how: Sampling
     ) -> list[list[Rollout] | Exception]:
         """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
         try:
-            return list(engine.generate(prompts, sampling))
+            return list(engine.generate(prompts, how))
         except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
             if len(prompts) == 1:
                 return [error]
         half = len(prompts) // 2
-        later = replace(sampling, seed=call_seed(sampling.seed, half))
-        return self._sample(engine, prompts[:half], sampling) + self._sample(engine, prompts[half:], later)
+        later = replace(how, seed=call_seed(how.seed, half))
+        return self._sample(engine, prompts[:half], how) + self._sample(engine, prompts[half:], later)
 
     def _verdict(self, rollouts: list[Rollout] | Exception) -> Grade:
         if isinstance(rollouts, Exception):

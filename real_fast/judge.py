@@ -43,7 +43,8 @@ class JudgeConfig:
         temperature: Sampling temperature of the feedback; 0 for greedy.
         protocol: How a score comes about. "real": the score distribution behind the phrase that the model wrote, or as
             rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and the
-            phrase is appended; "decode": the mean of the scores that the model wrote itself.
+            phrase is appended; "raft": no feedback, the score is read right behind the phrase; "decode": the mean of
+            the scores that the model wrote itself.
         key: The field that a grade is written to; rows must not have it yet.
         batch_size: Rows graded and written at a time.
         seed: The same rows, seed and batch_size give the same samples.
@@ -60,7 +61,7 @@ class JudgeConfig:
     data: str = ""
     n: int = 1
     temperature: float = 1.0
-    protocol: Literal["real", "tract", "decode"] = "real"
+    protocol: Literal["real", "tract", "raft", "decode"] = "real"
     key: str = "grade"
     batch_size: int = 64
     seed: int = 0

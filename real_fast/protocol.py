@@ -8,6 +8,8 @@ tract: the feedback is cut where the phrase begins, whatever follows, and the ph
     ``rollout.answer: forced``, to the last bit, where the model wrote the phrase in the tokens that the tokenizer
     gives it, straight behind the feedback, or wrote none and no white space at the end; it differs where the model put
     the phrase on a line of its own, spelled it in other tokens, or ran on behind it ("score is:").
+raft: no feedback at all: the phrase stands right behind the prompt, and RAIL is read there. For models trained so
+    (method raft with ``supervised.feedback: none``).
 decode: the prediction is the mean of the scores that the model wrote itself, and nothing is appended: what can be had
     without a model's probabilities.
 """
@@ -21,10 +23,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from real_fast.rollout.base import Answer, Rollout
+from real_fast.config import EvalConfig, RolloutConfig
+from real_fast.rollout.base import Answer, Rollout, Sampling
 from real_fast.scale import ScoreScale
 
-ProtocolName = Literal["real", "tract", "decode"]
+ProtocolName = Literal["real", "tract", "raft", "decode"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,21 @@ class Reading:
 
 def answer_mode(protocol: ProtocolName, answer: Answer) -> Answer:
     """How a protocol's rollouts are sampled; `answer` is ``rollout.answer``, which only "real" leaves a choice."""
-    modes: dict[ProtocolName, Answer] = {"real": answer, "tract": "cut", "decode": "generated"}
+    modes: dict[ProtocolName, Answer] = {"real": answer, "tract": "cut", "raft": "none", "decode": "generated"}
     return modes[protocol]
+
+
+def sampling(config: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
+    """How an evaluation samples: `config` has the protocol, n and the temperature, `rollout` the rest."""
+    bare = config.protocol == "raft"  # one token is sampled and thrown away; a second one would give the same score
+    return Sampling(
+        n=1 if bare else config.n,
+        max_tokens=1 if bare else rollout.max_tokens,
+        temperature=config.temperature,
+        top_p=rollout.top_p,
+        answer=answer_mode(config.protocol, rollout.answer),
+        seed=seed,
+    )
 
 
 def probabilities(rollout: Rollout) -> NDArray[np.float64] | None:

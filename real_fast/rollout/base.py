@@ -10,7 +10,7 @@ import torch
 
 from real_fast.scale import ScoreScale
 
-Answer = Literal["forced", "generated", "cut"]
+Answer = Literal["forced", "generated", "cut", "none"]
 Finish = Literal["phrase", "eos", "length"]
 
 
@@ -25,7 +25,8 @@ class Sampling:
         top_p: Nucleus; 1 for none.
         answer: "forced": a phrase that was not sampled is appended; "generated": nothing is appended; "cut": the text
             is cut where the phrase begins and the phrase appended in its own tokens, so that the score is a function
-            of the feedback alone (for evaluation; the trainer uses the first two).
+            of the feedback alone; "none": there is no feedback, the phrase stands right behind the prompt. The last
+            two are for evaluation; the trainer uses the first two.
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
     """
 
@@ -172,6 +173,8 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
         the model got that far on its own (its log-probabilities are then those of the score); otherwise None.
     """
     scale = finder.scale
+    if answer == "none":
+        return Parsed(0, list(scale.phrase_ids), len(scale.phrase_ids), "phrase", True, None)
     stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     body = list(ids[:stop])
     end = finder.end(body)

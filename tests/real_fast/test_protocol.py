@@ -61,11 +61,12 @@ def test_nothing_written_is_no_decoded_prediction() -> None:
 
 def test_only_real_leaves_the_answer_open() -> None:
     modes: dict[ProtocolName, tuple[str, str]] = {}
-    for protocol in ("real", "tract", "decode"):
+    for protocol in ("real", "tract", "raft", "decode"):
         modes[protocol] = (answer_mode(protocol, "forced"), answer_mode(protocol, "generated"))
     assert modes == {
         "real": ("forced", "generated"),
         "tract": ("cut", "cut"),
+        "raft": ("none", "none"),
         "decode": ("generated", "generated"),
     }
 

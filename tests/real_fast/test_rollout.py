@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from real_fast.config import Config, ConfigError, RolloutConfig
+from real_fast.config import Config, ConfigError, EvalConfig, RolloutConfig
+from real_fast.data import JudgeRow
 from real_fast.model import ModelError
+from real_fast.protocol import sampling
 from real_fast.rollout import select
 from real_fast.rollout.assemble import eos_ids, random_stream
 from real_fast.rollout.base import PhraseFinder, Rollout, Sampling, parse_sample
@@ -22,6 +24,7 @@ from real_fast.rollout.check import EngineGap, EngineMismatchError, compare, tra
 from real_fast.rollout.draw import draw
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.scale import ScoreScale
+from real_fast.supervised import given_feedback
 
 PHRASE = "So the overall score is "
 EOS = frozenset({2})
@@ -315,6 +318,21 @@ def test_the_score_behind_a_cut_feedback(
     assert rollout.sampled_ids == feedback == ids[: len(feedback)]
     assert rollout.context_ids == [*feedback, *scale.phrase_ids] and rollout.n_forced == len(scale.phrase_ids)
     assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
+
+
+@pytest.mark.parametrize("text", [f"Fine. {PHRASE}4", "So", ""])
+def test_the_score_without_feedback(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, text: str) -> None:
+    """Whatever the model would write, its end or the phrase's own first token among it."""
+    model, prompt, _ = writes(tiny_llama, smollm2_tokenizer, text)
+    how = sampling(EvalConfig(protocol="raft", n=3), RolloutConfig(), seed=0)
+    [[rollout]] = TransformersEngine(model, smollm2_tokenizer, scale).generate([prompt], how)
+    assert rollout.sampled_ids == [] and rollout.context_ids == list(scale.phrase_ids) and rollout.text == smollm2_tokenizer.decode(scale.phrase_ids)
+    row = JudgeRow("r", "p", "i", "r", "", "", 3.0, [], [], prompt)
+    trained = given_feedback(row, [], 0, smollm2_tokenizer, scale).rollouts[0]  # by raft with supervised.feedback none
+    assert (trained.context_ids, trained.n_forced) == (rollout.context_ids, rollout.n_forced)
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *scale.phrase_ids]])).logits[0, -1]
+    assert rollout.score_logprobs == pytest.approx(logits.log_softmax(-1)[list(scale.score_ids)].tolist(), abs=1e-5)
 
 
 def test_a_phrase_seen_late_still_gets_the_right_score(

@@ -162,6 +162,13 @@ def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> 
     setup.gap(examples, groups, 1.0).require(BF16, 0)
 
 
+def test_scores_without_feedback(setup: Setup, examples: list[list[int]]) -> None:
+    groups = setup.engine.generate(examples, Sampling(n=1, max_tokens=1, answer="none"))
+    assert all(r.sampled_ids == [] and r.context_ids == list(setup.scale.phrase_ids) for [r] in groups)
+    assert setup.gap(examples, groups, 1.0).scores == len(examples)
+    setup.gap(examples, groups, 1.0).require(BF16, 0)
+
+
 def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
     prompt = setup.tokenizer.encode("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n")
     groups = setup.engine.generate([prompt], Sampling(n=8, max_tokens=40, seed=3))

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from real_fast.comparison import Estimate, Line, compare
+from real_fast.comparison import Line, compare
 from real_fast.comparison_plot import comparison_plot
-from real_fast.evaluations import NoEvaluationError, find_evaluations
+from real_fast.estimates import Estimate
+from real_fast.evaluations import NoEvaluationError, find_evaluations, pool_seeds
 from real_fast.jsonio import replacing
 from real_fast.metrics import WITH_INTERVALS
 from real_fast.run_folder import OutputError, require_writable, writing
@@ -29,24 +30,29 @@ _TESTED = ("pearson", "rmse")  # the table has differences of these; the CSV has
 
 def markdown(lines: Sequence[Line], notes: Sequence[str], bootstrap: int, baseline: str | None) -> str:
     """The table, the best of each benchmark in bold, what its numbers mean, and what could not be compared."""
-    header = ["benchmark", "method", "protocol", "rows", *_HEADINGS.values(), *(f"Δ {_HEADINGS[s]}" for s in _TESTED)]
+    many = max(line.seeds for line in lines) > 1
+    about = ["benchmark", "method", "protocol", *(["seeds"] if many else []), "rows"]
+    header = [*about, *_HEADINGS.values(), *(f"Δ {_HEADINGS[s]}" for s in _TESTED)]
     table = [header, ["---"] * len(header)]
     for line in lines:
         peers = [peer for peer in lines if peer.benchmark == line.benchmark]
-        rows = str(line.rows) if not line.no_score else f"{line.rows - line.no_score} of {line.rows}"
+        total = line.rows * line.seeds
+        rows = str(line.rows) if not line.no_score else f"{total - line.no_score} of {total}"
         protocol = line.protocol + (f", n={line.feedbacks}" if line.feedbacks > 1 else "")
         cells = [_interval(line.estimates[s], 3, line is _best(peers, s)) for s in WITH_INTERVALS]
-        table.append([line.benchmark, line.method, protocol, rows, *cells, *(_difference(line, s) for s in _TESTED)])
+        about = [line.benchmark, line.method, protocol, *([str(line.seeds)] if many else []), rows]
+        table.append([*about, *cells, *(_difference(line, s) for s in _TESTED)])
     text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table)
     against = f"`{baseline}`" if baseline else "the method with the highest Pearson correlation"
-    about = (
-        f"Brackets: 95 % intervals from {bootstrap} resamples of whole prompts. Δ: difference from {against} "
+    drawn = "whole prompts, and of the seeds where a method has several" if many else "whole prompts"
+    explained = (
+        f"Brackets: 95 % intervals from {bootstrap} resamples of {drawn}. Δ: difference from {against} "
         "(reference) in the same resamples, on the rows that both methods scored, with a two-sided p; the p-values are "
         "not corrected for how many there are"
         + ("" if baseline else ", and favour the reference, which was picked on these very rows (or name a --baseline)")
         + ". Rows without a score count in no statistic."
     )
-    return "\n".join([text, "", about, *([""] if notes else []), *(f"- Note: {note}" for note in notes), ""])
+    return "\n".join([text, "", explained, *([""] if notes else []), *(f"- Note: {note}" for note in notes), ""])
 
 
 def csv_text(lines: Sequence[Line]) -> str:
@@ -55,12 +61,12 @@ def csv_text(lines: Sequence[Line]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
         [
-            "benchmark", "method", "protocol", "feedbacks", "rows", "no_score", "statistic", "value", "low", "high",
-            "reference", "difference", "difference_low", "difference_high", "p", "paired_rows",
+            "benchmark", "method", "protocol", "feedbacks", "seeds", "rows", "no_score", "statistic", "value", "low",
+            "high", "reference", "difference", "difference_low", "difference_high", "p", "paired_rows",
         ]
     )  # fmt: skip
     for line in lines:
-        about = [line.benchmark, line.method, line.protocol, line.feedbacks or "", line.rows, line.no_score]
+        about = [line.benchmark, line.method, line.protocol, line.feedbacks or "", line.seeds, line.rows, line.no_score]
         for name, e in line.estimates.items():
             d = line.differences.get(name, Estimate(None))
             paired = line.paired_rows if line.differences else ""
@@ -99,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", help="runs, folders of real_fast.evaluate, or folders of them")
     parser.add_argument("--output", default="comparison", help=f"folder for {', '.join(FILES)} (default: comparison)")
     parser.add_argument("--baseline", help="method to compare the others with (default: the highest Pearson)")
+    parser.add_argument("--pool-seeds", action="store_true", help="one line for runs that differ by their seed alone")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of whole prompts (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison in the output folder")
@@ -113,6 +120,8 @@ def run(args: argparse.Namespace) -> str:
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}: it must be 0 or more")
     evaluations, passed_over = find_evaluations(args.folders)
+    if args.pool_seeds:
+        evaluations = pool_seeds(evaluations)
     if (held := [name for name in FILES if (folder / name).exists()]) and not args.overwrite:
         raise OutputError(f"output {folder} already holds {held[0]}: take another --output, or --overwrite")
     require_writable(folder)

@@ -8,24 +8,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from real_fast.estimates import (
+    Estimate,
+    Samples,
+    Values,
+    drawn_seeds,
+    mean_samples,
+    mean_values,
+    minus,
+    with_intervals,
+)
 from real_fast.evaluations import Evaluation
 from real_fast.metrics import WITH_INTERVALS, correlations, resample
 
 AVERAGE = "average"
-
-# Values of a statistic by name: the estimate, or [resamples] with NaN where it is undefined.
-Values = dict[str, float | None]
-Samples = dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval; p is two-sided, for a difference from 0. None where it is undefined."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,9 @@ class Line:
         method: Its name.
         protocol: See :mod:`real_fast.protocol`; empty for the average, as feedbacks is 0.
         feedbacks: Feedbacks per row.
+        seeds: Runs that differ by their seed; estimates are means over them.
         rows: Number of rows.
-        no_score: Rows without a prediction; they count in no statistic.
+        no_score: Predictions that are missing, over all seeds; they count in no statistic.
         estimates: By statistic of :data:`real_fast.metrics.WITH_INTERVALS`.
         reference: The method that it is compared with, itself for the reference; None where there is none.
         differences: This method minus the reference, on the rows that both have scored; empty for the reference.
@@ -49,6 +46,7 @@ class Line:
     method: str
     protocol: str
     feedbacks: int
+    seeds: int
     rows: int
     no_score: int
     estimates: dict[str, Estimate]
@@ -67,8 +65,9 @@ def compare(
     """Compare methods on every benchmark, and on their average where there are several.
 
     All methods of a benchmark are resampled jointly, whole prompts at a time; a difference is that of two methods in
-    the same resample. Its interval is the percentiles', its p-value twice the share of resamples on the side of 0 that
-    has fewer, each side counted once more than seen.
+    the same resample. Evaluations of one method and benchmark are runs with other seeds: a statistic is the mean of
+    theirs, and each resample also draws from the runs. A difference's interval is the percentiles', its
+    p-value twice the share of resamples on the side of 0 that has fewer, each side counted once more than seen.
 
     Args:
         evaluations: Of one benchmark with other rows or labels than the first, an evaluation is compared apart.
@@ -139,20 +138,29 @@ class _Table:
     ) -> None:
         rows = evaluations[0].rows
         self.name = name
-        self.methods = {e.method: e for e in evaluations}
+        self.methods: dict[str, list[Evaluation]] = {}
+        for e in evaluations:
+            self.methods.setdefault(e.method, []).append(e)
         self.label = np.array([row["label"] for row in rows], dtype=np.float64)
         self.group = np.unique([str(row["prompt_id"]) for row in rows], return_inverse=True)[1]
         self.bootstrap, self.seed = bootstrap, seed
         self.predicted = {
-            e.method: np.array([np.nan if r["prediction"] is None else r["prediction"] for r in e.rows], dtype=float)
-            for e in evaluations
-        }
+            method: np.array([[np.nan if r["prediction"] is None else r["prediction"] for r in e.rows] for e in runs])
+            for method, runs in self.methods.items()
+        }  # [seeds, rows]
         self.values: dict[str, Values] = {}
         self.samples: dict[str, Samples] = {}
         for method, x in self.predicted.items():
-            self.values[method], self.samples[method] = self._statistics(x)
+            self.values[method], self.samples[method] = self._mean(x, progress)
+
+    def _mean(self, x: NDArray[np.float64], progress: Callable[[], object] | None = None) -> tuple[Values, Samples]:
+        """Statistics of the mean over runs, [seeds, rows]."""
+        found = []
+        for run in x:
+            found.append(self._statistics(run))
             if progress is not None:
                 progress()
+        return mean_values([v for v, _ in found]), drawn_seeds([s for _, s in found], self.seed[0])
 
     def _statistics(self, x: NDArray[np.float64]) -> tuple[Values, Samples]:
         scored = np.isfinite(x)
@@ -164,36 +172,35 @@ class _Table:
 
     def difference(self, method: str, reference: str) -> tuple[Values, Samples, int]:
         """Statistics of `method` minus those of `reference`, on the rows that both have scored; the count of these."""
-        both = np.isfinite(self.predicted[method]) & np.isfinite(self.predicted[reference])
+        both = np.isfinite(self.predicted[method]).all(0) & np.isfinite(self.predicted[reference]).all(0)
         sides = []
         for name in (method, reference):
             x = self.predicted[name]
             whole = bool((np.isfinite(x) == both).all())
-            sides.append(
-                (self.values[name], self.samples[name]) if whole else self._statistics(np.where(both, x, np.nan))
-            )
+            sides.append((self.values[name], self.samples[name]) if whole else self._mean(np.where(both, x, np.nan)))
         (a, a_samples), (b, b_samples) = sides
         samples = {s: a_samples[s] - b_samples[s] for s in WITH_INTERVALS}
-        return {s: _minus(a[s], b[s]) for s in WITH_INTERVALS}, samples, int(both.sum())
+        return {s: minus(a[s], b[s]) for s in WITH_INTERVALS}, samples, int(both.sum())
 
     def lines(self, reference: str | None) -> list[Line]:
         found = []
-        for method, e in self.methods.items():
+        for method, runs in self.methods.items():
             x = self.predicted[method]
             differences: dict[str, Estimate] = {}
             paired = 0
             if reference not in (None, method):
                 values, samples, paired = self.difference(method, str(reference))
-                differences = _estimates(values, samples, test=True)
+                differences = with_intervals(values, samples, test=True)
             found.append(
                 Line(
                     self.name,
                     method,
-                    e.protocol,
-                    e.feedbacks,
-                    len(x),
+                    runs[0].protocol,
+                    runs[0].feedbacks,
+                    len(runs),
+                    x.shape[1],
                     int((~np.isfinite(x)).sum()),
-                    _estimates(self.values[method], self.samples[method]),
+                    with_intervals(self.values[method], self.samples[method]),
                     reference,
                     differences,
                     paired,
@@ -207,23 +214,23 @@ def _average(tables: Sequence[_Table], baseline: str | None) -> list[Line]:
     methods = [m for m in tables[0].methods if all(m in t.methods for t in tables)]
     if len(tables) < 2 or not methods:
         return []
-    values = {m: _mean_values([t.values[m] for t in tables]) for m in methods}
+    values = {m: mean_values([t.values[m] for t in tables]) for m in methods}
     reference = _reference(values, baseline)
     lines = []
     for method in methods:
-        samples = _mean_samples([t.samples[method] for t in tables])
+        samples = mean_samples([t.samples[method] for t in tables])
         missing = sum(int((~np.isfinite(t.predicted[method])).sum()) for t in tables)
         differences: dict[str, Estimate] = {}
         paired = 0
         if reference not in (None, method):
             parts = [t.difference(method, str(reference)) for t in tables]
             paired = sum(rows for *_, rows in parts)
-            differences = _estimates(
-                _mean_values([v for v, _, _ in parts]), _mean_samples([s for _, s, _ in parts]), test=True
+            differences = with_intervals(
+                mean_values([v for v, _, _ in parts]), mean_samples([s for _, s, _ in parts]), test=True
             )
-        rows = sum(len(t.label) for t in tables)
-        estimates = _estimates(values[method], samples)
-        lines.append(Line(AVERAGE, method, "", 0, rows, missing, estimates, reference, differences, paired))
+        rows, seeds = sum(len(t.label) for t in tables), min(len(t.methods[method]) for t in tables)
+        found = with_intervals(values[method], samples)
+        lines.append(Line(AVERAGE, method, "", 0, seeds, rows, missing, found, reference, differences, paired))
     return lines
 
 
@@ -235,34 +242,3 @@ def _reference(values: Mapping[str, Values], baseline: str | None) -> str | None
         return baseline if baseline in values else None
     known = {m: p for m, v in values.items() if (p := v["pearson"]) is not None}
     return max(known, key=lambda m: known[m]) if known else None
-
-
-def _estimates(values: Values, samples: Samples, test: bool = False) -> dict[str, Estimate]:
-    """Intervals (and p-values) where at least half of the resamples have the statistic."""
-    found = {}
-    for name, value in values.items():
-        drawn = samples[name][np.isfinite(samples[name])]
-        if value is None or not len(drawn) or 2 * len(drawn) < len(samples[name]):
-            found[name] = Estimate(value)
-            continue
-        low, high = (float(v) for v in np.percentile(drawn, [2.5, 97.5]))
-        fewer = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-        found[name] = Estimate(value, low, high, min(1.0, 2 * (fewer + 1) / (len(drawn) + 1)) if test else None)
-    return found
-
-
-def _minus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a - b
-
-
-def _mean_values(values: Sequence[Values]) -> Values:
-    each = {s: [v[s] for v in values] for s in WITH_INTERVALS}
-    return {s: None if None in many else float(np.mean([v for v in many if v is not None])) for s, many in each.items()}
-
-
-def _mean_samples(samples: Sequence[Samples]) -> Samples:
-    """Benchmarks are resampled independently; their resamples of one number make one of the average."""
-    most = max(len(some["rmse"]) for some in samples)
-    if any(len(some["rmse"]) != most for some in samples):  # a benchmark of one prompt has none
-        return {s: np.array([]) for s in WITH_INTERVALS}
-    return {s: np.mean([some[s] for some in samples], axis=0) for s in WITH_INTERVALS}

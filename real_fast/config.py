@@ -224,6 +224,7 @@ class EvalConfig:
 
     Args:
         every: Also evaluate every so many steps; 0 for the start, the end of the warm-up and the end alone.
+        on_start: Evaluate before training; without it, a run that goes on from an evaluated one saves that time.
         n: Feedbacks sampled per row; their expected scores are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
@@ -234,6 +235,7 @@ class EvalConfig:
     """
 
     every: int = 0
+    on_start: bool = True
     n: int = 1
     temperature: float = 1.0
     bootstrap: int = 1000

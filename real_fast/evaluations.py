@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ class Evaluation:
         rows: Predictions with id, prompt_id, label and prediction, in the order of their ids.
         source: The file that they are in.
         owner: The run's folder, or the evaluation's own where it is not in a run.
+        seed: Of the run, where the method's name does not tell it.
     """
 
     method: str
@@ -39,6 +41,7 @@ class Evaluation:
     rows: list[dict[str, Any]]
     source: Path
     owner: Path
+    seed: int | None = None
 
 
 def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], list[str]]:
@@ -138,6 +141,47 @@ def _named(found: list[Evaluation]) -> list[Evaluation]:
         same = Counter((e.benchmark, e.method) for e in named)
         named = [replace(e, method=tell(e)) if same[e.benchmark, e.method] > 1 else e for e in named]
     return named
+
+
+def pool_seeds(found: Sequence[Evaluation]) -> list[Evaluation]:
+    """One method's name for runs that differ by their seed alone.
+
+    Their folders' names end with the seed (real-0, real-1, ... or real/seed0, ...), and so do those of the runs that
+    they start from; every other setting is the same. Evaluations of a protocol and number of feedbacks stay apart.
+    """
+    groups: dict[str, list[Evaluation]] = {}
+    for e in found:
+        key, pooled = _without_seed(e)
+        groups.setdefault(key, []).append(pooled)
+    names = {e.source: e for e in found}
+    for same in groups.values():
+        if len(same) > 1 and len({e.seed for e in same}) == len(same):
+            names |= {e.source: e for e in same}
+    first = {name: place for place, name in reversed(list(enumerate(e.method for e in names.values())))}
+    return sorted(names.values(), key=lambda e: (first[e.method], -1 if e.seed is None else e.seed))
+
+
+def _without_seed(e: Evaluation) -> tuple[str, Evaluation]:
+    """What runs that may be pooled have in common, and the evaluation under their name."""
+    file = e.owner / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
+        return str(e.source), e
+    seed, output = config["seed"], str(config.get("output"))
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: bare(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [bare(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        return re.sub(rf"[-_/]?(seed)?[-_]?{seed}(?=/|$|\\s)", "", value.replace(output, ""))
+
+    same = bare({k: v for k, v in config.items() if k not in ("seed", "output", "resume", "overwrite")})
+    name = bare(e.method)
+    key = json.dumps([name, e.benchmark, e.protocol, e.feedbacks, same], sort_keys=True)
+    return key, replace(e, method=name, seed=seed)
 
 
 def _tail(path: Path, parts: int) -> str:

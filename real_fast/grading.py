@@ -131,7 +131,7 @@ class Judge(PrometheusNames):
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
             seed: See :class:`Judge`.
         """
-        return self._grade(rows, sampling(self.config.eval, self.config.rollout, seed))
+        return self._grade(rows, self._sampling(seed))
 
     async def agrade(
         self,
@@ -163,6 +163,9 @@ class Judge(PrometheusNames):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _sampling(self, seed: int) -> Sampling:
+        return sampling(self.config.eval, self.config.rollout, seed)
 
     def _grade(self, rows: Sequence[Any], how: Sampling) -> list[Grade]:
         """Grades in order; the lock also covers the tokenizer, which threads must not share either."""

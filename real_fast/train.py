@@ -131,7 +131,8 @@ class Trainer:
         try:
             with self.stop:
                 if not self.found:
-                    self.evaluate("before")
+                    if self.config.eval.on_start:
+                        self.evaluate("before")
                     self.warm_up()
                     self.sync()
                     self.save()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import yaml
 from real_fast.compare import main
 from real_fast.comparison import AVERAGE, Line, compare
 from real_fast.comparison_plot import comparison_plot
-from real_fast.evaluations import Evaluation, NoEvaluationError, find_evaluations
+from real_fast.evaluations import Evaluation, NoEvaluationError, find_evaluations, pool_seeds
 from real_fast.jsonio import write_json, write_jsonl
 from real_fast.metrics import WITH_INTERVALS, correlations, summarize
 
@@ -216,6 +217,67 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         find_evaluations([tmp_path])
 
 
+# Seeds
+
+
+def seeds(method: str, noises: list[float], first: int = 0) -> list[Evaluation]:
+    """Runs of a method whose names do not tell the seed."""
+    return [
+        replace(evaluation(method, predictions(noise, first + s)), source=Path(f"{method}-{s}"), seed=s)
+        for s, noise in enumerate(noises)
+    ]
+
+
+def test_a_method_with_seeds_is_the_mean_of_its_runs() -> None:
+    runs = seeds("real", [0.3, 0.6, 2.0])
+    alone = [by(compare([run], bootstrap=400)[0], "real") for run in runs]
+    lines, _ = compare([*runs, evaluation("sft", predictions(1.0, 9))], baseline="sft", bootstrap=400)
+    pooled = by(lines, "real")
+    assert (pooled.seeds, pooled.rows, by(lines, "sft").seeds) == (3, 90, 1)
+    for name in WITH_INTERVALS:
+        values = [line.estimates[name].value for line in alone]
+        assert pooled.estimates[name].value == pytest.approx(np.mean(values))
+    # Seeds that differ this much must show: no narrower than drawing three of the three values and nothing else.
+    draws = np.random.default_rng(0).choice([line.estimates["pearson"].value for line in alone], (4000, 3)).mean(1)
+    width = pooled.estimates["pearson"].high - pooled.estimates["pearson"].low
+    assert width > 0.9 * np.subtract(*np.percentile(draws, [97.5, 2.5]))
+
+
+def test_the_seeds_of_two_methods_are_drawn_in_pairs() -> None:
+    """Each run a little better than the one that it started from: seen only where the seeds are drawn together."""
+    start, after = seeds("start", [0.2, 1.0, 3.0]), seeds("after", [0.1, 0.6, 2.2])
+    lines, _ = compare([*start, *after], baseline="start", bootstrap=400)
+    d = by(lines, "after").differences["pearson"]
+    assert d.low > 0 and d.p < 0.05
+    shuffled = [replace(run, seed=2 - run.seed) for run in after]
+    d = by(compare([*start, *shuffled[::-1]], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
+    assert d.low < 0
+
+
+def test_rows_without_a_score_are_counted_over_the_seeds() -> None:
+    runs = [replace(run, rows=predictions(0.5, i, missing=3 * i)) for i, run in enumerate(seeds("real", [0.5] * 3))]
+    lines, _ = compare([*runs, evaluation("sft", predictions(1.0, 9))], baseline="sft", bootstrap=20)
+    assert by(lines, "real").no_score == 9 and by(lines, "real").paired_rows == 84
+
+
+def test_runs_that_differ_by_their_seed_alone_are_found(tmp_path: Path) -> None:
+    for seed in (2, 0, 1):
+        folder = tmp_path / "runs" / f"real-{seed}"
+        trained(folder, predictions(0.5, seed), {"eval": "b.jsonl", "train": f"{folder}/rows.jsonl"})
+        config = yaml.safe_load((folder / "config.yaml").read_text()) | {
+            "seed": seed, "output": str(folder), "init_from": f"runs/sft-{seed}", "optim": {"lr": 1e-5},
+        }  # fmt: skip
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        other = tmp_path / "runs" / f"rate-{seed}"
+        trained(other, predictions(0.5, seed), {"eval": "b.jsonl"})
+        config |= {"output": str(other), "data": {"eval": "b.jsonl"}, "optim": {"lr": 1e-5 * (1 + seed)}}
+        (other / "config.yaml").write_text(yaml.safe_dump(config))
+    found = pool_seeds(find_evaluations([tmp_path / "runs"])[0])
+    assert [(e.method, e.seed) for e in found if "real" in e.method] == [("real", 0), ("real", 1), ("real", 2)]
+    # Another learning rate is another method, whatever the folders' names end with.
+    assert sorted((e.method, e.seed) for e in found if "rate" in e.method) == [(f"rate-{s}", None) for s in range(3)]
+
+
 # The command
 
 
@@ -242,6 +304,7 @@ def test_the_command_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pyt
     assert float(line["low"]) < float(line["value"]) < float(line["high"])
     assert float(line["difference"]) < 0 and line["reference"] == "re|al" and line["paired_rows"] == "87"
     assert len(np.unique(plt.imread(output / "comparison.png").reshape(-1, 4), axis=0)) > 20
+    assert "seeds" not in printed
     # An earlier comparison is kept.
     before = (output / "comparison.md").read_text()
     assert main([*argv, "--bootstrap", "5"]) == 2

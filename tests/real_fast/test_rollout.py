@@ -326,7 +326,11 @@ def test_the_score_without_feedback(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
     model, prompt, _ = writes(tiny_llama, smollm2_tokenizer, text)
     how = sampling(EvalConfig(protocol="raft", n=3), RolloutConfig(), seed=0)
     [[rollout]] = TransformersEngine(model, smollm2_tokenizer, scale).generate([prompt], how)
-    assert rollout.sampled_ids == [] and rollout.context_ids == list(scale.phrase_ids) and rollout.text == smollm2_tokenizer.decode(scale.phrase_ids)
+    assert (
+        rollout.sampled_ids == []
+        and rollout.context_ids == list(scale.phrase_ids)
+        and rollout.text == smollm2_tokenizer.decode(scale.phrase_ids)
+    )
     row = JudgeRow("r", "p", "i", "r", "", "", 3.0, [], [], prompt)
     trained = given_feedback(row, [], 0, smollm2_tokenizer, scale).rollouts[0]  # by raft with supervised.feedback none
     assert (trained.context_ids, trained.n_forced) == (rollout.context_ids, rollout.n_forced)

@@ -1,0 +1,1 @@
+"""The experiment: every method on the same rows, several seeds, one table."""

@@ -1,0 +1,118 @@
+"""From finished runs to summary.json, the table, and the figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from experiments.settings import Experiment, merged, run_folder
+from real_fast.compare import csv_text, markdown
+from real_fast.comparison import AVERAGE, compare
+from real_fast.comparison_plot import comparison_plot
+from real_fast.evaluations import Evaluation
+from real_fast.jsonio import read_jsonl, write_json
+from real_fast.metrics import correlations
+from real_fast.run_folder import OutputError, require_writable
+
+STATISTICS = ("pearson", "spearman", "kendall", "rmse", "n")
+# All held-out prompts of the files that are trained on; the parts are benchmarks of their own too.
+IN_DOMAIN = "in_domain"
+_BOOTSTRAP = 2000
+
+
+def write(experiment: Experiment, folder: Path, results: Path) -> str:
+    """Write summary.json, comparison.md, comparison.csv and comparison.png of the finished runs.
+
+    Args:
+        experiment: The experiment.
+        folder: Its runs.
+        results: Where to write.
+
+    Returns:
+        The table, as Markdown.
+
+    Raises:
+        OutputError: No run is finished, or `results` cannot be written.
+    """
+    found = evaluations(experiment, folder)
+    if not found:
+        raise OutputError(f"{folder} has no finished run yet: nothing to write")
+    require_writable(results)
+    made = {(e.method, e.seed) for e in found}
+    finished = [run for run in experiment.order() if run in made]
+    missing = [f"{method}-{seed}" for method, seed in experiment.order() if (method, seed) not in made]
+    runs = {f"{method}-{seed}": _about(run_folder(folder, method, seed)) for method, seed in finished}
+    machines = {json.dumps(run.pop("machine"), sort_keys=True): None for run in runs.values()}
+    write_json(
+        results / "summary.json",
+        {
+            "results": [_statistics(e) for e in found],
+            "missing": missing,
+            "reduced": experiment.reduced,
+            "rows": json.loads((folder / "data" / "split.json").read_text(encoding="utf-8"))["counts"],
+            "machines": [json.loads(m) for m in machines],
+            "runs": runs,
+            "settings": yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8")),
+        },
+    )
+    parts = {Path(name).stem for name in experiment.data.train}
+    shown = [e for e in found if e.benchmark not in parts]
+    known = experiment.baseline if experiment.baseline in {e.method for e in found} else None
+    lines, notes = compare(shown, known, _BOOTSTRAP)
+    lines = [line for line in lines if line.benchmark != AVERAGE]
+    if missing:
+        notes = [*notes, f"not finished, and not in the table: {', '.join(missing)}"]
+    text = markdown(lines, notes, _BOOTSTRAP, known)
+    (results / "comparison.md").write_text(text, encoding="utf-8")
+    (results / "comparison.csv").write_text(csv_text(lines), encoding="utf-8")
+    comparison_plot(lines, results / "comparison.png")
+    return text
+
+
+def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
+    """Predictions of every finished run, by benchmark."""
+    split = folder / "data" / "split.json"
+    benchmarks: dict[str, Sequence[str]] = json.loads(split.read_text(encoding="utf-8"))["benchmarks"]
+    trained_on = [Path(name).stem for name in experiment.data.train]
+    benchmarks = {IN_DOMAIN: [i for name in trained_on for i in benchmarks[name]]} | benchmarks
+    found = []
+    for method, seed in experiment.order():
+        run = run_folder(folder, method, seed)
+        file = run / "eval" / "after.predictions.jsonl"
+        if not (run / "summary.json").is_file():
+            continue
+        rows = {row["id"]: row for row in read_jsonl(file)}
+        protocol = merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real")
+        for benchmark, ids in benchmarks.items():
+            mine = [rows[i] for i in ids if i in rows]
+            if mine:
+                n = int(mine[0].get("n", 1))
+                found.append(Evaluation(method, benchmark, protocol, n, mine, file, run, seed))
+    return found
+
+
+def _statistics(e: Evaluation) -> dict[str, Any]:
+    """One line of the results."""
+    scored = [(row["prediction"], row["label"]) for row in e.rows if row["prediction"] is not None]
+    values = correlations([p for p, _ in scored], [y for _, y in scored])
+    about = {"method": e.method, "benchmark": e.benchmark, "seed": e.seed}
+    return about | {name: values[name] for name in STATISTICS} | {"no_score": len(e.rows) - len(scored)}
+
+
+def _about(run: Path) -> dict[str, Any]:
+    """What a run saw and took."""
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    metrics = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == summary["method"]]
+    return {
+        "updates": summary["steps"],
+        "rows_seen": round(metrics[-1]["epoch"] * summary["train_rows"]) if metrics else 0,
+        "seconds": summary["seconds"],
+        "off_scale_mass": summary["eval"]["after"]["off_scale_mass"],
+        "truncated": summary["eval"]["after"]["truncated"],
+        "mean_length": summary["eval"]["after"]["mean_length"],
+        "machine": summary["machine"],
+    }

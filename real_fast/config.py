@@ -103,9 +103,9 @@ class RolloutConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The objective on rollouts: REAL's, of which binary_rl uses all that says nothing of a score distribution.
+    """The objective on rollouts: REAL's, of which binary_rl uses what is not about REAL's reward.
 
-    These are baseline, normalize_std, advantage_clip, loss_norm, and what follows kl_coef.
+    These are baseline, normalize_std, advantage_clip, loss_norm, and kl_coef with all that follows it.
 
     Args:
         reward: "paper": -(y_hat - y)^2 + lam * log p_y; "reference": the authors' code, -(y_hat - y)^2 and lam * p_y

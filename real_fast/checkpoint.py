@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
+_TENSORS = "model.safetensors"
 
 
 class CheckpointError(RuntimeError):
@@ -30,7 +31,7 @@ class TrainState:
     Attributes:
         step: REAL updates done.
         rows_seen: Training rows used up, which is the data's position.
-        skipped_steps: Updates left out because the gradient was not finite.
+        skipped_steps: Optimiser steps left out because the gradient was not finite.
         num_tokens: Tokens sampled so far.
         seconds: Time by phase so far.
         scheduler: State of the learning rate's schedule.
@@ -97,6 +98,28 @@ def save(
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+def save_tensors(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors into a folder of their own, atomically. Raises :class:`CheckpointError`."""
+    temporary = _temporary(target)
+    try:
+        _empty(temporary)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
+        _publish(temporary, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"{target} could not be written: {error}. Free space or repair the disk") from error
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor] | None:
+    """What :func:`save_tensors` wrote, or None where there is no such folder. Raises :class:`CheckpointError`."""
+    if not (folder / _TENSORS).is_file():
+        return None
+    try:
+        return load_file(folder / _TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _TENSORS} cannot be read: {error}") from error
 
 
 def complete(folder: Path) -> list[Path]:

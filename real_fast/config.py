@@ -105,7 +105,9 @@ class RolloutConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The objective on rollouts: REAL's, of which binary_rl uses baseline, normalize_std, advantage_clip and loss_norm.
+    """The objective on rollouts: REAL's, of which binary_rl uses what is not about REAL's reward.
+
+    These are baseline, normalize_std, advantage_clip, loss_norm, and kl_coef with all that follows it.
 
     Args:
         reward: "paper": -(y_hat - y)^2 + lam * log p_y; "reference": the authors' code, -(y_hat - y)^2 and lam * p_y
@@ -122,6 +124,12 @@ class ObjectiveConfig:
         reward_from: Whose score distribution the advantages come from: the "trainer"'s, in the update's one forward
             pass, or the rollout "engine"'s, which read it at the end of each rollout. The gradient of the reward itself
             is the trainer's in either case.
+        kl_coef: Weight of the KL divergence to the reference, which is the policy as it is after the warm-up, frozen:
+            Schulman's k3 estimate per sampled token of the feedback, normalised as loss_norm says. 0 for none.
+        kl_every: Where kl_coef is 0, measure that KL divergence every so many steps, and on the last; 0 for never.
+        num_iterations: Optimiser steps on the same rollouts (GRPO's mu, TRL's name); advantages are those of the first.
+            optim.schedule and optim.lr_warmup_steps count optimiser steps, as TRL's do; train.steps counts rollouts.
+        epsilon: In the further iterations, clip a token's probability ratio to 1 plus or minus this, as PPO does.
     """
 
     reward: Literal["paper", "reference"] = "paper"
@@ -134,6 +142,15 @@ class ObjectiveConfig:
     loss_norm: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     renormalize: bool = False
     reward_from: Literal["trainer", "engine"] = "trainer"
+    kl_coef: float = 0.0
+    kl_every: int = 20
+    num_iterations: int = 1
+    epsilon: float = 0.2
+
+    @property
+    def proximal(self) -> bool:
+        """Whether a token's coefficient depends on its own log-probability, so that the head must recompute."""
+        return self.kl_coef > 0 or self.num_iterations > 1
 
 
 @dataclass
@@ -163,7 +180,7 @@ class OptimConfig:
     Args:
         lr: Peak learning rate.
         schedule: Shape after the learning rate's warm-up.
-        lr_warmup_steps: Steps of linear learning-rate warm-up.
+        lr_warmup_steps: Optimiser steps of linear learning-rate warm-up.
         weight_decay: Decoupled weight decay, on matrices only.
         beta1: First moment's decay.
         beta2: Second moment's decay.
@@ -201,7 +218,7 @@ class TrainConfig:
     """The update.
 
     Args:
-        steps: Updates.
+        steps: Updates; with objective.num_iterations above 1, batches of rollouts with so many optimiser steps each.
         micro_batch_tokens: Most tokens (padding included) in one forward pass; a group is never split over two.
         shared_prompt: Run each prompt once and let its rollouts attend to it; false repeats it for every rollout.
         attention: Kernel for shared prompts. "auto": varlen on CUDA, sdpa elsewhere; varlen is flash-attn where it is
@@ -323,6 +340,11 @@ class Config:
         return self.rollout.prompts_per_step if self.samples else self.supervised.prompts_per_step
 
     @property
+    def keeps_reference(self) -> bool:
+        """Whether a frozen copy of the policy is needed, for the KL divergence."""
+        return self.samples and (self.objective.kl_coef > 0 or self.objective.kl_every > 0)
+
+    @property
     def start(self) -> str:
         """Where the weights come from: `init_from`, a finished run's final/ if it is one, else `model`."""
         if self.init_from is None:
@@ -364,6 +386,7 @@ class Config:
             "rollout.max_tokens": self.rollout.max_tokens,
             "rollout.temperature": self.rollout.temperature,
             "rollout.max_num_seqs": self.rollout.max_num_seqs,
+            "objective.num_iterations": self.objective.num_iterations,
             "prompt.max_tokens": self.prompt.max_tokens,
             "optim.lr": self.optim.lr,
             "train.micro_batch_tokens": self.train.micro_batch_tokens,
@@ -384,6 +407,8 @@ class Config:
             "save.every": self.save.every,
             "rollout.check_every": self.rollout.check_every,
             "objective.advantage_clip": self.objective.advantage_clip,
+            "objective.kl_coef": self.objective.kl_coef,
+            "objective.kl_every": self.objective.kl_every,
             "optim.max_grad_norm": self.optim.max_grad_norm,
             "optim.lr_warmup_steps": self.optim.lr_warmup_steps,
             "data.max_train": self.data.max_train,
@@ -394,6 +419,8 @@ class Config:
                 raise ConfigError(f"{key} is {value}: it must be 0 or more")
         if not 0 < self.rollout.top_p <= 1:
             raise ConfigError(f"rollout.top_p is {self.rollout.top_p}: it must be above 0 and at most 1")
+        if not 0 < self.objective.epsilon < 1:
+            raise ConfigError(f"objective.epsilon is {self.objective.epsilon}: it must lie between 0 and 1")
         if not self.data.eval and not 0 < self.data.eval_fraction < 1:
             raise ConfigError(f"data.eval_fraction is {self.data.eval_fraction}: it must lie between 0 and 1")
         if len(self.scale.values) < 2 or len(set(self.scale.values)) != len(self.scale.values):

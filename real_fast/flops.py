@@ -79,13 +79,22 @@ class ModelFlops:
                 seen += sum(min(before + i + 1, self.window) for i in range(length))
         return 2.0 * self.body * tokens + 4.0 * self.attention * seen
 
-    def update(self, groups: Sequence[Group], shared_prompt: bool = True, recompute: bool = False) -> UpdateFlops:
+    def update(
+        self,
+        groups: Sequence[Group],
+        shared_prompt: bool = True,
+        recompute: bool = False,
+        kl: bool = False,
+        iterations: int = 1,
+    ) -> UpdateFlops:
         """One update over groups of rollouts.
 
         Args:
             groups: The groups.
             shared_prompt: Whether ours shares prompts.
             recompute: Activation checkpointing on both sides: one more forward pass of the body.
+            kl: The KL to a reference on both sides: one forward pass without gradients, body and head.
+            iterations: Optimiser steps on the same rollouts.
         """
         alone, shared, rows, tokens = [], [], 0, 0
         for group in groups:
@@ -99,6 +108,13 @@ class ModelFlops:
                 tokens += p + r
         passes = 3 + recompute  # forward, and twice as much backward
         separate = self.forward(alone)
-        ours = passes * (self.forward(shared) if shared_prompt else separate) + 3 * 2.0 * self.head * rows
-        reference = (passes + 1) * separate + 4 * 2.0 * self.head * tokens
+        once = self.forward(shared) if shared_prompt else separate
+        # Where a row's coefficient depends on its log-probability, the backward pass computes its logits again.
+        products = 4 if kl or iterations > 1 else 3
+        ours = iterations * (passes * once + products * 2.0 * self.head * rows)
+        # The forward pass for the scores is made once for all iterations.
+        reference = (iterations * passes + 1) * separate + (iterations * 3 + 1) * 2.0 * self.head * tokens
+        if kl:
+            ours += once + 2.0 * self.head * rows
+            reference += separate + 2.0 * self.head * tokens
         return UpdateFlops(ours, reference)

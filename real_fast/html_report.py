@@ -24,6 +24,8 @@ _WARNINGS = (
     ("completions/clipped_ratio", lambda x: x > 0.5, "most feedback is cut off: raise rollout.max_tokens"),
     ("score/forced", lambda x: x > 0.9, "the model hardly writes the phrase itself: warm up on feedback"),
     ("sampling/sampling_logp_difference/mean", lambda x: x > 0.05, "engine and trainer drift apart"),
+    # About the entropy of sampled text itself: what is written now would hardly have come from the reference.
+    ("kl", lambda x: x > 0.5, "the feedback is far from the reference's: set objective.kl_coef or lower optim.lr"),
     ("score/entropy", lambda x: x < 0.05, "the score distribution has collapsed to a point"),
 )
 _PAGE = """<!doctype html>
@@ -96,7 +98,8 @@ def health_warnings(metrics: list[dict[str, Any]]) -> list[str]:
     for key, bad, advice in _WARNINGS:
         values = [m[key] for m in last if m.get(key) is not None]
         if values and bad(sum(values) / len(values)):
-            found.append(f"{key} is {sum(values) / len(values):.3g} over the last {len(values)} steps: {advice}.")
+            where = f"over the last {len(values)} steps" if len(values) > 1 else "on the last step"
+            found.append(f"{key} is {sum(values) / len(values):.3g} {where}: {advice}.")
     return found
 
 

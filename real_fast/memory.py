@@ -91,6 +91,7 @@ class UpdateMemory:
         copies: 16-bit copies of weights that autocast (or gathering a sharded layer) makes.
         activations: What the forward pass keeps for the backward pass.
         head: A chunk of logits, the head's gradient, the hidden states' gradient.
+        reference: The frozen copy of the weights that the KL is measured from.
     """
 
     weights: float
@@ -99,11 +100,13 @@ class UpdateMemory:
     copies: float
     activations: float
     head: float
+    reference: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.moments + self.copies + self.activations + self.head
+        held = self.weights + self.gradients + self.moments + self.reference
+        return held + self.copies + self.activations + self.head
 
 
 def update_memory(
@@ -115,6 +118,7 @@ def update_memory(
     checkpointing: bool = False,
     gpus: int = 1,
     repeated_keys: int = 0,
+    kl: bool = False,
 ) -> UpdateMemory:
     """Peak of an update: in the forward pass of a micro-batch that is not the update's first.
 
@@ -126,6 +130,7 @@ def update_memory(
         checkpointing: Activation checkpointing: layer inputs are kept, and one layer's activations at a time.
         gpus: Weights, gradients and moments are sharded over so many, and layers gathered one ahead.
         repeated_keys: Keys that a varlen kernel sees beyond the micro-batch's own tokens.
+        kl: Whether the KL is in the loss; a copy for measuring alone waits in the host's memory.
     """
     half = precision == "bf16"
     p = sizes.parameters
@@ -150,6 +155,8 @@ def update_memory(
         copies=copies,
         activations=kept + sizes.other_bytes * tokens,
         head=head,
+        # Linear layers in 16 bits; the embedding in float32, see real_fast.reference.
+        reference=kl * (width * p + (4.0 - width) * sizes.head) / gpus,
     )
 
 

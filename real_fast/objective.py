@@ -41,6 +41,9 @@ class LossOutput:
         parts: The loss's parts by name, scalars whose sum over micro-batches is the update's.
         rewards: [M]; None for a method without.
         advantages: [M]; None for a method without.
+        kl: [n] k3 estimates for the sampled tokens of valid rollouts, in nats; None where it was not measured.
+        ratio: [n] probability over that of the first iteration, of the tokens that were computed; None in the first.
+        clipped: [n] bool, where the clip took the gradient.
     """
 
     loss: torch.Tensor
@@ -51,6 +54,9 @@ class LossOutput:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    ratio: torch.Tensor | None = None
+    clipped: torch.Tensor | None = None
 
     @property
     def off_scale_mass(self) -> torch.Tensor:
@@ -141,6 +147,17 @@ def draw_scores(groups: Sequence[Group], seed: int) -> None:
                     break
 
 
+def outcome_logprob(logp: torch.Tensor, outcome: torch.Tensor) -> torch.Tensor:
+    """[M] log-probability of each drawn score, given those of the K score tokens [M, K] and outcomes [M] in 0..K."""
+    off = torch.log1p(-logp.exp().sum(1).clamp(max=1 - 1e-6))
+    return torch.cat([logp, off[:, None]], 1).gather(1, outcome.clamp(min=0)[:, None])[:, 0]
+
+
+def outcome_reward(labels: torch.Tensor, values: torch.Tensor, outcome: torch.Tensor) -> torch.Tensor:
+    """[M] of 1 where the drawn score is the one nearest to the label, and 0."""
+    return ((labels[:, None] - values).abs().argmin(1) == outcome).to(values.dtype)
+
+
 def binary_objective(
     config: ObjectiveConfig, scale: ScoreScale, temperature: float, totals: Totals, every_row: bool
 ) -> Loss:
@@ -154,10 +171,8 @@ def binary_objective(
         device, dtype = hidden.device, wide(hidden)
         values = scale.values_tensor(device).to(dtype)
         logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda)
-        off = torch.log1p(-logp.exp().sum(1).clamp(max=1 - 1e-6))
-        chosen = torch.cat([logp, off[:, None]], 1).gather(1, batch.outcome.clamp(min=0)[:, None])[:, 0]
-        nearest = (batch.labels.to(dtype)[:, None] - values).abs().argmin(1)
-        reward = (nearest == batch.outcome).to(dtype)
+        chosen = outcome_logprob(logp, batch.outcome)
+        reward = outcome_reward(batch.labels.to(dtype), values, batch.outcome)
         advantage = group_advantages(
             reward,
             batch.group,

@@ -46,7 +46,7 @@ class PlanConfig(Config):
         prompt: Of it, max_tokens is P unless prompt_tokens is given.
         data: Not used.
         rollout: Of it, group_size is K and max_tokens is R unless response_tokens is given.
-        objective: The REAL objective.
+        objective: Of it, kl_coef and num_iterations change memory or work.
         warmup: Not used.
         optim: Not used.
         train: The update.
@@ -114,6 +114,7 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
     p = config.prompt_tokens or config.prompt.max_tokens
     r = config.response_tokens or config.rollout.max_tokens + PHRASE_TOKENS
     k, prompts = config.rollout.group_size, config.rollout.prompts_per_step
+    kl = config.samples and config.objective.kl_coef > 0
 
     def memory(tokens: int, checkpointing: bool, shared: bool) -> UpdateMemory:
         group = p + k * r if shared else k * (p + r)
@@ -126,6 +127,7 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
             checkpointing=checkpointing,
             gpus=config.gpus,
             repeated_keys=groups * k * p if shared else 0,
+            kl=kl,
         )
 
     engine, sequences = _rollout(config, sizes, p, r)
@@ -141,7 +143,13 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
             options.append((shared, checkpointing, p + k * r if shared else k * (p + r), fits))
     rollout = Rollout([0] * (r - 1), [], [0] * r, 1, "phrase", None, None)
     groups = [Group(i, range(p), 0.0, [rollout] * k) for i in range(prompts)]
-    flops = ModelFlops.of(model_config).update(groups, train.shared_prompt, train.activation_checkpointing)
+    flops = ModelFlops.of(model_config).update(
+        groups,
+        train.shared_prompt,
+        train.activation_checkpointing,
+        kl=kl,
+        iterations=config.objective.num_iterations if config.samples else 1,
+    )
     return Plan(
         sizes=sizes,
         p=p,
@@ -189,6 +197,7 @@ def report(config: PlanConfig, plan: Plan) -> str:
         "gradients, fp32": m.gradients,
         "AdamW's moments, fp32": m.moments,
         "16-bit copies of weights": m.copies,
+        **({"reference for the KL, frozen": m.reference} if m.reference else {}),
         "activations": m.activations,
         "head (a chunk of logits, fp32 gradients)": m.head,
         engine: plan.rollout_bytes,

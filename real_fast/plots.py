@@ -182,6 +182,7 @@ def draw_series(axes: Axes, lines: Sequence[dict[str, Any]], key: str, label: st
     if not points:
         return
     x, y = np.array(points, dtype=float).T
+    window = window if len(points) >= window else 1  # a number that is measured now and then, such as the KL
     axes.plot(x, y, color=color, linewidth=0.9, alpha=0.45, marker="." if window == 1 else None)
     axes.plot(x, smooth(y, window), color=color, linewidth=2.3, label=label)
 

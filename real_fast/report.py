@@ -59,6 +59,7 @@ def finish(trainer: Trainer) -> None:
         "rejected_rows": len(trainer.data.rejected),
         "eval": {name: evaluations.get(name) for name in PHASES},
         "reward": {"first": _mean(real[:3], "reward"), "last": _mean(real[-3:], "reward")},
+        "kl": next((m["kl"] for m in reversed(real) if m.get("kl") is not None), None),
         "seconds": {k: round(v, 2) for k, v in state.seconds.items()},
         "sampled_tokens": state.num_tokens,
         "rollout_tokens_per_second": state.num_tokens / rollout_seconds if rollout_seconds else None,

@@ -83,14 +83,19 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def require_space(self, parameters: int, keep: int) -> None:
+    def require_space(self, parameters: int, keep: int, reference: bool = False) -> None:
         """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
+
+        Args:
+            parameters: Of the model.
+            keep: Checkpoints to keep.
+            reference: Whether a copy of the start weights comes beside them.
 
         Raises:
             OutputError: Too little free space.
         """
         written = sum(f.stat().st_size for f in self.checkpoints.rglob("*") if f.is_file())
-        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 - written
+        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 * (1 + reference) - written
         free = shutil.disk_usage(self.path).free
         if free < need:
             raise OutputError(

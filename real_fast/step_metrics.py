@@ -16,7 +16,7 @@ from real_fast.scale import ScoreScale
 
 
 class StepMetrics:
-    """Gathers what the micro-batches of one update return.
+    """Gathers what the micro-batches of one update return; with several iterations on its rollouts, of the first.
 
     Args:
         groups: The update's groups.
@@ -28,6 +28,7 @@ class StepMetrics:
         self.scale = scale
         self.rollouts = [r for g in groups for r in g.rollouts]
         self.batches: list[tuple[Batch, LossOutput]] = []
+        self.further: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def sampled_tokens(self) -> int:
@@ -43,6 +44,11 @@ class StepMetrics:
         """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
         out.loss = out.loss.detach()
         self.batches.append((batch, out))
+
+    def add_further(self, out: LossOutput) -> None:
+        """Keep what is reported of an iteration after the first: probability ratios, and where the clip was active."""
+        assert out.ratio is not None and out.clipped is not None
+        self.further.append((out.ratio, out.clipped))
 
     def gather(self, name: str) -> torch.Tensor:
         """A field of every output, of the rollouts (or rows) in micro-batch order, on the CPU."""
@@ -90,6 +96,21 @@ class StepMetrics:
             "advantage_std": float(advantage.std(correction=0)) if len(advantage) else float("nan"),
         }
 
+    def proximity(self) -> dict[str, float]:
+        """How far the policy is from the reference and, after the first iteration, from the rollouts' own policy."""
+        found: dict[str, float] = {}
+        if self.batches[0][1].kl is not None:
+            found["kl"] = _mean(self.gather("kl"))
+        if self.further:
+            ratio = torch.cat([ratio for ratio, _ in self.further]).cpu()
+            clipped = sum(int(clipped.sum()) for _, clipped in self.further)
+            # A token whose advantage is 0 is never clipped, and counts all the same.
+            tokens = sum(len(r.sampled_ids) for r in self.rollouts if r.has_score)
+            iterations = len(self.further) // len(self.batches)
+            found["clip_ratio"] = clipped / (iterations * tokens) if tokens else float("nan")
+            found["ratio/mean"] = _mean(ratio)
+        return found
+
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
         valid = self.of_batches("valid")
@@ -109,6 +130,7 @@ class StepMetrics:
             "loss": float(sum(out.loss for _, out in self.batches)),
             **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},
             **self.rewards(valid, group),
+            **self.proximity(),
             "score/rmse": _mean(error**2) ** 0.5,
             "score/mae": _mean(error.abs()),
             "score/bias": _mean(error),

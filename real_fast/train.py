@@ -28,10 +28,12 @@ from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
 from real_fast.evaluation import evaluate
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
-from real_fast.objective import Loss, Totals, binary_objective, draw_scores, real_objective
+from real_fast.objective import Loss, LossOutput, Totals, binary_objective, draw_scores, real_objective
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
 from real_fast.packing import BatchError, longest_sequence, micro_batches, require_room
 from real_fast.prompt import PromptBuilder, PromptError
+from real_fast.proximal import proximal_objective, with_kl
+from real_fast.reference import Reference
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
 from real_fast.rollout.select import make_engine
@@ -96,7 +98,7 @@ class Trainer:
             torch.manual_seed(config.seed)
             source = str(self.found) if self.found else config.start
             model = load_model(source, self.device, torch.float32, config.trust_remote_code)
-            self.folder.require_space(model.num_parameters(), config.save.keep)
+            self.folder.require_space(model.num_parameters(), config.save.keep, config.keeps_reference)
             if config.train.activation_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             half = torch.bfloat16 if config.train.precision == "bf16" else None
@@ -105,11 +107,16 @@ class Trainer:
             if self.policy.attention:
                 require_span(model, longest)
             self.optimizer = build_optimizer(model, config.optim)
-            self.scheduler = build_scheduler(self.optimizer, config.optim, config.train.steps)
+            optimizer_steps = config.train.steps * (config.objective.num_iterations if config.samples else 1)
+            self.scheduler = build_scheduler(self.optimizer, config.optim, optimizer_steps)
+            self.reference: Reference | None = None
             if self.found:
                 seconds = self.state.seconds
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
+                if config.keeps_reference:
+                    self.reference = self.make_reference()
+                    self.reference.load(self.folder.path)
             self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.start))
         self.trackers = trackers.Trackers(config, self.folder, self.state.step if self.found else None)
         self.folder.claim(config)
@@ -144,7 +151,11 @@ class Trainer:
                         self.evaluate("before")
                     self.warm_up()
                     self.sync()
-                    self.save()
+                    if self.config.keeps_reference:
+                        self.reference = self.make_reference()
+                        with self.timed("save"):
+                            self.reference.save(self.folder.path)
+                    self.save()  # after the reference, so that every checkpoint has one
                 if self.config.warmup.steps and self.state.step == 0:
                     self.evaluate("warmup")
                 with tqdm(total=steps, initial=self.state.step, desc=self.config.method, unit="step") as bar:
@@ -217,7 +228,10 @@ class Trainer:
             )
 
     def step(self) -> dict[str, Any]:
-        """One update: sample (or take given feedback), one forward and backward pass, optimiser, sync."""
+        """One update: sample (or take given feedback), one forward and backward pass, optimiser, sync.
+
+        With objective.num_iterations, further passes and optimiser steps on the same rollouts follow the first.
+        """
         started = time.perf_counter()
         self.seconds.clear()
         config, state = self.config, self.state
@@ -231,27 +245,32 @@ class Trainer:
 
         with self.timed("update"):
             self.policy.train()
-            objective = self.objective(Totals.of(groups), checked)
+            totals = Totals.of(groups)
             with self.timed("pack", within="update"):
                 batches = self.micro_batches(groups)
-            for batch in batches:
-                batch = batch.to(self.device)
-                out = self.policy(batch, objective)
+            batches = [batch.to(self.device) for batch in batches]
+            references = self.references(batches)
+            for batch, reference in zip(batches, references, strict=True):
+                out = self.policy(batch, self.objective(totals, checked, reference))
                 out.loss.backward()
                 metrics.add(batch, out)
             gap = metrics.engine_gap() if config.samples else None
             if gap and checked and metrics.finite:
                 gap.require(config.rollout, state.step)
-        with self.timed("optimizer"):
-            lr = self.scheduler.get_last_lr()[0]
-            norm, stepped = clip_and_step(self.policy, self.optimizer, config.optim.max_grad_norm)
-            self.scheduler.step()
+        lr = self.scheduler.get_last_lr()[0]
+        norm = self.optimizer_step()
+        for _ in range(1, config.objective.num_iterations if config.samples else 1):
+            with self.timed("update"):
+                for (batch, first), reference in zip(metrics.batches, references, strict=True):
+                    out = self.policy(batch, self.objective(totals, False, reference, first))
+                    out.loss.backward()
+                    metrics.add_further(out)
+            self.optimizer_step()
         if config.samples:
             self.sync()
 
         state.step += 1
         state.rows_seen += len(rows)
-        state.skipped_steps += not stepped
         state.num_tokens += metrics.sampled_tokens
         seconds = time.perf_counter() - started
         record = {
@@ -292,16 +311,57 @@ class Trainer:
             groups.append(given_feedback(row, picked, n, self.tokenizer, self.scale))
         return groups
 
-    def objective(self, totals: Totals, every_row: bool) -> Loss:
-        """The method's loss of one micro-batch."""
+    def objective(
+        self,
+        totals: Totals,
+        every_row: bool,
+        reference: torch.Tensor | None = None,
+        first: LossOutput | None = None,
+    ) -> Loss:
+        """The method's loss of one micro-batch.
+
+        Args:
+            totals: Counts over the update.
+            every_row: Compute the log-probability of rows with coefficient 0 too.
+            reference: The reference's log-probabilities of this micro-batch's sampled tokens, where they are wanted.
+            first: What the first iteration on these rollouts returned; None in the first.
+        """
         config, temperature = self.config, self.config.rollout.temperature
-        if config.method == "real":
-            return real_objective(config.objective, self.scale, temperature, totals, every_row)
-        if config.method == "binary_rl":
-            return binary_objective(config.objective, self.scale, temperature, totals, every_row)
+        if config.method in ("real", "binary_rl"):
+            options, method = config.objective, config.method
+            if options.proximal:
+                held = reference if options.kl_coef else None
+                loss = proximal_objective(method, options, self.scale, temperature, totals, every_row, held, first)
+            else:
+                make = real_objective if method == "real" else binary_objective
+                loss = make(options, self.scale, temperature, totals, every_row)
+            if reference is None or options.kl_coef or first is not None:
+                return loss
+            return with_kl(loss, reference, temperature)
         tract = Terms(feedback=1.0, squared_error=config.supervised.squared_error)
         terms = {"sft": SFT, "raft": RAFT, "tract": tract}[config.method]
         return supervised_objective(terms, self.scale, totals, config.objective.renormalize)
+
+    def make_reference(self) -> Reference:
+        """The policy as it is now, frozen; on its device only where every step needs it."""
+        return Reference(self.policy, self.config.rollout.temperature, resident=self.config.objective.kl_coef > 0)
+
+    def references(self, batches: Sequence[Batch]) -> Sequence[torch.Tensor | None]:
+        """The reference's log-probabilities for the micro-batches of a step that trains on, or measures, the KL."""
+        done, options = self.state.step + 1, self.config.objective
+        grid = options.kl_every and (done % options.kl_every == 0 or done == self.config.train.steps)
+        if self.reference is None or not (options.kl_coef or grid):
+            return [None] * len(batches)
+        with self.timed("reference", within="update"):
+            return self.reference.logprobs(batches)
+
+    def optimizer_step(self) -> float:
+        """Clip, step (or count a gradient that is not finite as skipped), go on in the schedule. Returns the norm."""
+        with self.timed("optimizer"):
+            norm, stepped = clip_and_step(self.policy, self.optimizer, self.config.optim.max_grad_norm)
+            self.scheduler.step()
+        self.state.skipped_steps += not stepped
+        return norm
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The groups of an update as batches that fit into one forward pass each."""

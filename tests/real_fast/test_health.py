@@ -35,6 +35,11 @@ def test_warnings_name_the_number_and_what_to_do():
     (warning,) = html_report.health_warnings(METRICS)
     assert "score/off_scale_mass is 0.5 over the last 5 steps" in warning and "warm up longer" in warning
     assert html_report.health_warnings([]) == []
+    # The KL is measured now and then, and on the last step.
+    far = [{"step": t, "kl": 0.9 if t == 8 else None} for t in range(1, 9)]
+    (warning,) = html_report.health_warnings(far)
+    assert warning.startswith("kl is 0.9 on the last step: ") and "objective.kl_coef" in warning
+    assert html_report.health_warnings([{"step": 1, "kl": 0.1}]) == []
     assert html_report.health_warnings([{**m, "score/off_scale_mass": 0.01} for m in METRICS]) == []
 
 

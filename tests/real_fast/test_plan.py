@@ -15,7 +15,9 @@ from real_fast.attention.support import enable
 from real_fast.batch import Group
 from real_fast.flops import ModelFlops
 from real_fast.memory import ModelSizes, largest, update_memory
+from real_fast.model import Policy
 from real_fast.plan import main
+from real_fast.reference import frozen_copy
 from real_fast.rollout.base import Rollout
 
 GROUPS = ((40, (12, 30)), (25, (18,)))
@@ -116,6 +118,33 @@ def test_memory_by_part(tiny_llama):
     assert more.activations - one.activations == 2 * sizes.layers * sizes.kv_width * 100
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_memory_of_the_reference(tiny_llama, tied, precision):
+    """Against a real copy; on a CPU an untied head is kept in float32, and the plan is for a GPU."""
+    model = tiny_llama(tied=tied)
+    sizes = ModelSizes.of(model.config, precision)
+    one, held = (update_memory(sizes, 100, head_rows=50, precision=precision, kl=kl) for kl in (False, True))
+    assert one.reference == 0 and held.total - one.total == held.reference
+    policy = Policy(model, torch.bfloat16 if precision == "bf16" else None)
+    copy = frozen_copy(policy, torch.device("cpu"))
+    real = sum(p.numel() * p.element_size() for p in copy.parameters())
+    if precision == "bf16" and not tied:
+        real -= 2 * sizes.head
+    assert held.reference == pytest.approx(real, rel=0.01)
+
+
+def test_work_of_the_kl_and_of_iterations(tiny_llama):
+    flops, groups = ModelFlops.of(tiny_llama().config), [group(40, [12, 30])]
+    one, kl = flops.update(groups), flops.update(groups, kl=True)
+    forward, head = flops.forward([(40, 0), (12, 40), (30, 40)]), 2 * flops.head * (11 + 29 + 2)
+    assert one.ours == 3 * forward + 3 * head
+    assert kl.ours == 4 * forward + 5 * head  # the reference's forward pass, and logits computed again
+    assert flops.update(groups, iterations=3).ours == 9 * forward + 12 * head
+    assert flops.update(groups, kl=True, iterations=3).ours == 10 * forward + 13 * head
+    assert kl.reference - one.reference == pytest.approx(one.reference / 4)  # one more of four equal passes
+
+
 def test_largest():
     assert largest(lambda n: n <= 37) == 37
     assert largest(lambda n: False) == 0
@@ -146,7 +175,10 @@ def test_the_command_takes_a_training_config(model_folder, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("rollout: {group_size: 5, max_tokens: 94}\nprompt: {max_tokens: 300}\n", encoding="utf-8")
     assert main(["--config", str(config), "--model", model_folder]) == 0
-    assert "32 prompts x 5 rollouts, prompts of 300 tokens, responses of 100" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "32 prompts x 5 rollouts, prompts of 300 tokens, responses of 100" in text and "reference for" not in text
+    assert main(["--config", str(config), "--model", model_folder, "--objective.kl_coef", "0.1"]) == 0
+    assert "reference for the KL, frozen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

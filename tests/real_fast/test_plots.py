@@ -68,6 +68,15 @@ def test_the_later_evaluation_at_a_step_is_drawn_with_its_interval() -> None:
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx(summary["ci95"]["rmse"])
 
 
+def test_a_number_measured_once_is_drawn_as_a_point() -> None:
+    _, panels = plots.new_figure(1, 1, 4.0)
+    plots.draw_series(
+        panels[0, 0], [{"step": t, "kl": 0.1 if t == 20 else None} for t in range(1, 21)], "kl", "KL", "b", 5
+    )
+    assert panels[0, 0].get_lines()[0].get_marker() == "."
+    plt.close("all")
+
+
 def test_smoothing_is_a_centred_mean() -> None:
     y = np.array([1.0, 2.0, 6.0, 3.0, 5.0])
     assert plots.smooth(y, 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 14 / 3, 4.0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,10 @@ _BOOTSTRAP = 2000
 
 
 def write(experiment: Experiment, folder: Path, results: Path) -> str:
-    """Write summary.json, comparison.md, comparison.csv and comparison.png of the finished runs.
+    """Write summary.json, predictions.json, comparison.md, comparison.csv and comparison.png of the finished runs.
+
+    predictions.json has every run's prediction of every held-out row by the row's id, and nothing of the rows: with the
+    data files beside it, any other statistic can be computed.
 
     Args:
         experiment: The experiment.
@@ -51,6 +53,7 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
         results / "summary.json",
         {
             "results": [_statistics(e) for e in found],
+            "without_a_model": without_a_model(experiment, folder),
             "missing": missing,
             "reduced": experiment.reduced,
             "rows": json.loads((folder / "data" / "split.json").read_text(encoding="utf-8"))["counts"],
@@ -59,6 +62,11 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
             "settings": yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8")),
         },
     )
+    predictions: dict[str, dict[str, float | None]] = {}
+    for e in found:
+        mine = {row["id"]: row["prediction"] for row in e.rows}
+        predictions.setdefault(f"{e.method}-{e.seed}", {}).update(mine)
+    write_json(results / "predictions.json", predictions)
     parts = {Path(name).stem for name in experiment.data.train}
     shown = [e for e in found if e.benchmark not in parts]
     known = experiment.baseline if experiment.baseline in {e.method for e in found} else None
@@ -75,10 +83,6 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
 
 def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
     """Predictions of every finished run, by benchmark."""
-    split = folder / "data" / "split.json"
-    benchmarks: dict[str, Sequence[str]] = json.loads(split.read_text(encoding="utf-8"))["benchmarks"]
-    trained_on = [Path(name).stem for name in experiment.data.train]
-    benchmarks = {IN_DOMAIN: [i for name in trained_on for i in benchmarks[name]]} | benchmarks
     found = []
     for method, seed in experiment.order():
         run = run_folder(folder, method, seed)
@@ -87,11 +91,34 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
             continue
         rows = {row["id"]: row for row in read_jsonl(file)}
         protocol = merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real")
-        for benchmark, ids in benchmarks.items():
+        for benchmark, ids in benchmarks(experiment, folder).items():
             mine = [rows[i] for i in ids if i in rows]
             if mine:
                 n = int(mine[0].get("n", 1))
                 found.append(Evaluation(method, benchmark, protocol, n, mine, file, run, seed))
+    return found
+
+
+def benchmarks(experiment: Experiment, folder: Path) -> dict[str, list[str]]:
+    """Ids of the held-out rows by benchmark."""
+    split = json.loads((folder / "data" / "split.json").read_text(encoding="utf-8"))["benchmarks"]
+    return {IN_DOMAIN: [i for name in experiment.data.train for i in split[Path(name).stem]], **split}
+
+
+def without_a_model(experiment: Experiment, folder: Path) -> dict[str, dict[str, float | None]]:
+    """What the length of a response (in words) says of its label, and the error of the training rows' mean label."""
+    train = [row["score"] for row in read_jsonl(folder / "data" / "train.jsonl")]
+    rows = {row["id"]: row for row in read_jsonl(folder / "data" / "test.jsonl")}
+    found: dict[str, dict[str, float | None]] = {}
+    for benchmark, ids in benchmarks(experiment, folder).items():
+        labels = [rows[i]["score"] for i in ids]
+        length = correlations([len(rows[i]["response"].split()) for i in ids], labels)
+        constant = correlations([sum(train) / len(train)] * len(ids), labels)
+        found[benchmark] = {
+            "length_pearson": length["pearson"],
+            "length_spearman": length["spearman"],
+            "mean_label_rmse": constant["rmse"],
+        }
     return found
 
 

@@ -27,12 +27,12 @@ from real_fast.checkpoint import CheckpointError, TrainState
 from real_fast.config import Config, ConfigError, OptimConfig
 from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
 from real_fast.evaluation import evaluate
+from real_fast.methods import method_loss
 from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
-from real_fast.objective import Loss, LossOutput, Totals, binary_objective, draw_scores, real_objective
+from real_fast.objective import Totals, draw_scores
 from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
 from real_fast.packing import BatchError, longest_sequence, micro_batches, require_room
 from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.proximal import proximal_objective, with_kl
 from real_fast.reference import Reference
 from real_fast.rollout.base import Sampling
 from real_fast.rollout.check import EngineMismatchError
@@ -42,9 +42,7 @@ from real_fast.sampler import PromptSampler
 from real_fast.scale import ScaleError, ScoreScale
 from real_fast.step_metrics import StepMetrics
 from real_fast.supervised import (
-    RAFT,
     SFT,
-    Terms,
     given_feedback,
     pick_feedback,
     require_given_room,
@@ -251,7 +249,7 @@ class Trainer:
             batches = [batch.to(self.device) for batch in batches]
             references = self.references(batches)
             for batch, reference in zip(batches, references, strict=True):
-                out = self.policy(batch, self.objective(totals, checked, reference))
+                out = self.policy(batch, method_loss(config, self.scale, totals, checked, reference))
                 out.loss.backward()
                 metrics.add(batch, out)
             gap = metrics.engine_gap() if config.samples else None
@@ -262,7 +260,7 @@ class Trainer:
         for _ in range(1, config.objective.num_iterations if config.samples else 1):
             with self.timed("update"):
                 for (batch, first), reference in zip(metrics.batches, references, strict=True):
-                    out = self.policy(batch, self.objective(totals, False, reference, first))
+                    out = self.policy(batch, method_loss(config, self.scale, totals, False, reference, first))
                     out.loss.backward()
                     metrics.add_further(out)
             self.optimizer_step()
@@ -310,37 +308,6 @@ class Trainer:
             picked = pick_feedback(row, most, self.config.seed, seen + n)
             groups.append(given_feedback(row, picked, n, self.tokenizer, self.scale))
         return groups
-
-    def objective(
-        self,
-        totals: Totals,
-        every_row: bool,
-        reference: torch.Tensor | None = None,
-        first: LossOutput | None = None,
-    ) -> Loss:
-        """The method's loss of one micro-batch.
-
-        Args:
-            totals: Counts over the update.
-            every_row: Compute the log-probability of rows with coefficient 0 too.
-            reference: The reference's log-probabilities of this micro-batch's sampled tokens, where they are wanted.
-            first: What the first iteration on these rollouts returned; None in the first.
-        """
-        config, temperature = self.config, self.config.rollout.temperature
-        if config.method in ("real", "binary_rl"):
-            options, method = config.objective, config.method
-            if options.proximal:
-                held = reference if options.kl_coef else None
-                loss = proximal_objective(method, options, self.scale, temperature, totals, every_row, held, first)
-            else:
-                make = real_objective if method == "real" else binary_objective
-                loss = make(options, self.scale, temperature, totals, every_row)
-            if reference is None or options.kl_coef or first is not None:
-                return loss
-            return with_kl(loss, reference, temperature)
-        tract = Terms(feedback=1.0, squared_error=config.supervised.squared_error)
-        terms = {"sft": SFT, "raft": RAFT, "tract": tract}[config.method]
-        return supervised_objective(terms, self.scale, totals, config.objective.renormalize)
 
     def make_reference(self) -> Reference:
         """The policy as it is now, frozen; on its device only where every step needs it."""

@@ -163,6 +163,10 @@ def test_an_experiment_from_its_files_to_its_table(
     }
     assert all({"seed", "pearson", "spearman", "kendall", "rmse", "n"} <= r.keys() for r in found["results"])
     assert found["missing"] == [] and found["reduced"] == ["Everything."] and found["runs"]["sft-0"]["rows_seen"] == 2
+    kept = json.loads((table / "predictions.json").read_text())
+    assert kept.keys() == {"base-0", "sft-0", "real-0"}
+    ids = {row["id"] for row in read_jsonl(output / "data" / "test.jsonl")}
+    assert all(rows.keys() == ids and None not in rows.values() for rows in kept.values())
     printed = capsys.readouterr().out
     assert "| in_domain | real |" in printed and "| seen |" not in printed and "`sft`" in printed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()

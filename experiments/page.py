@@ -30,6 +30,7 @@ def main() -> None:
     summary = json.loads((HERE / "summary.json").read_text(encoding="utf-8"))
     text = fill(text, "reduced", "\n".join(f"- {line}" for line in summary["reduced"]))
     text = fill(text, "seeds", per_seed(summary["results"]))
+    text = fill(text, "alone", alone(summary["without_a_model"]))
     PAGE.write_text(fill(text, "runs", runs_table(summary["runs"], summary["machines"])), encoding="utf-8")
 
 
@@ -66,6 +67,14 @@ def per_seed(results: list[dict[str, Any]]) -> str:
             row.append(f"{correlations} ({errors})")
         table.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n\nPearson of each seed, in brackets RMSE."
+
+
+def alone(found: dict[str, dict[str, float | None]]) -> str:
+    """What needs no model."""
+    lines = ["| benchmark | response length: Pearson | Spearman | the mean training label: RMSE |", "|---|---|---|---|"]
+    for benchmark, values in found.items():
+        lines.append(f"| {benchmark} | {' | '.join('-' if v is None else f'{v:.2f}' for v in values.values())} |")
+    return "\n".join(lines)
 
 
 def runs_table(runs: dict[str, dict[str, Any]], machines: list[dict[str, Any]]) -> str:

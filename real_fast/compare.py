@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from real_fast.comparison import Line, compare
+from real_fast.benchmark_table import Line
+from real_fast.comparison import compare
 from real_fast.comparison_plot import comparison_plot
 from real_fast.estimates import Estimate
 from real_fast.evaluations import NoEvaluationError, find_evaluations, pool_seeds
@@ -36,8 +37,7 @@ def markdown(lines: Sequence[Line], notes: Sequence[str], bootstrap: int, baseli
     table = [header, ["---"] * len(header)]
     for line in lines:
         peers = [peer for peer in lines if peer.benchmark == line.benchmark]
-        total = line.rows * line.seeds
-        rows = str(line.rows) if not line.no_score else f"{total - line.no_score} of {total}"
+        rows = str(line.rows) if not line.no_score else f"{line.predictions - line.no_score} of {line.predictions}"
         protocol = line.protocol + (f", n={line.feedbacks}" if line.feedbacks > 1 else "")
         cells = [_interval(line.estimates[s], 3, line is _best(peers, s)) for s in WITH_INTERVALS]
         about = [line.benchmark, line.method, protocol, *([str(line.seeds)] if many else []), rows]
@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"--seed is {args.seed}: it must be 0 or more")
     evaluations, passed_over = find_evaluations(args.folders)
     if args.pool_seeds:
-        evaluations = pool_seeds(evaluations)
+        evaluations, apart = pool_seeds(evaluations)
+        passed_over += apart
     if (held := [name for name in FILES if (folder / name).exists()]) and not args.overwrite:
         raise OutputError(f"output {folder} already holds {held[0]}: take another --output, or --overwrite")
     require_writable(folder)

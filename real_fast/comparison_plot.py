@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from real_fast.comparison import Line
+from real_fast.benchmark_table import Line
 from real_fast.plots import BLUE, GREY, ORANGE, describe, new_figure, save_figure
 
 

@@ -342,7 +342,8 @@ class Config:
     @property
     def keeps_reference(self) -> bool:
         """Whether a frozen copy of the policy is needed, for the KL divergence."""
-        return self.samples and (self.objective.kl_coef > 0 or self.objective.kl_every > 0)
+        wanted = self.objective.kl_coef > 0 or self.objective.kl_every > 0
+        return self.samples and self.train.steps > 0 and wanted
 
     @property
     def start(self) -> str:

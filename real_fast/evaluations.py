@@ -14,6 +14,9 @@ import yaml
 
 from real_fast.jsonio import read_jsonl
 
+# Settings that say where a run is, not what it does.
+_OF_ONE_RUN = ("seed", "output", "resume", "overwrite", "run_name", "report_to")
+
 
 class NoEvaluationError(ValueError):
     """Nothing to compare. The message says where was looked and for what."""
@@ -143,44 +146,55 @@ def _named(found: list[Evaluation]) -> list[Evaluation]:
     return named
 
 
-def pool_seeds(found: Sequence[Evaluation]) -> list[Evaluation]:
+def pool_seeds(found: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:
     """One method's name for runs that differ by their seed alone.
 
-    Their folders' names end with the seed (real-0, real-1, ... or real/seed0, ...), and so do those of the runs that
-    they start from; every other setting is the same. Evaluations of a protocol and number of feedbacks stay apart.
+    The names of their folders, and of those that they start from (``init_from``), end with the seed behind a separator:
+    real-0, real_1, real/seed2. Every other setting is the same, and so are benchmark, protocol and number of feedbacks.
+
+    Returns:
+        The evaluations, pooled ones with the common name and their seed, and a sentence for every name that runs of
+        different settings would share: these stay apart.
     """
     groups: dict[str, list[Evaluation]] = {}
     for e in found:
-        key, pooled = _without_seed(e)
-        groups.setdefault(key, []).append(pooled)
+        key, bare = _without_seed(e)
+        groups.setdefault(key, []).append(bare)
+    pools = [same for same in groups.values() if len(same) > 1 and len({e.seed for e in same}) == len(same)]
+    inside = {e.source for same in pools for e in same}
+    taken = Counter((e.benchmark, e.method) for e in found if e.source not in inside)
+    taken.update((same[0].benchmark, same[0].method) for same in pools)
     names = {e.source: e for e in found}
-    for same in groups.values():
-        if len(same) > 1 and len({e.seed for e in same}) == len(same):
+    notes = []
+    for same in pools:
+        benchmark, method = same[0].benchmark, same[0].method
+        if taken[benchmark, method] > 1:
+            each = ", ".join(names[e.source].method for e in same)
+            notes.append(
+                f"{benchmark}: {each} are not pooled, since runs of other settings would be named {method} too"
+            )
+        else:
             names |= {e.source: e for e in same}
-    first = {name: place for place, name in reversed(list(enumerate(e.method for e in names.values())))}
-    return sorted(names.values(), key=lambda e: (first[e.method], -1 if e.seed is None else e.seed))
+    return list(names.values()), notes
 
 
 def _without_seed(e: Evaluation) -> tuple[str, Evaluation]:
     """What runs that may be pooled have in common, and the evaluation under their name."""
     file = e.owner / "config.yaml"
-    config = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if _is_run(e.owner) and file.is_file() else None
     if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
         return str(e.source), e
     seed, output = config["seed"], str(config.get("output"))
 
-    def bare(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: bare(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [bare(v) for v in value]
-        if not isinstance(value, str):
-            return value
-        return re.sub(rf"[-_/]?(seed)?[-_]?{seed}(?=/|$|\\s)", "", value.replace(output, ""))
+    def bare(text: str) -> str:
+        return re.sub(rf"[-_/](seed)?[-_]?{seed}(?=/|$|\s)", "", text)
 
-    same = bare({k: v for k, v in config.items() if k not in ("seed", "output", "resume", "overwrite")})
+    same = {k: v for k, v in config.items() if k not in _OF_ONE_RUN}
+    same["init_from"] = bare(config.get("init_from") or "")
+    data = config.get("data") or {}  # TRACT's second stage reads what the first one left in its own folder
+    same["data"] = {k: v.replace(output, "") if isinstance(v, str) else v for k, v in data.items()}
     name = bare(e.method)
-    key = json.dumps([name, e.benchmark, e.protocol, e.feedbacks, same], sort_keys=True)
+    key = json.dumps([name, e.benchmark, e.protocol, e.feedbacks, same], sort_keys=True, default=str)
     return key, replace(e, method=name, seed=seed)
 
 

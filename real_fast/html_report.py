@@ -98,7 +98,12 @@ def health_warnings(metrics: list[dict[str, Any]]) -> list[str]:
     for key, bad, advice in _WARNINGS:
         values = [m[key] for m in last if m.get(key) is not None]
         if values and bad(sum(values) / len(values)):
-            where = f"over the last {len(values)} steps" if len(values) > 1 else "on the last step"
+            if len(values) == 1 and last[-1].get(key) is not None:
+                where = "on the last step"
+            elif len(values) == len(last):
+                where = f"over the last {len(last)} steps"
+            else:
+                where = f"in {len(values)} of the last {len(last)} steps"
             found.append(f"{key} is {sum(values) / len(values):.3g} {where}: {advice}.")
     return found
 

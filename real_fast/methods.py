@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from real_fast.config import Config
@@ -34,15 +36,13 @@ def method_loss(
         tract = Terms(feedback=1.0, squared_error=config.supervised.squared_error)
         terms = {"sft": SFT, "raft": RAFT, "tract": tract}[config.method]
         return supervised_objective(terms, scale, totals, options.renormalize)
+    binary = config.method == "binary_rl"
     if options.proximal:
         held = reference if options.kl_coef else None
-        binary = config.method == "binary_rl"
-        loss = proximal_objective(
-            "binary_rl" if binary else "real", options, scale, temperature, totals, every_row, held, first
-        )
+        method: Literal["real", "binary_rl"] = "binary_rl" if binary else "real"
+        loss = proximal_objective(method, options, scale, temperature, totals, every_row, held, first)
     else:
-        make = binary_objective if config.method == "binary_rl" else real_objective
-        loss = make(options, scale, temperature, totals, every_row)
+        loss = (binary_objective if binary else real_objective)(options, scale, temperature, totals, every_row)
     if reference is None or options.kl_coef or first is not None:
         return loss
     return with_kl(loss, reference, temperature)

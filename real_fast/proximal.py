@@ -113,7 +113,10 @@ def proximal_objective(
         dtype, validate = wide(hidden), not hidden.is_cuda
         values = scale.values_tensor(hidden.device).to(dtype)
         scores = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(hidden.device), validate=validate)
-        scored = (_real if method == "real" else _binary)(config, totals, share, values, scores, batch, first)
+        if method == "real":
+            scored = _real(config, totals.rollouts, values, scores, batch, first)
+        else:
+            scored = _binary(config, share, values, scores, batch, first)
 
         per_row = scored.advantages[batch.rollout] * explores
         every = reference is not None or (every_row and explores)
@@ -176,7 +179,6 @@ def with_kl(loss: Loss, reference: torch.Tensor, temperature: float) -> Loss:
 
 def _real(
     config: ObjectiveConfig,
-    totals: Totals,
     share: int,
     values: torch.Tensor,
     scores: torch.Tensor,
@@ -198,7 +200,7 @@ def _real(
         )
 
     own = terms(scores)
-    refinement = -config.beta * torch.where(batch.valid, own.refinement, 0.0).sum() / totals.rollouts
+    refinement = -config.beta * torch.where(batch.valid, own.refinement, 0.0).sum() / share
     if first is not None:
         return Scored(*_of(first), refinement)
     from_engine = config.reward_from == "engine" and batch.engine_scores.shape[1]
@@ -211,7 +213,6 @@ def _real(
 
 def _binary(
     config: ObjectiveConfig,
-    totals: Totals,
     share: int,
     values: torch.Tensor,
     scores: torch.Tensor,

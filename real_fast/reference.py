@@ -92,8 +92,10 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy:
     copies: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
+            if id(parameter) in copies:
+                continue
             rounded = half is not None and isinstance(module, nn.Linear) and id(parameter) not in whole
             dtype = half if rounded else parameter.dtype
             tensor = parameter.detach().to(device, dtype, copy=True)
-            copies.setdefault(id(parameter), nn.Parameter(tensor, requires_grad=False))
+            copies[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     return copy.deepcopy(policy, copies).to(device).eval()

@@ -113,8 +113,7 @@ class Trainer:
                 self.state = checkpoint.load(self.found, model, self.optimizer, self.scheduler)
                 self.state.seconds.update(load=self.state.seconds.get("load", 0.0) + seconds.get("load", 0.0))
                 if config.keeps_reference:
-                    self.reference = self.make_reference()
-                    self.reference.load(self.folder.path)
+                    self.reference = self.found_reference()
             self.engine = make_engine(config, model, self.tokenizer, self.scale, resolve_model(config.start))
         self.trackers = trackers.Trackers(config, self.folder, self.state.step if self.found else None)
         self.folder.claim(config)
@@ -312,6 +311,18 @@ class Trainer:
     def make_reference(self) -> Reference:
         """The policy as it is now, frozen; on its device only where every step needs it."""
         return Reference(self.policy, self.config.rollout.temperature, resident=self.config.objective.kl_coef > 0)
+
+    def found_reference(self) -> Reference | None:
+        """The reference of a resumed run; a run that only measures the KL goes on without one that it does not have."""
+        reference = self.make_reference()
+        try:
+            reference.load(self.folder.path)
+        except CheckpointError as error:
+            if self.config.objective.kl_coef:
+                raise
+            print(f"the KL to the start is not measured: {error}", file=sys.stderr)
+            return None
+        return reference
 
     def references(self, batches: Sequence[Batch]) -> Sequence[torch.Tensor | None]:
         """The reference's log-probabilities for the micro-batches of a step that trains on, or measures, the KL."""

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
+from real_fast.benchmark_table import Line
 from real_fast.compare import main
-from real_fast.comparison import AVERAGE, Line, compare
+from real_fast.comparison import AVERAGE, compare
 from real_fast.comparison_plot import comparison_plot
+from real_fast.estimates import drawn_seeds
 from real_fast.evaluations import Evaluation, NoEvaluationError, find_evaluations, pool_seeds
 from real_fast.jsonio import write_json, write_jsonl
 from real_fast.metrics import WITH_INTERVALS, correlations, summarize
@@ -237,10 +239,23 @@ def test_a_method_with_seeds_is_the_mean_of_its_runs() -> None:
     for name in WITH_INTERVALS:
         values = [line.estimates[name].value for line in alone]
         assert pooled.estimates[name].value == pytest.approx(np.mean(values))
-    # Seeds that differ this much must show: no narrower than drawing three of the three values and nothing else.
-    draws = np.random.default_rng(0).choice([line.estimates["pearson"].value for line in alone], (4000, 3)).mean(1)
-    width = pooled.estimates["pearson"].high - pooled.estimates["pearson"].low
-    assert width > 0.9 * np.subtract(*np.percentile(draws, [97.5, 2.5]))
+
+
+def test_the_spread_of_the_seeds_is_in_the_interval() -> None:
+    """The resamples' variance is that of a mean over n seeds, unbiased, where the prompts vary little."""
+    values = np.array([0.2, 0.5, 0.9])
+    runs = [{name: np.full(20000, value) for name in WITH_INTERVALS} for value in values]
+    drawn = drawn_seeds(runs, 0)["pearson"]
+    assert drawn.mean() == pytest.approx(values.mean(), abs=0.01)
+    assert drawn.var() == pytest.approx(values.var(ddof=1) / 3, rel=0.03)
+
+
+def test_a_seed_without_a_correlation_is_said() -> None:
+    runs = seeds("real", [0.3, 0.6])
+    runs[1] = replace(runs[1], rows=[{**row, "prediction": 3.0} for row in runs[1].rows])
+    lines, notes = compare([*runs, evaluation("sft", predictions(1.0, 9))], bootstrap=20)
+    assert by(lines, "real").estimates["pearson"].value is None and by(lines, "real").estimates["rmse"].value
+    assert notes == ["b.jsonl: real has no correlation on seed 1, and so none on average"]
 
 
 def test_the_seeds_of_two_methods_are_drawn_in_pairs() -> None:
@@ -250,8 +265,19 @@ def test_the_seeds_of_two_methods_are_drawn_in_pairs() -> None:
     d = by(lines, "after").differences["pearson"]
     assert d.low > 0 and d.p < 0.05
     shuffled = [replace(run, seed=2 - run.seed) for run in after]
-    d = by(compare([*start, *shuffled[::-1]], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
+    d = by(compare([*start, *shuffled], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
     assert d.low < 0
+    # Whatever order they come in; and a seed that one of them lacks is no pair.
+    d, e = (
+        by(compare([*start, *runs], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
+        for runs in (after[::-1], after)
+    )
+    assert d == e
+    lines, notes = compare([*start, after[0], after[2]], baseline="start", bootstrap=400)
+    each = [by(compare([run], bootstrap=5)[0], run.method).estimates["pearson"].value for run in (*start, *after)]
+    found = by(lines, "after").differences["pearson"]
+    assert found.value == pytest.approx((each[3] + each[5] - each[0] - each[2]) / 2) and found.low > 0
+    assert notes == ["b.jsonl: the difference of after and start is that of the seeds of both"]
 
 
 def test_rows_without_a_score_are_counted_over_the_seeds() -> None:
@@ -266,16 +292,38 @@ def test_runs_that_differ_by_their_seed_alone_are_found(tmp_path: Path) -> None:
         trained(folder, predictions(0.5, seed), {"eval": "b.jsonl", "train": f"{folder}/rows.jsonl"})
         config = yaml.safe_load((folder / "config.yaml").read_text()) | {
             "seed": seed, "output": str(folder), "init_from": f"runs/sft-{seed}", "optim": {"lr": 1e-5},
+            "run_name": f"real-{seed}-stage2", "model": "m/judge-1",
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         other = tmp_path / "runs" / f"rate-{seed}"
         trained(other, predictions(0.5, seed), {"eval": "b.jsonl"})
         config |= {"output": str(other), "data": {"eval": "b.jsonl"}, "optim": {"lr": 1e-5 * (1 + seed)}}
         (other / "config.yaml").write_text(yaml.safe_dump(config))
-    found = pool_seeds(find_evaluations([tmp_path / "runs"])[0])
-    assert [(e.method, e.seed) for e in found if "real" in e.method] == [("real", 0), ("real", 1), ("real", 2)]
+        evaluated(folder / "tract", predictions(0.5, seed), protocol="tract")  # a second protocol
+    found, notes = pool_seeds(find_evaluations([tmp_path / "runs"])[0])
+    assert sorted((e.method, e.seed) for e in found if "real" in e.method) == [
+        (f"real ({protocol}, n=1)", seed) for protocol in ("real", "tract") for seed in range(3)
+    ]
     # Another learning rate is another method, whatever the folders' names end with.
     assert sorted((e.method, e.seed) for e in found if "rate" in e.method) == [(f"rate-{s}", None) for s in range(3)]
+    assert notes == []
+    output = tmp_path / "out"
+    assert main([str(tmp_path / "runs"), "--pool-seeds", "--bootstrap", "20", "--output", str(output)]) == 0
+    table = (output / "comparison.md").read_text()
+    assert "| b.jsonl | real (tract, n=1) | tract | 3 | 90 |" in table and "| seeds |" in table
+
+
+@pytest.mark.parametrize("other", ["real-2 and real-3 at another rate", "a folder real"])
+def test_runs_of_other_settings_never_share_a_name(tmp_path: Path, other: str) -> None:
+    rates = {"real-0": (0, 1.0), "real-1": (1, 1.0)}
+    rates |= {"real": (0, 2.0)} if other == "a folder real" else {"real-2": (2, 2.0), "real-3": (3, 2.0)}
+    for name, (seed, rate) in rates.items():
+        folder = trained(tmp_path / "runs" / name, predictions(0.5, seed), {"eval": "b.jsonl"})
+        config = {"data": {"eval": "b.jsonl"}, "seed": seed, "output": str(folder), "optim": {"lr": rate}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    found, notes = pool_seeds(find_evaluations([tmp_path / "runs"])[0])
+    assert sorted(e.method for e in found) == sorted(rates) and all(e.seed is None for e in found)
+    assert "real-0, real-1 are not pooled" in notes[0]
 
 
 # The command

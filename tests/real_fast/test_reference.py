@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from real_fast import train
 from real_fast.checkpoint import CheckpointError
 from real_fast.model import Policy
 from real_fast.packing import micro_batches
@@ -139,6 +140,10 @@ def test_a_resume_without_a_reference_says_so(tiny_judge, whole, tmp_path, capsy
     shutil.rmtree(output / "reference")
     assert main(flags(tiny_judge, output, *BOTH, "--resume")) == 2
     assert "objective.kl_coef 0" in capsys.readouterr().err
+    # A metric that cannot be had is no reason to stop a run: one of an earlier version has no reference.
+    assert main(flags(tiny_judge, output, "--objective.kl_every", "1", "--train.steps", "6", "--resume")) == 0
+    assert "the KL to the start is not measured" in capsys.readouterr().err
+    assert len(steps(output)) == 6 and "kl" not in steps(output)[-1]
 
 
 @pytest.mark.parametrize(("every", "measured"), [("2", [2, 4, 5]), ("20", [5]), ("0", [])])
@@ -184,19 +189,20 @@ def test_nothing_to_train_on_is_no_error(tiny_judge, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_in_every_iteration(tiny_judge, tmp_path, monkeypatch):
-    output, original = tmp_path / "run", Trainer.objective
+    output, original, made = tmp_path / "run", train.method_loss, []
 
-    def poisoned(self, *arguments):
-        loss = original(self, *arguments)
+    def poisoned(*arguments):
+        loss = original(*arguments)
+        made.append(loss)
 
         def broken(hidden, weight, batch):
             out = loss(hidden, weight, batch)
             out.loss = out.loss * float("nan")
             return out
 
-        return broken if self.state.step == 1 else loss
+        return broken if len(made) in (3, 4) else loss  # one micro-batch in each of two iterations: the second step
 
-    monkeypatch.setattr(Trainer, "objective", poisoned)
+    monkeypatch.setattr(train, "method_loss", poisoned)
     assert main(flags(tiny_judge, output, *BOTH, "--train.steps", "3")) == 0
     lines = steps(output)
     assert [m["skipped_steps"] for m in lines] == [0, 2, 2] and lines[1]["loss"] is None

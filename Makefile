@@ -32,7 +32,7 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 	$(PY) -m real_fast.train --config configs/quickstart.yaml $(ARGS)
 
 experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
-	$(PY) -m experiments.run $(ARGS)
+	$(PY) -m experiments.run --results experiments $(ARGS)
 
 test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest $(ARGS)

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.settings import Data
 from real_fast.config import PromptConfig
-from real_fast.data import DataError, Rejected, load_rows
+from real_fast.data import DataError, Rejected, load_rows, reason_counts
 from real_fast.jsonio import read_jsonl, write_json, write_jsonl
 from real_fast.prompt import PromptBuilder
 from real_fast.scale import ScoreScale
@@ -45,9 +45,10 @@ def prepare(data: Data, source: Path, folder: Path, prompt: PromptConfig, builde
     train: list[dict[str, Any]] = []
     test: list[dict[str, Any]] = []
     benchmarks: dict[str, list[str]] = {}
-    counts: dict[str, dict[str, int]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     for name in [*data.train, *data.unseen]:
-        rows, all_rows = _fitting(data, source / name, folder, prompt, builder, scale)
+        rejected: list[Rejected] = []
+        rows = _fitting(data, source / name, folder, prompt, builder, scale, rejected)
         seen = name in data.train
         held_out = _held_out(rows, data.test_share) if seen else {row["prompt_id"] for row in rows}
         mine = [row for row in rows if row["prompt_id"] in held_out]
@@ -58,7 +59,12 @@ def prepare(data: Data, source: Path, folder: Path, prompt: PromptConfig, builde
             raise DataError(f"{source / name}: {len(mine)} rows to test on and {len(rest)} to train on are left")
         benchmark = Path(name).stem
         benchmarks[benchmark] = [row["id"] for row in mine]
-        counts[benchmark] = {"rows": all_rows, "fitting": len(rows), "train": len(rest), "test": len(mine)}
+        counts[benchmark] = {
+            "rows": len(rows) + len(rejected),
+            "left_out": reason_counts(rejected),
+            "train": len(rest),
+            "test": len(mine),
+        }
         train += rest
         test += mine
     if twice := [i for i, n in Counter(row["id"] for row in train + test).items() if n > 1]:
@@ -70,17 +76,26 @@ def prepare(data: Data, source: Path, folder: Path, prompt: PromptConfig, builde
 
 
 def _fitting(
-    data: Data, path: Path, folder: Path, prompt: PromptConfig, builder: PromptBuilder, scale: ScoreScale
-) -> tuple[list[dict[str, Any]], int]:
-    """The file's rows, shortened, whose prompts are short enough; and how many it has."""
+    data: Data,
+    path: Path,
+    folder: Path,
+    prompt: PromptConfig,
+    builder: PromptBuilder,
+    scale: ScoreScale,
+    rejected: list[Rejected],
+) -> list[dict[str, Any]]:
+    """The file's rows, shortened, that a run would not reject; `rejected` gets the others."""
     if not path.is_file():
-        raise DataError(f"{path} is missing: name the folder of the experiment's files with --data")
+        raise DataError(
+            f"{path} is missing: name the folder of the experiment's files with --data or $REAL_FAST_DATA "
+            "(docs/experiment.md says what they are)"
+        )
     rows = [shortened(row, data) for row in read_jsonl(path)]
-    copy = folder / f"{path.stem}.jsonl"
+    copy = folder / f"{path.stem}.tmp.jsonl"
     write_jsonl(copy, rows)
-    rejected: list[Rejected] = []
     fitting = {row.id for row in load_rows(str(copy), "", builder, scale, prompt.max_tokens, rejected)}
-    return [row for row in rows if row["id"] in fitting], len(rows)
+    copy.unlink()
+    return [row for row in rows if row["id"] in fitting]
 
 
 def shortened(row: dict[str, Any], data: Data) -> dict[str, Any]:
@@ -95,8 +110,8 @@ def shortened(row: dict[str, Any], data: Data) -> dict[str, Any]:
     return out
 
 
-def _order(row_or_prompt: str) -> bytes:
-    return hashlib.sha256(row_or_prompt.encode()).digest()
+def _order(prompt_id: str) -> bytes:
+    return hashlib.sha256(prompt_id.encode()).digest()
 
 
 def _held_out(rows: list[dict[str, Any]], share: float) -> set[str]:

@@ -30,6 +30,7 @@ def main() -> None:
     summary = json.loads((HERE / "summary.json").read_text(encoding="utf-8"))
     text = fill(text, "reduced", "\n".join(f"- {line}" for line in summary["reduced"]))
     text = fill(text, "seeds", per_seed(summary["results"]))
+    text = fill(text, "rows", rows_table(summary["rows"]))
     text = fill(text, "alone", alone(summary["without_a_model"]))
     PAGE.write_text(fill(text, "runs", runs_table(summary["runs"], summary["machines"])), encoding="utf-8")
 
@@ -63,7 +64,7 @@ def per_seed(results: list[dict[str, Any]]) -> str:
         for benchmark in benchmarks:
             mine = [r for r in results if (r["method"], r["benchmark"]) == (method, benchmark)]
             correlations = ", ".join("-" if r["pearson"] is None else f"{r['pearson']:.2f}" for r in mine)
-            errors = ", ".join(f"{r['rmse']:.2f}" for r in mine)
+            errors = ", ".join("-" if r["rmse"] is None else f"{r['rmse']:.2f}" for r in mine)
             row.append(f"{correlations} ({errors})")
         table.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n\nPearson of each seed, in brackets RMSE."
@@ -77,25 +78,42 @@ def alone(found: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(lines)
 
 
+def rows_table(rows: dict[str, dict[str, Any]]) -> str:
+    """What became of every file's rows."""
+    lines = ["| file | rows | left out | trained on | held out and graded |", "|---|---|---|---|---|"]
+    for name, counts in rows.items():
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in counts["left_out"].items()) or "0"
+        lines.append(f"| {name} | {counts['rows']} | {reasons} | {counts['train']} | {counts['test']} |")
+    return "\n".join(lines)
+
+
 def runs_table(runs: dict[str, dict[str, Any]], machines: list[dict[str, Any]]) -> str:
-    """What the runs saw and took, the mean over seeds."""
-    table = [
-        "| method | updates | rows seen | seconds | feedback tokens | truncated | off-scale mass |",
+    """What the runs saw and took, the mean over seeds; what they start from is not included."""
+    lines = [
+        "| method | updates | rows seen | seconds of training | feedback tokens | truncated | off-scale mass |",
         "|---|" + "---|" * 6,
     ]
     for method in dict.fromkeys(name.rpartition("-")[0] for name in runs):
         mine = [run for name, run in runs.items() if name.rpartition("-")[0] == method]
-
-        def mean(key: str, mine: list[dict[str, Any]] = mine) -> float:
-            return float(sum(run[key] for run in mine)) / len(mine)
-
-        seconds = sum(sum(run["seconds"].values()) for run in mine) / len(mine)
-        table.append(
-            f"| `{method}` | {mine[0]['updates']} | {mine[0]['rows_seen']} | {seconds:.0f} | {mean('mean_length'):.0f} "
-            f"| {100 * mean('truncated'):.0f} % | {mean('off_scale_mass'):.3f} |"
-        )
+        cells = [
+            _mean(mine, key, digits)
+            for key, digits in {
+                "updates": 0,
+                "rows_seen": 0,
+                "training_seconds": 0,
+                "mean_length": 0,
+                "truncated": 2,
+                "off_scale_mass": 3,
+            }.items()
+        ]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
     about = "; ".join(", ".join(f"{k} {v}" for k, v in machine.items()) for machine in machines)
-    return "\n".join([*table, f"\nMachine: {about}."])
+    return "\n".join([*lines, f"\nMachine: {about}."])
+
+
+def _mean(runs: list[dict[str, Any]], key: str, digits: int) -> str:
+    known = [run[key] for run in runs if run[key] is not None]
+    return f"{sum(known) / len(known):.{digits}f}" if known else "-"
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from experiments.settings import Experiment, merged, run_folder
 from real_fast.compare import csv_text, markdown
@@ -21,6 +20,7 @@ STATISTICS = ("pearson", "spearman", "kendall", "rmse", "n")
 # All held-out prompts of the files that are trained on; the parts are benchmarks of their own too.
 IN_DOMAIN = "in_domain"
 _BOOTSTRAP = 2000
+_TRAINING = ("rollout", "update", "optimizer", "sync", "self_generated")
 
 
 def write(experiment: Experiment, folder: Path, results: Path) -> str:
@@ -59,7 +59,7 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
             "rows": json.loads((folder / "data" / "split.json").read_text(encoding="utf-8"))["counts"],
             "machines": [json.loads(m) for m in machines],
             "runs": runs,
-            "settings": yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8")),
+            "settings": {k: v for k, v in asdict(experiment).items() if k not in ("reduced", "beside")},
         },
     )
     predictions: dict[str, dict[str, float | None]] = {}
@@ -92,10 +92,10 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
         rows = {row["id"]: row for row in read_jsonl(file)}
         protocol = merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real")
         for benchmark, ids in benchmarks(experiment, folder).items():
-            mine = [rows[i] for i in ids if i in rows]
-            if mine:
-                n = int(mine[0].get("n", 1))
-                found.append(Evaluation(method, benchmark, protocol, n, mine, file, run, seed))
+            if absent := [i for i in ids if i not in rows]:
+                raise OutputError(f"{file} has no prediction for {len(absent)} held-out rows, such as {absent[0]}")
+            mine = [rows[i] for i in ids]
+            found.append(Evaluation(method, benchmark, protocol, int(mine[0].get("n", 1)), mine, file, run, seed))
     return found
 
 
@@ -131,15 +131,22 @@ def _statistics(e: Evaluation) -> dict[str, Any]:
 
 
 def _about(run: Path) -> dict[str, Any]:
-    """What a run saw and took."""
+    """What a run saw and took, TRACT's first stage included; the run that it starts from is not."""
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    metrics = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == summary["method"]]
+    stages = [run, run / "stage1"] if (run / "stage1" / "summary.json").is_file() else [run]
+    summaries = [json.loads((stage / "summary.json").read_text(encoding="utf-8")) for stage in stages]
+    after = summary["eval"]["after"]
     return {
-        "updates": summary["steps"],
-        "rows_seen": round(metrics[-1]["epoch"] * summary["train_rows"]) if metrics else 0,
-        "seconds": summary["seconds"],
-        "off_scale_mass": summary["eval"]["after"]["off_scale_mass"],
-        "truncated": summary["eval"]["after"]["truncated"],
-        "mean_length": summary["eval"]["after"]["mean_length"],
+        "updates": sum(s["steps"] for s in summaries),
+        "rows_seen": sum(_rows_seen(stage, s) for stage, s in zip(stages, summaries, strict=True)),
+        "training_seconds": sum(s for each in summaries for part, s in each["seconds"].items() if part in _TRAINING),
+        "off_scale_mass": after["off_scale_mass"],
+        "truncated": after["truncated"],
+        "mean_length": after["mean_length"],
         "machine": summary["machine"],
     }
+
+
+def _rows_seen(run: Path, summary: dict[str, Any]) -> int:
+    metrics = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == summary["method"]]
+    return round(metrics[-1]["epoch"] * summary["train_rows"]) if metrics else 0

@@ -11,6 +11,9 @@ import yaml
 from real_fast import settings
 from real_fast.config import Config, ConfigError
 
+# In the folder of the runs.
+TEMPLATE = Path("data") / "template.jinja"
+
 
 @dataclass
 class Data:
@@ -46,6 +49,7 @@ class Experiment:
         methods: By name, what a method changes in `common`; ``init_from`` names another method, whose run of the same
             seed is where it starts.
         baseline: Method that the table compares the others with.
+        beside: Folder of the YAML file, where a prompt template of the experiment's own is.
         reduced: What was left out for want of computing time, a sentence each; it goes into the results.
     """
 
@@ -55,6 +59,7 @@ class Experiment:
     methods: dict[str, dict[str, Any]]
     baseline: str = "sft"
     reduced: list[str] = field(default_factory=list)
+    beside: Path = Path()
 
     def config(self, method: str, seed: int, folder: Path) -> dict[str, Any]:
         """Settings of one run, as its YAML file has them; runs and data are in `folder`."""
@@ -62,8 +67,10 @@ class Experiment:
         if own.get("init_from") is not None:
             own["init_from"] = str(run_folder(folder, own["init_from"], seed))
         data = {"train": str(folder / "data" / "train.jsonl"), "eval": str(folder / "data" / "test.jsonl")}
-        output = str(run_folder(folder, method, seed))
-        return merged(merged(self.common, own), {"output": output, "seed": seed, "data": data})
+        last = {"output": str(run_folder(folder, method, seed)), "seed": seed, "data": data}
+        if self.template() is not None:
+            last["prompt"] = {"template": str(folder / TEMPLATE)}
+        return merged(merged(self.common, own), last)
 
     def order(self) -> list[tuple[str, int]]:
         """Runs (method, seed) as they are made: every method's seeds in a row, each behind what it starts from.
@@ -72,10 +79,16 @@ class Experiment:
         """
         return [(method, seed) for method in self.methods for seed in self._seeds(method)]
 
+    def template(self) -> str | None:
+        """Text of the experiment's own prompt template; runs use a copy. None for one of the package."""
+        name = self.common.get("prompt", {}).get("template")
+        file = self.beside / str(name)
+        return file.read_text(encoding="utf-8") if name and file.is_file() else None
+
     def _seeds(self, method: str) -> list[int]:
         config = merged(self.common, self.methods[method])
-        greedy = config.get("eval", {}).get("temperature") == 0
-        return self.seeds[:1] if greedy and config.get("train", {}).get("steps") == 0 else self.seeds
+        untrained = config.get("train", {}).get("steps") == 0 and not config.get("warmup", {}).get("steps")
+        return self.seeds[:1] if untrained and config.get("eval", {}).get("temperature") == 0 else self.seeds
 
 
 def run_folder(folder: Path, method: str, seed: int) -> Path:
@@ -97,20 +110,22 @@ def load(path: Path, folder: Path) -> Experiment:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path} holds no settings")
+    if not isinstance(given, dict) or not isinstance(given.get("common"), dict):
+        raise ConfigError(f"{path} holds no settings, or none under common")
     if isinstance(given.get("methods"), dict):
         given["methods"] = {name: own or {} for name, own in given["methods"].items()}  # "sft:" alone changes nothing
     data = _build(Data, given.pop("data", None), f"{path}: data")
     experiment: Experiment = _build(Experiment, {**given, "data": data}, str(path))
-    template = path.parent / str(experiment.common.get("prompt", {}).get("template", ""))
-    if template.is_file():
-        experiment.common["prompt"]["template"] = str(template.resolve())
+    _check(experiment, path)
+    experiment.beside = path.parent
     done: set[str] = set()
     for method, own in experiment.methods.items():
         start = own.get("init_from")
         if start is not None and start not in done:
             raise ConfigError(f"{path}: {method} starts from {start}, which must stand above it")
+        runs = {m for m, seed in experiment.order() if seed == experiment.seeds[-1]}
+        if start is not None and method in runs and start not in runs:
+            raise ConfigError(f"{path}: {method} starts from {start}, which is not trained: leave init_from out")
         done.add(method)
         check = experiment.config(method, experiment.seeds[0], folder)
         try:
@@ -118,6 +133,22 @@ def load(path: Path, folder: Path) -> Experiment:
         except Exception as error:  # jsonargparse raises several kinds
             raise ConfigError(f"{path}: {method}: {error}") from error
     return experiment
+
+
+def _check(experiment: Experiment, path: Path) -> None:
+    """What the types do not say."""
+    seeds, data = experiment.seeds, experiment.data
+    problems = {
+        f"seeds is {seeds}: at least one is needed, each once": not seeds or len(set(seeds)) < len(seeds),
+        f"baseline {experiment.baseline} is not among the methods": experiment.baseline not in experiment.methods,
+        f'data.rubric is {data.rubric!r}: "full" or "question"': data.rubric not in ("full", "question"),
+        f"data.test_share is {data.test_share}: it must lie between 0 and 1": not 0 < data.test_share < 1,
+        "data.train names no file": not data.train,
+        "common.model is not set": not experiment.common.get("model"),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ConfigError(f"{path}: {problem}")
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,10 @@ The feedback that the first model writes becomes a dataset, OUTPUT/self_generate
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from real_fast import trackers
 from real_fast.config import Config, DataConfig
 from real_fast.data import DataError, JudgeRow
-from real_fast.jsonio import write_jsonl
+from real_fast.jsonio import write_json, write_jsonl
 from real_fast.rollout.base import Rollout, Sampling
 from real_fast.run_folder import OutputError, move_aside
 
@@ -46,7 +48,9 @@ def run(config: Config) -> bool:
             return False
         print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
         rows = first.data.train
+        started = time.perf_counter()
         rollouts = _sample(first, rows)
+        _add_seconds(folder / "stage1" / "summary.json", "self_generated", time.perf_counter() - started)
         write_jsonl(held_out, (record(row, row.feedbacks) for row in first.data.eval))
         _write(generated, rows, rollouts, first.scale.phrase, config.supervised.prompts_per_step)
         first.engine.close()
@@ -54,6 +58,13 @@ def run(config: Config) -> bool:
     data = DataConfig(train=str(generated), eval=str(held_out))
     second = replace(single, data=data, run_name=f"{name}-stage2")
     return Trainer(_resumable(second)).run()
+
+
+def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
+    """What is done after a run's end counts as a phase of it."""
+    known = json.loads(summary.read_text(encoding="utf-8"))
+    known["seconds"][phase] = round(seconds, 2)
+    write_json(summary, known)
 
 
 def _resumable(config: Config) -> Config:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,8 @@ def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
     for name, config in methods.items():
         assert config.seed == 1 and config.output == str(tmp_path / "runs" / f"{name}-1")
         sampling = config.train.steps > 0 and config.samples
-        assert config.init_from == (str(tmp_path / "runs" / "sft-1") if sampling else None)
+        starts = sampling or name == "sft_longer"
+        assert config.init_from == (str(tmp_path / "runs" / "sft-1") if starts else None)
         assert (config.rollout, config.data, config.prompt) == (
             methods["real"].rollout, methods["real"].data, methods["real"].prompt
         )  # fmt: skip
@@ -89,12 +93,20 @@ def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
         ({"methods": {"real": {"init_from": "sft"}, "sft": {"method": "sft"}}}, "real starts from sft"),
         ({"methods": {"sft": {"method": "best"}}}, "(?s)sft: .*best"),
         ({"methods": {"sft": {"optim": {"lr": -1.0}}}}, "sft: optim.lr is -1.0"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"baseline": "best"}, "baseline best is not among"),
+        ({"data": {"train": ["a"], "unseen": [], "rubric": "Question"}}, "data.rubric is 'Question'"),
+        ({"common": None}, "none under common"),
+        (
+            {"methods": {"sft": {"train": {"steps": 0}}, "real": {"init_from": "sft"}}, "seeds": [0, 1]},
+            "real starts from sft, which is not trained",
+        ),
     ],
 )
 def test_mistakes_are_said_before_the_work(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    common = {**TINY["common"], "model": "m"}
+    change = {"common": {**TINY["common"], "model": "m"}} | change
     with pytest.raises(ConfigError, match=message):
-        load(written(tmp_path / "e.yaml", common=common, **change), tmp_path)
+        load(written(tmp_path / "e.yaml", **change), tmp_path)
 
 
 # Rows
@@ -128,7 +140,10 @@ def test_the_split_holds_out_whole_prompts(files: Path, tmp_path: Path, smollm2_
     assert [row["id"] for row in test] == split["benchmarks"]["seen"] + split["benchmarks"]["new"]
     assert 0 < len(split["benchmarks"]["new"]) <= 9
     counts = split["counts"]["seen"]
-    assert counts["rows"] == 60 > counts["fitting"] == counts["train"] + counts["test"]
+    (left_out,) = counts["left_out"].items()
+    assert counts["rows"] == 60 == counts["train"] + counts["test"] + left_out[1]
+    assert left_out[0] == "prompt is too long" and left_out[1] > 0
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"train.jsonl", "test.jsonl", "split.json"}
     # Fewer rows that fit hold out the same prompts, as far as they are there.
     longer = PromptConfig(template="short", system="", max_tokens=400)
     again = json.loads(data.prepare(given, files, tmp_path / "b", longer, builder, scale).read_text())
@@ -170,26 +185,66 @@ def test_an_experiment_from_its_files_to_its_table(
     printed = capsys.readouterr().out
     assert "| in_domain | real |" in printed and "| seen |" not in printed and "`sft`" in printed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
-    # Nothing is left to do, and other settings are not mixed with these.
+    # Without the runs: what is finished, in the runs' own folder.
+    assert run.main([*argv[:-2], "--results-only"]) == 0
+    assert json.loads((output / "results" / "summary.json").read_text()) == found
+    # Nothing is left to do; another method may join, and other settings are not mixed with these.
     monkeypatch.setattr(run, "run_one", lambda *_: pytest.fail("a finished run was made again"))
     assert run.main(argv) == 0
-    written(config, common={**TINY["common"], "model": str(tiny_judge), "optim": {"lr": 1.0}}, seeds=[0])
-    assert run.main(argv) == 2 and "other settings" in capsys.readouterr().err
+    methods = {**TINY["methods"], "more": {"method": "sft"}}
+    common = {**TINY["common"], "model": str(tiny_judge)}
+    written(config, common=common, seeds=[0], methods=methods)
+    monkeypatch.setattr(run, "run_one", lambda _e, folder, *_: (7, folder / "logs" / "more-0.log"))
+    capsys.readouterr()
+    assert run.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert "more-0 failed with status 7: see " in err and "| in_domain | real |" in out
+    written(config, common={**common, "optim": {"lr": 1.0}}, seeds=[0])
+    assert run.main(argv) == 2 and "was made with other settings" in capsys.readouterr().err
 
 
-def test_a_run_that_fails_takes_nothing_but_its_followers_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_its_own_template_goes_with_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ response }} one")
+    common = {**TINY["common"], "model": "m", "prompt": {"template": "own.jinja", "max_tokens": 99}}
+    output = tmp_path / "out"
+    experiment = load(written(tmp_path / "e.yaml", common=common), output)
+    output.mkdir()
+    run.require_same(experiment, output)
+    prompt = experiment.config("sft", 0, output)["prompt"]
+    assert prompt["max_tokens"] == 99 and Path(prompt["template"]).read_text() == "{{ response }} one"
+    (tmp_path / "own.jinja").write_text("{{ response }} two")
+    with pytest.raises(OSError, match="another prompt template"):
+        run.require_same(experiment, output)
+
+
+def test_a_run_that_fails_takes_its_followers_along_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def one(_experiment: Any, _folder: Path, method: str, seed: int) -> bool:
+    def one(_experiment: Any, folder: Path, method: str, seed: int) -> tuple[int, Path]:
         tried.append(f"{method}-{seed}")
-        return tried[-1] != "sft-0"
+        return (3 if tried[-1] == "sft-0" else 0), folder / "log"
 
     monkeypatch.setattr(run, "run_one", one)
     experiment = Experiment([0, 1], Data([], []), TINY["common"], TINY["methods"])
-    assert run.run_all(experiment, tmp_path, None) == ["sft-0", "real-0"]
+    failed: list[str] = []
+    run.run_all(experiment, tmp_path, None, failed)
+    assert failed == [
+        f"sft-0 failed with status 3: see {tmp_path / 'log'}", "real-0 was left out: it starts from sft-0",
+    ]  # fmt: skip
     assert tried == ["base-0", "sft-0", "sft-1", "real-1"]
+
+
+def test_two_do_not_run_in_one_folder(tmp_path: Path) -> None:
+    """Neither another command, nor one after the first was killed whose run goes on."""
+    with run.alone_in(tmp_path):
+        with pytest.raises(OSError, match="is in use"), run.alone_in(tmp_path):
+            pass
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with pytest.raises(OSError, match="is in use"), run.alone_in(tmp_path):
+        pass
+    child.communicate(b"\n")
+    with run.alone_in(tmp_path):
+        pass
 
 
 def test_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +270,8 @@ def test_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         run.run_one(experiment, tmp_path, "sft", 0)
     assert signals == [2]
+    with run.stopped_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +286,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     experiment = Experiment([0], Data([], []), TINY["common"], TINY["methods"])
-    assert run.run_one(experiment, tmp_path, "sft", 0)
+    assert run.run_one(experiment, tmp_path, "sft", 0)[0] == 0
     (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").mkdir(parents=True)
-    assert run.run_one(experiment, tmp_path, "sft", 0)
+    assert run.run_one(experiment, tmp_path, "sft", 0)[0] == 0
     assert "--resume" not in commands[0] and commands[1][-2:] == ["--resume", "true"]
     assert not (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").exists()
 

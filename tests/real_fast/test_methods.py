@@ -227,6 +227,7 @@ def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, m
     for folder in (output / "stage1", output):
         assert json.loads((folder / "summary.json").read_text())["method"] == "tract"
         assert (folder / "final" / "model.safetensors").is_file()
+    assert json.loads((output / "stage1" / "summary.json").read_text())["seconds"]["self_generated"] > 0
     assert main(flags(tiny_judge, output, *more)) == 2 and "holds a run" in capsys.readouterr().err
     assert main(flags(tiny_judge, tmp_path / "real", "--init_from", str(output), "--train.steps", "1")) == 0
     first = read_jsonl(tmp_path / "real" / "metrics.jsonl")[0]["eval"]

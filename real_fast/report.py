@@ -36,6 +36,12 @@ def start(trainer: Trainer) -> None:
         + (f"; resuming after step {trainer.state.step}" if trainer.found else ""),
         flush=True,
     )
+    if config.method == "raft" and config.supervised.feedback == "none" and config.eval.protocol != "raft":
+        print(
+            f"eval.protocol is {config.eval.protocol}: the evaluations let the model write feedback, which it does not "
+            "learn here; raft reads the score right behind the phrase",
+            file=sys.stderr,
+        )
 
 
 def finish(trainer: Trainer) -> None:

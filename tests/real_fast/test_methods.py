@@ -181,13 +181,14 @@ SUPERVISED = ["--supervised.prompts_per_step", "4", "--warmup.steps", "0", "--tr
     [
         ("sft", [], {"loss/feedback", "loss/score"}),
         ("raft", ["--supervised.feedback", "none"], {"loss/squared_error"}),
+        ("raft", ["--supervised.feedback", "none", "--eval.protocol", "raft"], {"loss/squared_error"}),
         ("raft", [], {"loss/squared_error"}),
         ("binary_rl", [], {"loss/feedback", "loss/score", "reward"}),
         ("real", ["--objective.exploration", "false"], {"loss/refinement", "reward"}),
         ("real", ["--objective.beta", "0"], {"loss/exploration", "reward"}),
     ],
 )
-def test_every_method_trains_a_judge(tiny_judge, tmp_path, method, more, keys):
+def test_every_method_trains_a_judge(tiny_judge, tmp_path, method, more, keys, capsys):
     output = tmp_path / "run"
     assert main(flags(tiny_judge, output, "--method", method, *SUPERVISED, *more)) == 0
     lines = [m for m in read_jsonl(output / "metrics.jsonl") if m["phase"] == method]
@@ -200,6 +201,8 @@ def test_every_method_trains_a_judge(tiny_judge, tmp_path, method, more, keys):
     summary = json.loads((output / "summary.json").read_text())
     assert summary["method"] == method and summary["eval"]["after"]["n"] == 12
     assert (output / "final" / "model.safetensors").is_file() and (output / "training.png").is_file()
+    assert summary["eval"]["after"]["mean_length"] == 0 or "raft" not in more
+    assert ("eval.protocol is real" in capsys.readouterr().err) == (more == ["--supervised.feedback", "none"])
 
 
 def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, monkeypatch):

@@ -57,7 +57,7 @@ class Experiment:
     data: Data
     common: dict[str, Any]
     methods: dict[str, dict[str, Any]]
-    baseline: str = "sft"
+    baseline: str = "real"
     reduced: list[str] = field(default_factory=list)
     beside: Path = Path()
 

@@ -37,6 +37,7 @@ def comparison_plot(lines: Sequence[Line], path: str | Path) -> None:
             axes.set_ylim(len(some) - 0.5, -0.5)
             describe(axes, name, what if name == list(tables)[-1] else "", "")
         row[1].tick_params(labelleft=False)
-    about = "95 % intervals by resampling prompts; orange: the reference of the tests"
+    drawn = "prompts and seeds" if max(line.seeds for line in lines) > 1 else "prompts"
+    about = f"95 % intervals by resampling {drawn}; orange: the reference of the tests"
     figure.supxlabel(about, fontsize=10.5, color=GREY)
     save_figure(figure, path)

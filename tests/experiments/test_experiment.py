@@ -27,6 +27,7 @@ TINY: dict[str, Any] = {
     "seeds": [0, 1],
     "data": {"train": ["seen.jsonl"], "unseen": ["new.jsonl"], "test_share": 0.3, "max_unseen": 9},
     "reduced": ["Everything."],
+    "baseline": "sft",
     "common": {
         "prompt": {"template": "short", "system": ""},
         "rollout": {"engine": "transformers", "prompts_per_step": 2, "group_size": 2, "max_tokens": 12},
@@ -183,7 +184,7 @@ def test_an_experiment_from_its_files_to_its_table(
     ids = {row["id"] for row in read_jsonl(output / "data" / "test.jsonl")}
     assert all(rows.keys() == ids and None not in rows.values() for rows in kept.values())
     printed = capsys.readouterr().out
-    assert "| in_domain | real |" in printed and "| seen |" not in printed and "`sft`" in printed
+    assert "| in_domain | real |" in printed and "| seen |" not in printed and "from `sft`" in printed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
     # Without the runs: what is finished, in the runs' own folder.
     assert run.main([*argv[:-2], "--results-only"]) == 0

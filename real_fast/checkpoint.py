@@ -147,7 +147,7 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
             continue
         moments = {key: tensors.get(f"{name}:{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
         if moments["exp_avg"] is None:
-            if state.step > state.skipped_steps:
+            if state.scheduler["last_epoch"] > state.skipped_steps:  # both count optimiser steps
                 raise CheckpointError(
                     f"checkpoint {path} has no optimiser state for {name}: it belongs to another model"
                 )

@@ -30,6 +30,7 @@ def main() -> None:
     summary = json.loads((HERE / "summary.json").read_text(encoding="utf-8"))
     text = fill(text, "reduced", "\n".join(f"- {line}" for line in summary["reduced"]))
     text = fill(text, "seeds", per_seed(summary["results"]))
+    text = fill(text, "labels", labels(summary["by_label"]))
     text = fill(text, "rows", rows_table(summary["rows"]))
     text = fill(text, "alone", alone(summary["without_a_model"]))
     PAGE.write_text(fill(text, "runs", runs_table(summary["runs"], summary["machines"])), encoding="utf-8")
@@ -76,6 +77,17 @@ def alone(found: dict[str, dict[str, float | None]]) -> str:
     for benchmark, values in found.items():
         lines.append(f"| {benchmark} | {' | '.join('-' if v is None else f'{v:.2f}' for v in values.values())} |")
     return "\n".join(lines)
+
+
+def labels(found: list[dict[str, Any]]) -> str:
+    """RMSE and mean prediction by label."""
+    parts = found[0]["parts"]
+    heads = [f"{p['labels']} ({p['n']} rows)" for p in parts]
+    lines = [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(parts)]
+    for method in found:
+        cells = ["-" if p["rmse"] is None else f"{p['rmse']:.2f} ({p['prediction']:.2f})" for p in method["parts"]]
+        lines.append(f"| `{method['method']}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + f"\n\nRMSE on {found[0]['benchmark']} by label, in brackets the mean prediction."
 
 
 def rows_table(rows: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,12 +49,14 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
     made = {(e.method, e.seed) for e in found}
     finished = [run for run in experiment.order() if run in made]
     missing = [f"{method}-{seed}" for method, seed in experiment.order() if (method, seed) not in made]
+    tables = [(e.method, e.benchmark) for e in found if e.benchmark == IN_DOMAIN]
     runs = {f"{method}-{seed}": _about(run_folder(folder, method, seed)) for method, seed in finished}
     machines = {json.dumps(run.pop("machine"), sort_keys=True): None for run in runs.values()}
     write_json(
         results / "summary.json",
         {
             "results": [_statistics(e) for e in found],
+            "by_label": [by_label([e for e in found if (e.method, e.benchmark) == m]) for m in dict.fromkeys(tables)],
             "without_a_model": without_a_model(experiment, folder),
             "missing": missing,
             "reduced": experiment.reduced,
@@ -120,6 +124,19 @@ def without_a_model(experiment: Experiment, folder: Path) -> dict[str, dict[str,
             "mean_label_rmse": constant["rmse"],
         }
     return found
+
+
+def by_label(runs: list[Evaluation]) -> dict[str, Any]:
+    """Where on the scale a method errs: its RMSE and mean prediction by label, over all of its runs."""
+    bounds = [-math.inf, 2.5, 3.5, 4.5, math.inf]
+    parts = []
+    for low, high in itertools.pairwise(bounds):
+        rows = [r for e in runs for r in e.rows if low <= r["label"] < high and r["prediction"] is not None]
+        values = correlations([r["prediction"] for r in rows], [r["label"] for r in rows])
+        mean = sum(r["prediction"] for r in rows) / len(rows) if rows else None
+        name = f"below {high}" if low == -math.inf else f"{low} and more" if high == math.inf else f"{low} to {high}"
+        parts.append({"labels": name, "n": len(rows) // len(runs), "rmse": values["rmse"], "prediction": mean})
+    return {"method": runs[0].method, "benchmark": runs[0].benchmark, "parts": parts}
 
 
 def _statistics(e: Evaluation) -> dict[str, Any]:

@@ -179,6 +179,8 @@ def test_an_experiment_from_its_files_to_its_table(
     }
     assert all({"seed", "pearson", "spearman", "kendall", "rmse", "n"} <= r.keys() for r in found["results"])
     assert found["missing"] == [] and found["reduced"] == ["Everything."] and found["runs"]["sft-0"]["rows_seen"] == 2
+    assert [m["method"] for m in found["by_label"]] == ["base", "sft", "real"]
+    assert sum(p["n"] for p in found["by_label"][0]["parts"]) == found["results"][0]["n"]
     kept = json.loads((table / "predictions.json").read_text())
     assert kept.keys() == {"base-0", "sft-0", "real-0"}
     ids = {row["id"] for row in read_jsonl(output / "data" / "test.jsonl")}

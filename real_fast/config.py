@@ -243,7 +243,6 @@ class EvalConfig:
 
     Args:
         every: Also evaluate every so many steps; 0 for the start, the end of the warm-up and the end alone.
-        on_start: Evaluate before training; without it, a run that goes on from an evaluated one saves that time.
         n: Feedbacks sampled per row; their expected scores are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
@@ -251,14 +250,15 @@ class EvalConfig:
             or as rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and
             the phrase is appended; "raft": no feedback, the score is read right behind the phrase; "decode": the mean
             of the scores that the model wrote itself.
+        on_start: Evaluate before training; without it, a run that goes on from an evaluated one saves that time.
     """
 
     every: int = 0
-    on_start: bool = True
     n: int = 1
     temperature: float = 1.0
     bootstrap: int = 1000
     protocol: Literal["real", "tract", "raft", "decode"] = "real"
+    on_start: bool = True
 
 
 @dataclass

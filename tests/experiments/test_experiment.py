@@ -162,6 +162,7 @@ def test_an_experiment_from_its_files_to_its_table(
 ) -> None:
     config = written(tmp_path / "e.yaml", common={**TINY["common"], "model": str(tiny_judge)}, seeds=[0])
     output, table = tmp_path / "out", tmp_path / "table"
+    monkeypatch.setattr(results, "_BOOTSTRAP", 50)
     argv = ["--config", str(config), "--data", str(files), "--output", str(output), "--results", str(table)]
     assert run.main([*argv, "--methods", "base"]) == 0
     known = (output / "runs" / "base-0" / "summary.json").stat().st_mtime_ns

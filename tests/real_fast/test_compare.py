@@ -261,19 +261,19 @@ def test_a_seed_without_a_correlation_is_said() -> None:
 def test_the_seeds_of_two_methods_are_drawn_in_pairs() -> None:
     """Each run a little better than the one that it started from: seen only where the seeds are drawn together."""
     start, after = seeds("start", [0.8, 1.4, 3.0]), seeds("after", [0.3, 0.9, 2.2])
-    lines, _ = compare([*start, *after], baseline="start", bootstrap=400)
+    lines, _ = compare([*start, *after], baseline="start", bootstrap=200)
     d = by(lines, "after").differences["pearson"]
     assert d.low > 0 and d.p < 0.05
     shuffled = [replace(run, seed=2 - run.seed) for run in after]
-    d = by(compare([*start, *shuffled], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
+    d = by(compare([*start, *shuffled], baseline="start", bootstrap=200)[0], "after").differences["pearson"]
     assert d.low < 0
     # Whatever order they come in; and a seed that one of them lacks is no pair.
     d, e = (
-        by(compare([*start, *runs], baseline="start", bootstrap=400)[0], "after").differences["pearson"]
+        by(compare([*start, *runs], baseline="start", bootstrap=200)[0], "after").differences["pearson"]
         for runs in (after[::-1], after)
     )
     assert d == e
-    lines, notes = compare([*start, after[0], after[2]], baseline="start", bootstrap=400)
+    lines, notes = compare([*start, after[0], after[2]], baseline="start", bootstrap=200)
     each = [by(compare([run], bootstrap=5)[0], run.method).estimates["pearson"].value for run in (*start, *after)]
     found = by(lines, "after").differences["pearson"]
     assert found.value == pytest.approx((each[3] + each[5] - each[0] - each[2]) / 2) and found.low > 0

@@ -27,6 +27,10 @@ class Totals:
         valid = [r for g in groups for r in g.rollouts if r.has_score]
         return cls(max(len(valid), 1), max(sum(len(r.sampled_ids) for r in valid), 1))
 
+    def divisor(self, config: ObjectiveConfig) -> int:
+        """What the policy gradient's sum over tokens is divided by, as ``loss_norm`` says."""
+        return self.rollouts if config.loss_norm == "sequence_sum" else self.tokens
+
 
 @dataclass
 class LossOutput:
@@ -158,6 +162,18 @@ def outcome_reward(labels: torch.Tensor, values: torch.Tensor, outcome: torch.Te
     return ((labels[:, None] - values).abs().argmin(1) == outcome).to(values.dtype)
 
 
+def batch_advantages(config: ObjectiveConfig, rewards: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[M] advantages of rewards [M] within the batch's groups, as the config has them."""
+    return group_advantages(
+        rewards,
+        batch.group,
+        valid=batch.valid,
+        baseline=config.baseline,
+        normalize_std=config.normalize_std,
+        clip=config.advantage_clip,
+    )
+
+
 def binary_objective(
     config: ObjectiveConfig, scale: ScoreScale, temperature: float, totals: Totals, every_row: bool
 ) -> Loss:
@@ -173,15 +189,8 @@ def binary_objective(
         logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda)
         chosen = outcome_logprob(logp, batch.outcome)
         reward = outcome_reward(batch.labels.to(dtype), values, batch.outcome)
-        advantage = group_advantages(
-            reward,
-            batch.group,
-            valid=batch.valid,
-            baseline=config.baseline,
-            normalize_std=config.normalize_std,
-            clip=config.advantage_clip,
-        )
-        share = totals.rollouts if config.loss_norm == "sequence_sum" else totals.tokens
+        advantage = batch_advantages(config, reward, batch)
+        share = totals.divisor(config)
         coefficient = -advantage / share
         per_row = coefficient[batch.rollout]
         computed = batch.valid[batch.rollout] if every_row else per_row != 0

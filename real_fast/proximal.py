@@ -13,12 +13,11 @@ import torch
 
 from real_fast.batch import Batch
 from real_fast.config import ObjectiveConfig
-from real_fast.objective import Loss, LossOutput, Totals, outcome_logprob, outcome_reward, wide
+from real_fast.objective import Loss, LossOutput, Totals, batch_advantages, outcome_logprob, outcome_reward, wide
 from real_fast.scale import ScoreScale
 from real_kernels import (
     RewardTerms,
     expected_score,
-    group_advantages,
     linear_logprob,
     reward_terms,
     score_logprobs,
@@ -105,7 +104,7 @@ def proximal_objective(
         reference: [N] the reference's log-probabilities of the sampled tokens, where kl_coef is above 0.
         first: What the first iteration returned for this micro-batch; None in the first.
     """
-    share = totals.rollouts if config.loss_norm == "sequence_sum" else totals.tokens
+    share = totals.divisor(config)
     explores = method == "binary_rl" or config.exploration
     score_part = "refinement" if method == "real" else "score"
 
@@ -207,7 +206,7 @@ def _real(
     judged = terms(batch.engine_scores.to(values.dtype)) if from_engine else own
     advantages = torch.zeros_like(labels)
     for term, weight in zip(judged.terms, judged.weights, strict=True):
-        advantages = advantages + weight * _advantages(config, term, batch)
+        advantages = advantages + weight * batch_advantages(config, term, batch)
     return Scored(judged.reward.detach(), advantages, refinement)
 
 
@@ -223,24 +222,13 @@ def _binary(
     chosen = outcome_logprob(scores, batch.outcome)
     if first is None:
         rewards = outcome_reward(batch.labels.to(values.dtype), values, batch.outcome)
-        advantages = _advantages(config, rewards, batch)
+        advantages = batch_advantages(config, rewards, batch)
         value = advantages * chosen
     else:
         rewards, advantages = _of(first)
         old = outcome_logprob(first.score_logprobs, batch.outcome)
         value = clipped_surrogate(chosen, old, advantages, config.epsilon).value
     return Scored(rewards, advantages, -torch.where(batch.valid, value, 0.0).sum() / share)
-
-
-def _advantages(config: ObjectiveConfig, rewards: torch.Tensor, batch: Batch) -> torch.Tensor:
-    return group_advantages(
-        rewards,
-        batch.group,
-        valid=batch.valid,
-        baseline=config.baseline,
-        normalize_std=config.normalize_std,
-        clip=config.advantage_clip,
-    )
 
 
 def _of(first: LossOutput) -> tuple[torch.Tensor, torch.Tensor]:

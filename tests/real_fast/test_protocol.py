@@ -26,16 +26,6 @@ def rollout(p: Sequence[float] | None, written: float | None = None) -> Rollout:
     return Rollout([7], [-1.0], [7], 0, "phrase", logprobs, written, "f")
 
 
-@pytest.fixture(scope="module")
-def scale(smollm2_tokenizer: Any) -> ScoreScale:
-    return ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], PHRASE)
-
-
-@pytest.fixture(scope="module")
-def finder(smollm2_tokenizer: Any, scale: ScoreScale) -> PhraseFinder:
-    return PhraseFinder(smollm2_tokenizer, scale)
-
-
 # Reading
 
 

@@ -32,16 +32,6 @@ Tiny = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def scale(smollm2_tokenizer: Any) -> ScoreScale:
-    return ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], PHRASE)
-
-
-@pytest.fixture(scope="module")
-def finder(smollm2_tokenizer: Any, scale: ScoreScale) -> PhraseFinder:
-    return PhraseFinder(smollm2_tokenizer, scale)
-
-
-@pytest.fixture(scope="module")
 def tiny(tiny_llama: Tiny) -> Any:
     """A random model over SmolLM2's vocabulary, sharp enough that neighbouring positions differ clearly."""
     return tiny_llama(vocab_size=49152, initializer_range=0.3)

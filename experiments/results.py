@@ -88,6 +88,7 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
 def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
     """Predictions of every finished run, by benchmark."""
     found = []
+    held_out = benchmarks(experiment, folder)
     for method, seed in experiment.order():
         run = run_folder(folder, method, seed)
         file = run / "eval" / "after.predictions.jsonl"
@@ -95,7 +96,7 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
             continue
         rows = {row["id"]: row for row in read_jsonl(file)}
         protocol = merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real")
-        for benchmark, ids in benchmarks(experiment, folder).items():
+        for benchmark, ids in held_out.items():
             if absent := [i for i in ids if i not in rows]:
                 raise OutputError(f"{file} has no prediction for {len(absent)} held-out rows, such as {absent[0]}")
             mine = [rows[i] for i in ids]

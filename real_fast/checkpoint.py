@@ -52,7 +52,7 @@ def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict
         model: The model.
         tokenizer: Its tokenizer.
         target: Folder to make or replace.
-        extra: Written as real_fast.json: the scale and prompt that the judge was trained with.
+        extra: Written as real_fast.json: scale, prompt and protocol that the judge was trained with.
         dtype: Dtype of the weights on disk.
     """
     temporary = _temporary(target)

@@ -37,8 +37,8 @@ class EvaluateConfig:
     """One evaluation.
 
     Args:
-        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt and
-            answer are taken over; flags override them.
+        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt,
+            answer and protocol are taken over; flags override them.
         data: A JSONL or Parquet file, or a dataset on the Hugging Face hub.
         split: Split of a hub dataset.
         output: Folder for predictions.jsonl, summary.json, rejected.jsonl and the plots.
@@ -96,7 +96,7 @@ class EvaluateConfig:
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
-    """Parse the command line; what the model's folder says about scale, prompt and answer comes first, so flags win."""
+    """Parse the command line; what the model's folder says about judging comes first, so flags win."""
     config: EvaluateConfig = trained.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
     return config
 

@@ -29,7 +29,8 @@ from real_fast.trained import judge_config
 class Judge(PrometheusNames):
     """Grades responses with a language model.
 
-    Of a folder that real_fast.train wrote, scale, prompt, answer and lengths are taken over where they are not given.
+    Of a folder that real_fast.train wrote, scale, prompt, answer, lengths and the protocol of its evaluations are taken
+    over where they are not given.
 
     Safe to call from several threads: calls wait for each other. In an event loop, use :meth:`agrade`. Requests that
     wait are not merged; to use an engine's batching, hand many rows to :meth:`grade_batch`. Every call is reproducible:
@@ -42,7 +43,7 @@ class Judge(PrometheusNames):
         engine: "auto" takes vLLM where it can be imported; a loaded model is sampled with Transformers.
         n: Feedbacks sampled per response; their score distributions are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
-        protocol: How the score is read: see :mod:`real_fast.protocol`.
+        protocol: How the score is read: see :mod:`real_fast.protocol`. None for the folder's, or "real".
         prompt: How a request becomes a prompt.
         rollout: max_tokens, top_p, answer and the engine's limits.
         renormalize: Softmax over the score tokens alone.
@@ -66,7 +67,7 @@ class Judge(PrometheusNames):
         engine: Literal["auto", "transformers", "vllm"] = "auto",
         n: int = 1,
         temperature: float = 1.0,
-        protocol: ProtocolName = "real",
+        protocol: ProtocolName | None = None,
         prompt: PromptConfig | None = None,
         rollout: RolloutConfig | None = None,
         renormalize: bool | None = None,
@@ -82,7 +83,7 @@ class Judge(PrometheusNames):
         if loaded and tokenizer is None and not name:
             raise ConfigError("the model is loaded and does not say where from: give its tokenizer too")
         self.config = config = judge_config(
-            name, scale, prompt, rollout, renormalize, EvalConfig(n=n, temperature=temperature, protocol=protocol)
+            name, scale, prompt, rollout, renormalize, protocol, EvalConfig(n=n, temperature=temperature)
         )
         config.trust_remote_code = trust_remote_code
         config.train = TrainConfig(precision=precision, device=device)

@@ -36,8 +36,8 @@ class JudgeConfig:
     """Grade JSON lines from standard input (or a file); write them to standard output, each with its grade.
 
     Args:
-        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt and
-            answer are taken over; flags override them.
+        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt,
+            answer and protocol are taken over; flags override them.
         data: A .jsonl or .jsonl.gz file in place of standard input.
         n: Feedbacks sampled per row; their score distributions are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.

@@ -413,6 +413,7 @@ class Trainer:
             "prompt": asdict(c.prompt),
             "rollout": {"answer": c.rollout.answer, "max_tokens": c.rollout.max_tokens, "top_p": c.rollout.top_p},
             "objective": {"renormalize": c.objective.renormalize},
+            "eval": {"protocol": c.eval.protocol},
         }
 
     def log(self, record: dict[str, Any]) -> None:

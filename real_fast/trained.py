@@ -22,13 +22,14 @@ from real_fast.config import (
     RolloutConfig,
     ScaleConfig,
 )
+from real_fast.protocol import ProtocolName
 
 # With no trainer beside it, vLLM gets nearly all of a GPU.
 GPU_SHARE = 0.9
 
 
 def trained_settings(folder: Path) -> dict[str, Any]:
-    """The settings that judging must share with training: scale, prompt, rollout (answer and lengths), renormalize.
+    """What judging shares with training: scale, prompt, rollout (answer and lengths), renormalize, the eval's protocol.
 
     Args:
         folder: A model folder; one without real_fast.json gives {}.
@@ -42,8 +43,9 @@ def trained_settings(folder: Path) -> dict[str, Any]:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         found = {key: dict(saved[key]) for key in ("scale", "prompt", "rollout") if key in saved}
-        if "renormalize" in saved.get("objective", {}):
-            found["renormalize"] = saved["objective"]["renormalize"]
+        for section, key in (("objective", "renormalize"), ("eval", "protocol")):
+            if key in saved.get(section, {}):
+                found[key] = saved[section][key]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what real_fast.train writes ({error}): mend it or remove it") from error
     template = found.get("prompt", {}).get("template", "")
@@ -72,6 +74,8 @@ def parse(config_class: type, prog: str, description: str, argv: list[str]) -> A
             values = None  # the parser below says what is wrong with the file
         model = values.get("model") if isinstance(values, dict) else None
     defaults = trained_settings(Path(model).expanduser()) if isinstance(model, str) and model else {}
+    if "protocol" in defaults and not hasattr(config_class, "protocol"):
+        defaults["eval"] = {"protocol": defaults.pop("protocol")}
     argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
     return settings.parse(config_class, prog, description, argv)
 
@@ -82,6 +86,7 @@ def judge_config(
     prompt: PromptConfig | None,
     rollout: RolloutConfig | None,
     renormalize: bool | None,
+    protocol: ProtocolName | None,
     evaluation: EvalConfig,
 ) -> Config:
     """The settings of a judge that is called, in the form that the engines read; what is None is the folder's.
@@ -103,5 +108,5 @@ def judge_config(
         data=DataConfig(train="(requests)", eval="(requests)"),
         rollout=rollout,
         objective=ObjectiveConfig(renormalize=taken.get("renormalize", False) if renormalize is None else renormalize),
-        eval=evaluation,
+        eval=replace(evaluation, protocol=protocol or taken.get("protocol", evaluation.protocol)),
     )

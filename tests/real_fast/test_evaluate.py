@@ -181,6 +181,7 @@ def test_a_trained_folder_gives_defaults_and_flags_win(tmp_path: Path) -> None:
         },
         rollout={"answer": "generated", "max_tokens": 33, "max_num_seqs": 1},
         objective={"renormalize": True},
+        eval={"protocol": "tract"},
     )
     config = parse(["--model", str(model), "--rollout.max_tokens", "44", "--overwrite", "--output", "o"])
     assert (config.scale.values, config.scale.phrase) == ([0.0, 1.0], "Grade: ")
@@ -188,7 +189,7 @@ def test_a_trained_folder_gives_defaults_and_flags_win(tmp_path: Path) -> None:
     assert (config.prompt.template, config.prompt.max_tokens) == ("short", 99)
     assert (config.rollout.answer, config.rollout.max_tokens) == ("generated", 44)
     assert config.rollout.max_num_seqs == RolloutConfig().max_num_seqs  # the training machine's business
-    assert config.renormalize and config.overwrite
+    assert config.renormalize and config.overwrite and config.eval.protocol == "tract"
 
     file = tmp_path / "e.yaml"
     file.write_text(f"model: {model}\nscale:\n  phrase: 'Mark: '\n")

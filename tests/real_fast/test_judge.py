@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -113,6 +114,18 @@ def test_the_trained_folder_is_taken_over_and_arguments_win(judge: Judge, folder
     other = with_engine(FakeEngine([]), scale=[1, 5], renormalize=False, rollout=RolloutConfig(max_tokens=9))
     assert (other.scale.texts, other.scale.phrase) == (("1", "5"), "Grade: ")
     assert other.config.rollout.max_tokens == 9 and not other.config.objective.renormalize
+
+
+def test_the_protocol_of_the_run_is_taken_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "final"))
+    saved = json.loads((model / "real_fast.json").read_text()) | {"eval": {"protocol": "raft"}}
+    (model / "real_fast.json").write_text(json.dumps(saved))
+    monkeypatch.setattr("real_fast.grading.load_engine", lambda *_: FakeEngine([]))
+    assert [Judge(m).config.eval.protocol for m in (model, folder)] == ["raft", "real"]
+    assert Judge(model, protocol="decode").config.eval.protocol == "decode"
+    flags = [["--model", str(model)], ["--model", str(model), "--protocol", "tract"], ["--model", str(folder)]]
+    found = [command.trained.parse(command.JudgeConfig, command.PROG, "", argv).protocol for argv in flags]
+    assert found == ["raft", "tract", "real"]
 
 
 def test_a_grade_is_what_an_evaluation_predicts(judge: Judge) -> None:

@@ -202,6 +202,8 @@ def test_every_method_trains_a_judge(tiny_judge, tmp_path, method, more, keys, c
     assert summary["method"] == method and summary["eval"]["after"]["n"] == 12
     assert (output / "final" / "model.safetensors").is_file() and (output / "training.png").is_file()
     assert summary["eval"]["after"]["mean_length"] == 0 or "raft" not in more
+    saved = json.loads((output / "final" / "real_fast.json").read_text())
+    assert saved["eval"] == {"protocol": "raft" if "raft" in more else "real"}
     assert ("eval.protocol is real" in capsys.readouterr().err) == (more == ["--supervised.feedback", "none"])
 
 

@@ -19,21 +19,28 @@ PAGE = HERE.parent / "docs" / "experiment.md"
 
 def main() -> None:
     """The table of README, and those of docs/experiment.md."""
-    with (HERE / "comparison.csv").open(encoding="utf-8") as file:
+    readme, page = filled(HERE, README.read_text(encoding="utf-8"), PAGE.read_text(encoding="utf-8"))
+    README.write_text(readme, encoding="utf-8")
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
+    """README and page with the tables of `results`, a folder that the experiment wrote."""
+    with (results / "comparison.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    text = fill(
-        README.read_text(encoding="utf-8"), "experiment", methods(lines, {"pearson": "Pearson", "rmse": "RMSE"})
-    )
-    README.write_text(text, encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    text = fill(text, "comparison", (HERE / "comparison.md").read_text(encoding="utf-8").strip())
-    summary = json.loads((HERE / "summary.json").read_text(encoding="utf-8"))
-    text = fill(text, "reduced", "\n".join(f"- {line}" for line in summary["reduced"]))
-    text = fill(text, "seeds", per_seed(summary["results"]))
-    text = fill(text, "labels", labels(summary["by_label"]))
-    text = fill(text, "rows", rows_table(summary["rows"]))
-    text = fill(text, "alone", alone(summary["without_a_model"]))
-    PAGE.write_text(fill(text, "runs", runs_table(summary["runs"], summary["machines"])), encoding="utf-8")
+    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
+    tables = {
+        "comparison": (results / "comparison.md").read_text(encoding="utf-8").strip(),
+        "reduced": "\n".join(f"- {line}" for line in summary["reduced"]),
+        "seeds": per_seed(summary["results"]),
+        "labels": labels(summary["by_label"]),
+        "rows": rows_table(summary["rows"]),
+        "alone": alone(summary["without_a_model"]),
+        "runs": runs_table(summary["runs"], summary["machines"]),
+    }
+    for name, table in tables.items():
+        page = fill(page, name, table)
+    return fill(readme, "experiment", methods(lines, {"pearson": "Pearson", "rmse": "RMSE"})), page
 
 
 def methods(lines: list[dict[str, str]], statistics: dict[str, str]) -> str:
@@ -102,8 +109,9 @@ def rows_table(rows: dict[str, dict[str, Any]]) -> str:
 def runs_table(runs: dict[str, dict[str, Any]], machines: list[dict[str, Any]]) -> str:
     """What the runs saw and took, the mean over seeds; what they start from is not included."""
     lines = [
-        "| method | updates | rows seen | seconds of training | feedback tokens | truncated | off-scale mass |",
-        "|---|" + "---|" * 6,
+        "| method | updates | rows seen | seconds of training | feedback tokens | truncated | off-scale mass "
+        "| groups without spread | score entropy | KL to the start |",
+        "|---|" + "---|" * 9,
     ]
     for method in dict.fromkeys(name.rpartition("-")[0] for name in runs):
         mine = [run for name, run in runs.items() if name.rpartition("-")[0] == method]
@@ -116,11 +124,18 @@ def runs_table(runs: dict[str, dict[str, Any]], machines: list[dict[str, Any]]) 
                 "mean_length": 0,
                 "truncated": 2,
                 "off_scale_mass": 3,
+                "zero_spread": 2,
+                "score_entropy": 2,
+                "kl": 4,
             }.items()
         ]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     about = "; ".join(", ".join(f"{k} {v}" for k, v in machine.items()) for machine in machines)
-    return "\n".join([*lines, f"\nMachine: {about}."])
+    notes = (
+        "Length, truncation and off-scale mass are those of the evaluation; groups without spread and score entropy "
+        "(nats) are means over the updates, KL (nats a token) that of the last one, where it was measured."
+    )
+    return "\n".join([*lines, f"\n{notes} Machine: {about}."])
 
 
 def _mean(runs: list[dict[str, Any]], key: str, digits: int) -> str:

@@ -23,6 +23,8 @@ STATISTICS = ("pearson", "spearman", "kendall", "rmse", "n")
 IN_DOMAIN = "in_domain"
 _BOOTSTRAP = 2000
 _TRAINING = ("rollout", "update", "optimizer", "sync", "self_generated")
+# Of metrics.jsonl, to say how far a method could learn: means over the updates.
+_HEALTH = {"zero_spread": "frac_reward_zero_std", "score_entropy": "score/entropy"}
 
 
 def write(experiment: Experiment, folder: Path, results: Path) -> str:
@@ -73,8 +75,23 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
     write_json(results / "predictions.json", predictions)
     parts = {Path(name).stem for name in experiment.data.train}
     shown = [e for e in found if e.benchmark not in parts]
-    known = experiment.baseline if experiment.baseline in {e.method for e in found} else None
-    lines, notes = compare(shown, known, _BOOTSTRAP)
+    return write_table(shown, experiment.baseline, missing, results)
+
+
+def write_table(found: list[Evaluation], baseline: str, missing: list[str], results: Path) -> str:
+    """Write comparison.md, comparison.csv and comparison.png.
+
+    Args:
+        found: What is compared.
+        baseline: Method that the others are compared with, if it is there.
+        missing: Runs of which the table must say that it lacks them.
+        results: Where to write.
+
+    Returns:
+        The table, as Markdown.
+    """
+    known = baseline if baseline in {e.method for e in found} else None
+    lines, notes = compare(found, known, _BOOTSTRAP)
     lines = [line for line in lines if line.benchmark != AVERAGE]
     if missing:
         notes = [*notes, f"not finished, and not in the table: {', '.join(missing)}"]
@@ -95,13 +112,18 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
         if not (run / "summary.json").is_file():
             continue
         rows = {row["id"]: row for row in read_jsonl(file)}
-        protocol = merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real")
+        protocol = protocol_of(experiment, method)
         for benchmark, ids in held_out.items():
             if absent := [i for i in ids if i not in rows]:
                 raise OutputError(f"{file} has no prediction for {len(absent)} held-out rows, such as {absent[0]}")
             mine = [rows[i] for i in ids]
             found.append(Evaluation(method, benchmark, protocol, int(mine[0].get("n", 1)), mine, file, run, seed))
     return found
+
+
+def protocol_of(experiment: Experiment, method: str) -> str:
+    """The protocol that a method's runs are evaluated by."""
+    return str(merged(experiment.common, experiment.methods[method]).get("eval", {}).get("protocol", "real"))
 
 
 def benchmarks(experiment: Experiment, folder: Path) -> dict[str, list[str]]:
@@ -154,6 +176,7 @@ def _about(run: Path) -> dict[str, Any]:
     stages = [run, run / "stage1"] if (run / "stage1" / "summary.json").is_file() else [run]
     summaries = [json.loads((stage / "summary.json").read_text(encoding="utf-8")) for stage in stages]
     after = summary["eval"]["after"]
+    updates = [m for m in read_jsonl(run / "metrics.jsonl") if m["phase"] == summary["method"]]
     return {
         "updates": sum(s["steps"] for s in summaries),
         "rows_seen": sum(_rows_seen(stage, s) for stage, s in zip(stages, summaries, strict=True)),
@@ -161,8 +184,16 @@ def _about(run: Path) -> dict[str, Any]:
         "off_scale_mass": after["off_scale_mass"],
         "truncated": after["truncated"],
         "mean_length": after["mean_length"],
+        **{name: _over([m.get(key) for m in updates]) for name, key in _HEALTH.items()},
+        "kl": next((m["kl"] for m in reversed(updates) if m.get("kl") is not None), None),
         "machine": summary["machine"],
     }
+
+
+def _over(values: list[float | None]) -> float | None:
+    """Mean of those that were measured."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _rows_seen(run: Path, summary: dict[str, Any]) -> int:

@@ -31,14 +31,14 @@ from real_fast.scale import ScaleError, ScoreScale
 
 PROG = "experiments.run"
 # As the tests and the benchmarks have it.
-_DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(PROG, description="Run an experiment; go on where it stopped.", allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
-    parser.add_argument("--data", type=Path, default=_DATA, help=f"folder of the data files (default: {_DATA})")
+    parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data files (default: {DATA})")
     parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
     parser.add_argument("--results", type=Path, help="folder of summary.json and the table (default: OUTPUT/results)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone, and what they start from")
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not args.results_only:
                 with alone_in(folder):
                     require_same(experiment, folder)
-                    prepare_data(experiment, args.data.expanduser(), folder)
+                    prepare_data(experiment, args.data.expanduser(), folder, folder / "data")
                     run_all(experiment, folder, args.methods, failed)
             if not failed or results.evaluations(experiment, folder):
                 print(results.write(experiment, folder, args.results or folder / "results"))
@@ -119,15 +119,16 @@ def config_file(folder: Path, method: str, seed: int) -> Path:
     return folder / "configs" / f"{method}-{seed}.yaml"
 
 
-def prepare_data(experiment: Experiment, source: Path, folder: Path) -> None:
-    """Write the rows that all runs share."""
+def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Path, max_tokens: int = 0) -> None:
+    """Write the rows that all runs share, those in `folder`, into `target`; with another limit of a prompt's tokens."""
     common = experiment.common
     tokenizer = load_tokenizer(common["model"], False)
     given = experiment.config(*experiment.order()[0], folder).get("prompt", {})
     prompt: PromptConfig = settings.from_namespace(PromptConfig, given)
+    prompt.max_tokens = max_tokens or prompt.max_tokens
     scale_config: ScaleConfig = settings.from_namespace(ScaleConfig, common.get("scale", {}))
     scale = ScoreScale.from_tokenizer(tokenizer, scale_config.values, scale_config.phrase)
-    data.prepare(experiment.data, source, folder / "data", prompt, PromptBuilder(prompt, tokenizer, scale), scale)
+    data.prepare(experiment.data, source, target, prompt, PromptBuilder(prompt, tokenizer, scale), scale)
 
 
 def run_all(experiment: Experiment, folder: Path, methods: Sequence[str] | None, failed: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import data, results, run
+from experiments import data, longer, page, results, run
 from experiments.settings import Data, Experiment, load, run_folder
 from real_fast import settings, synthetic
 from real_fast.config import Config, ConfigError, PromptConfig
@@ -189,9 +189,23 @@ def test_an_experiment_from_its_files_to_its_table(
     printed = capsys.readouterr().out
     assert "| in_domain | real |" in printed and "| seen |" not in printed and "from `sft`" in printed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
+    assert 0 <= found["runs"]["real-0"]["zero_spread"] <= 1 and found["runs"]["real-0"]["kl"] >= 0
+    readme, text = page.filled(table, page.README.read_text("utf-8"), page.PAGE.read_text("utf-8"))
+    assert "| `real` | 1 |" in readme and "| `real` | 1 | 2 |" in text and "- Everything." in text
     # Without the runs: what is finished, in the runs' own folder.
     assert run.main([*argv[:-2], "--results-only"]) == 0
     assert json.loads((output / "results" / "summary.json").read_text()) == found
+    # The longer rows of the same held-out prompts; what is graded stays.
+    argv_longer = [*argv[:-1], str(tmp_path / "longer"), "--max-tokens", "300", "--methods", "sft", "real"]
+    assert longer.main(argv_longer) == 0
+    assert "| in_domain_longer | real |" in (tmp_path / "longer" / "comparison.md").read_text()
+    graded = {row["id"] for row in read_jsonl(output / "runs" / "real-0" / "data-300" / "predictions.jsonl")}
+    assert graded == {i for i in ids if i.startswith("seen")}  # none of these is longer
+    monkeypatch.setattr(longer.evaluate, "main", lambda _: pytest.fail("graded again"))
+    assert longer.main(argv_longer) == 0
+    monkeypatch.setattr(longer.evaluate, "main", lambda _: 2)
+    capsys.readouterr()
+    assert longer.main([*argv_longer[:-2], "base"]) == 1 and "base-0 was not graded" in capsys.readouterr().err
     # Nothing is left to do; another method may join, and other settings are not mixed with these.
     monkeypatch.setattr(run, "run_one", lambda *_: pytest.fail("a finished run was made again"))
     assert run.main(argv) == 0
@@ -205,6 +219,11 @@ def test_an_experiment_from_its_files_to_its_table(
     assert "more-0 failed with status 7: see " in err and "| in_domain | real |" in out
     written(config, common={**common, "optim": {"lr": 1.0}}, seeds=[0])
     assert run.main(argv) == 2 and "was made with other settings" in capsys.readouterr().err
+
+
+def test_the_committed_pages_have_the_committed_results() -> None:
+    texts = page.README.read_text("utf-8"), page.PAGE.read_text("utf-8")
+    assert page.filled(page.HERE, *texts) == texts, "run: python -m experiments.page"
 
 
 def test_its_own_template_goes_with_the_runs(tmp_path: Path) -> None:

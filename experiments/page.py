@@ -38,6 +38,8 @@ def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
         "alone": alone(summary["without_a_model"]),
         "runs": runs_table(summary["runs"], summary["machines"]),
     }
+    if (results / "longer").is_dir():
+        tables["longer"] = (results / "longer" / "comparison.md").read_text(encoding="utf-8").strip()
     for name, table in tables.items():
         page = fill(page, name, table)
     return fill(readme, "experiment", methods(lines, {"pearson": "Pearson", "rmse": "RMSE"})), page

@@ -75,8 +75,8 @@ def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
     for name, config in methods.items():
         assert config.seed == 1 and config.output == str(tmp_path / "runs" / f"{name}-1")
         sampling = config.train.steps > 0 and config.samples
-        starts = sampling or name == "sft_longer"
-        assert config.init_from == (str(tmp_path / "runs" / "sft-1") if starts else None)
+        start = name.removesuffix("_longer") if name.endswith("_longer") else "sft" if sampling else None
+        assert config.init_from == (start and str(tmp_path / "runs" / f"{start}-1"))
         assert (config.rollout, config.data, config.prompt) == (
             methods["real"].rollout, methods["real"].data, methods["real"].prompt
         )  # fmt: skip

@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +17,7 @@ from pathlib import Path
 import yaml
 
 from experiments import data, results
+from experiments.launch import config_file, run_all
 from experiments.settings import TEMPLATE, Experiment, load, run_folder
 from real_fast import settings
 from real_fast.config import ConfigError, PromptConfig, ScaleConfig
@@ -42,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
     parser.add_argument("--results", type=Path, help="folder of summary.json and the table (default: OUTPUT/results)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone, and what they start from")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--results-only", action="store_true", help="run nothing; write the results of finished runs")
     args = parser.parse_args(argv)
     folder = (args.output or Path("runs") / f"experiment-{args.config.stem}").expanduser().resolve()
@@ -51,12 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiment = load(args.config, folder)
             if unknown := sorted(set(args.methods or []) - set(experiment.methods)):
                 raise ConfigError(f"--methods {unknown[0]}: {args.config} has {', '.join(experiment.methods)}")
+            if args.jobs < 1:
+                raise ConfigError(f"--jobs is {args.jobs}: it must be 1 or more")
             require_writable(folder)
             if not args.results_only:
                 with alone_in(folder):
                     require_same(experiment, folder)
                     prepare_data(experiment, args.data.expanduser(), folder, folder / "data")
-                    run_all(experiment, folder, args.methods, failed)
+                    run_all(experiment, folder, args.methods, failed, args.jobs)
             if not failed or results.evaluations(experiment, folder):
                 print(results.write(experiment, folder, args.results or folder / "results"))
     except (ConfigError, DataError, ModelError, OSError, PromptError, ScaleError) as error:
@@ -114,11 +115,6 @@ def require_same(experiment: Experiment, folder: Path) -> None:
     template.write_text(text, encoding="utf-8")
 
 
-def config_file(folder: Path, method: str, seed: int) -> Path:
-    """The settings that a run is started with."""
-    return folder / "configs" / f"{method}-{seed}.yaml"
-
-
 def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Path, max_tokens: int = 0) -> None:
     """Write the rows that all runs share, those in `folder`, into `target`; with another limit of a prompt's tokens."""
     common = experiment.common
@@ -129,72 +125,6 @@ def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Pat
     scale_config: ScaleConfig = settings.from_namespace(ScaleConfig, common.get("scale", {}))
     scale = ScoreScale.from_tokenizer(tokenizer, scale_config.values, scale_config.phrase)
     data.prepare(experiment.data, source, target, prompt, PromptBuilder(prompt, tokenizer, scale), scale)
-
-
-def run_all(experiment: Experiment, folder: Path, methods: Sequence[str] | None, failed: list[str]) -> None:
-    """Make the runs that are not done.
-
-    Args:
-        experiment: The experiment.
-        folder: Where its runs are.
-        methods: These alone, and what they start from; None for all.
-        failed: Gets a sentence for every run that failed, and for those that would have started from it.
-    """
-    wanted = set(methods or experiment.methods)
-    for method in reversed(list(experiment.methods)):  # what a method starts from stands above it
-        start = experiment.methods[method].get("init_from")
-        if method in wanted and start:
-            wanted.add(start)
-    todo = [
-        (method, seed)
-        for method, seed in experiment.order()
-        if method in wanted and not (run_folder(folder, method, seed) / "summary.json").is_file()
-    ]
-    lost: set[tuple[str, int]] = set()
-    for place, (method, seed) in enumerate(todo, 1):
-        start = experiment.methods[method].get("init_from")
-        if (start, seed) in lost:
-            lost.add((method, seed))
-            failed.append(f"{method}-{seed} was left out: it starts from {start}-{seed}")
-            continue
-        print(f"[{time.strftime('%H:%M:%S')}] run {place} of {len(todo)}: {method}-{seed}", flush=True)
-        status, log = run_one(experiment, folder, method, seed)
-        if status:
-            lost.add((method, seed))
-            failed.append(f"{method}-{seed} failed with status {status}: see {log}")
-            print(failed[-1], flush=True)
-
-
-def run_one(experiment: Experiment, folder: Path, method: str, seed: int) -> tuple[int, Path]:
-    """Train one judge in a process of its own, or go on with it. Returns its exit status and its log."""
-    name, output = f"{method}-{seed}", run_folder(folder, method, seed)
-    config, log = config_file(folder, method, seed), folder / "logs" / f"{name}.log"
-    for file in (config, log):
-        file.parent.mkdir(exist_ok=True)
-    config.write_text(yaml.safe_dump(experiment.config(method, seed, folder), sort_keys=False), encoding="utf-8")
-    command = [sys.executable, "-m", "real_fast.train", "--config", str(config)]
-    if output.is_dir():
-        command += ["--resume", "true"]
-    with log.open("a", encoding="utf-8") as said:
-        # In a session of its own, or Ctrl-C would reach it twice, which stops it without a checkpoint.
-        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True, close_fds=False)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            print(f"stopping {name} after its step (again: at once)", file=sys.stderr)
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait()
-            except KeyboardInterrupt:
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    if status == 130:
-        raise KeyboardInterrupt
-    if status == 0:
-        for run in (output, output / "stage1"):  # the optimiser's state takes six times the model's room
-            for part in ("checkpoints", "reference"):
-                shutil.rmtree(run / part, ignore_errors=True)
-    return status, log
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from experiments import data, longer, page, results, run
+from experiments import data, launch, longer, page, results, run
 from experiments.settings import Data, Experiment, load, run_folder
 from real_fast import settings, synthetic
 from real_fast.config import Config, ConfigError, PromptConfig
@@ -207,12 +210,12 @@ def test_an_experiment_from_its_files_to_its_table(
     capsys.readouterr()
     assert longer.main([*argv_longer[:-2], "base"]) == 1 and "base-0 was not graded" in capsys.readouterr().err
     # Nothing is left to do; another method may join, and other settings are not mixed with these.
-    monkeypatch.setattr(run, "run_one", lambda *_: pytest.fail("a finished run was made again"))
+    monkeypatch.setattr(launch, "run_one", lambda *_: pytest.fail("a finished run was made again"))
     assert run.main(argv) == 0
     methods = {**TINY["methods"], "more": {"method": "sft"}}
     common = {**TINY["common"], "model": str(tiny_judge)}
     written(config, common=common, seeds=[0], methods=methods)
-    monkeypatch.setattr(run, "run_one", lambda _e, folder, *_: (7, folder / "logs" / "more-0.log"))
+    monkeypatch.setattr(launch, "run_one", lambda _e, folder, *_: (7, folder / "logs" / "more-0.log"))
     capsys.readouterr()
     assert run.main(argv) == 1
     out, err = capsys.readouterr()
@@ -243,14 +246,14 @@ def test_its_own_template_goes_with_the_runs(tmp_path: Path) -> None:
 def test_a_run_that_fails_takes_its_followers_along_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def one(_experiment: Any, folder: Path, method: str, seed: int) -> tuple[int, Path]:
+    def one(_experiment: Any, folder: Path, method: str, seed: int, _processes: Any) -> tuple[int, Path]:
         tried.append(f"{method}-{seed}")
         return (3 if tried[-1] == "sft-0" else 0), folder / "log"
 
-    monkeypatch.setattr(run, "run_one", one)
+    monkeypatch.setattr(launch, "run_one", one)
     experiment = Experiment([0, 1], Data([], []), TINY["common"], TINY["methods"])
     failed: list[str] = []
-    run.run_all(experiment, tmp_path, None, failed)
+    launch.run_all(experiment, tmp_path, None, failed)
     assert failed == [
         f"sft-0 failed with status 3: see {tmp_path / 'log'}", "real-0 was left out: it starts from sft-0",
     ]  # fmt: skip
@@ -270,48 +273,81 @@ def test_two_do_not_run_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_ctrl_c_lets_the_run_write_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    signals = []
+@pytest.mark.parametrize("jobs", [1, 2, 6])
+def test_several_at_a_time_each_behind_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    methods = {"sft": {"method": "sft"}, "real": {"init_from": "sft"}, "other": {"method": "sft"}}
+    experiment = Experiment([0, 1], Data([], []), TINY["common"], methods)
+    events: list[tuple[int, str]] = []
 
-    class Process:
-        def __init__(self, *_: Any, **settings: Any) -> None:
-            assert settings["start_new_session"]
+    def one(_experiment: Any, folder: Path, method: str, seed: int, _processes: Any) -> tuple[int, Path]:
+        events.append((1, f"{method}-{seed}"))
+        time.sleep(0.3)
+        events.append((-1, f"{method}-{seed}"))
+        return 0, folder / "log"
 
-        def wait(self) -> int:
-            if not signals:
-                raise KeyboardInterrupt
-            return 130
+    monkeypatch.setattr(launch, "run_one", one)
+    launch.run_all(experiment, tmp_path, None, [], jobs)
+    assert len(events) == 12
+    for seed in (0, 1):
+        assert events.index((-1, f"sft-{seed}")) < events.index((1, f"real-{seed}"))
+    # Of six runs, four can start at once.
+    assert max(accumulate(change for change, _ in events)) == min(jobs, 4)
 
-        def send_signal(self, number: int) -> None:
-            signals.append(number)
 
-        def kill(self) -> None:
-            pytest.fail("it was killed")
+# Says that it has started; where Ctrl-C comes, it takes a moment, as a run that finishes its step.
+_STAYS = """
+import pathlib, signal, sys, time
+def stop(*_):
+    time.sleep(0.3); pathlib.Path(sys.argv[1], "checkpoint").touch(); sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+pathlib.Path(sys.argv[1], "started").touch()
+time.sleep(60)
+"""
 
-    monkeypatch.setattr(subprocess, "Popen", Process)
-    experiment = Experiment([0], Data([], []), TINY["common"], TINY["methods"])
-    with pytest.raises(KeyboardInterrupt):
-        run.run_one(experiment, tmp_path, "sft", 0)
-    assert signals == [2]
-    with run.stopped_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+
+def test_ctrl_c_lets_every_run_write_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Experiment([0, 1, 2], Data([], []), TINY["common"], {"sft": {"method": "sft"}})
+    folders = [tmp_path / f"sft-{seed}" for seed in (0, 1)]
+
+    def one(_experiment: Any, folder: Path, method: str, seed: int, processes: launch.Processes) -> tuple[int, Path]:
+        mine = folder / f"{method}-{seed}"
+        mine.mkdir()
+        with (folder / "log").open("a") as said:
+            return processes.run([sys.executable, "-c", _STAYS, str(mine)], said), folder / "log"
+
+    def press() -> None:
+        while not all((folder / "started").exists() for folder in folders):
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "run_one", one)
+    threading.Thread(target=press, daemon=True).start()
+    with run.stopped_by(signal.SIGTERM), pytest.raises(KeyboardInterrupt):
+        launch.run_all(experiment, tmp_path, None, [], jobs=2)
+    assert all((folder / "checkpoint").exists() for folder in folders) and not (tmp_path / "sft-2").exists()
+    # A run that is about to start when Ctrl-C comes does not.
+    stopped = launch.Processes(1)
+    stopped.stop([])
+    with (tmp_path / "log").open("a") as said:
+        assert stopped.run([sys.executable, "-c", "raise SystemExit(7)"], said) == 130
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands = []
 
     class Process:
-        def __init__(self, command: list[str], **_: Any) -> None:
+        def __init__(self, command: list[str], **settings: Any) -> None:
             commands.append(command)
+            assert settings["start_new_session"]
 
         def wait(self) -> int:
             return 0
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     experiment = Experiment([0], Data([], []), TINY["common"], TINY["methods"])
-    assert run.run_one(experiment, tmp_path, "sft", 0)[0] == 0
+    assert launch.run_one(experiment, tmp_path, "sft", 0, launch.Processes(1))[0] == 0
     (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").mkdir(parents=True)
-    assert run.run_one(experiment, tmp_path, "sft", 0)[0] == 0
+    assert launch.run_one(experiment, tmp_path, "sft", 0, launch.Processes(1))[0] == 0
     assert "--resume" not in commands[0] and commands[1][-2:] == ["--resume", "true"]
     assert not (run_folder(tmp_path, "sft", 0) / "stage1" / "checkpoints").exists()
 

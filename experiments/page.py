@@ -33,6 +33,7 @@ def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
         "comparison": (results / "comparison.md").read_text(encoding="utf-8").strip(),
         "reduced": "\n".join(f"- {line}" for line in summary["reduced"]),
         "seeds": per_seed(summary["results"]),
+        "starts": starts(summary["over_starts"]),
         "labels": labels(summary["by_label"]),
         "rows": rows_table(summary["rows"]),
         "alone": alone(summary["without_a_model"]),
@@ -97,6 +98,20 @@ def labels(found: list[dict[str, Any]]) -> str:
         cells = ["-" if p["rmse"] is None else f"{p['rmse']:.2f} ({p['prediction']:.2f})" for p in method["parts"]]
         lines.append(f"| `{method['method']}` | {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\nRMSE on {found[0]['benchmark']} by label, in brackets the mean prediction."
+
+
+def starts(found: list[dict[str, Any]]) -> str:
+    """What the methods gain over their starts."""
+    table = [["method", "start", "Δ Pearson", "Δ Spearman", "Δ RMSE"], ["---"] * 5]
+    for gain in found:
+        cells = []
+        for name in ("pearson", "spearman", "rmse"):
+            e = gain[name]
+            known = None not in (e["value"], e["low"], e["p"])
+            cells.append(f"{e['value']:+.2f} [{e['low']:+.2f}, {e['high']:+.2f}], p = {e['p']:.3f}" if known else "-")
+        table.append([f"`{gain['method']}`", f"`{gain['start']}`", *cells])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return f"{text}\n\nDifferences on {found[0]['benchmark']}, intervals as above." if found else text
 
 
 def rows_table(rows: dict[str, dict[str, Any]]) -> str:

@@ -59,6 +59,7 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
         {
             "results": [_statistics(e) for e in found],
             "by_label": [by_label([e for e in found if (e.method, e.benchmark) == m]) for m in dict.fromkeys(tables)],
+            "over_starts": over_starts(experiment, [e for e in found if e.benchmark == IN_DOMAIN]),
             "without_a_model": without_a_model(experiment, folder),
             "missing": missing,
             "reduced": experiment.reduced,
@@ -119,6 +120,23 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
             mine = [rows[i] for i in ids]
             found.append(Evaluation(method, benchmark, protocol, int(mine[0].get("n", 1)), mine, file, run, seed))
     return found
+
+
+def over_starts(experiment: Experiment, found: list[Evaluation]) -> list[dict[str, Any]]:
+    """What every method gains over the ones that it started from, in paired resamples; one benchmark's evaluations."""
+    made = list(dict.fromkeys(e.method for e in found))
+    starts: dict[str, list[str]] = {}
+    for method, own in experiment.methods.items():
+        if (start := own.get("init_from")) is not None:
+            starts[method] = [start, *starts.get(start, [])]
+    gains = {}
+    for start in dict.fromkeys(s for method in made for s in starts.get(method, []) if s in made):
+        family = [e for e in found if e.method == start or start in starts.get(e.method, [])]
+        for line in compare(family, start, _BOOTSTRAP)[0]:
+            if line.method != start:
+                gains[line.method, start] = {name: asdict(gain) for name, gain in line.differences.items()}
+    pairs = [(method, start) for method in made for start in starts.get(method, []) if (method, start) in gains]
+    return [{"method": m, "start": s, "benchmark": found[0].benchmark} | gains[m, s] for m, s in pairs]
 
 
 def protocol_of(experiment: Experiment, method: str) -> str:

@@ -185,6 +185,10 @@ def test_an_experiment_from_its_files_to_its_table(
     assert found["missing"] == [] and found["reduced"] == ["Everything."] and found["runs"]["sft-0"]["rows_seen"] == 2
     assert [m["method"] for m in found["by_label"]] == ["base", "sft", "real"]
     assert sum(p["n"] for p in found["by_label"][0]["parts"]) == found["results"][0]["n"]
+    (gain,) = found["over_starts"]
+    values = {r["method"]: r["rmse"] for r in found["results"] if r["benchmark"] == "in_domain"}
+    assert (gain["method"], gain["start"]) == ("real", "sft") and gain["rmse"]["low"] is not None
+    assert gain["rmse"]["value"] == pytest.approx(values["real"] - values["sft"])
     kept = json.loads((table / "predictions.json").read_text())
     assert kept.keys() == {"base-0", "sft-0", "real-0"}
     ids = {row["id"] for row in read_jsonl(output / "data" / "test.jsonl")}

@@ -34,11 +34,7 @@ def run_all(
         failed: Gets a sentence for every run that failed, and for those that would have started from it.
         jobs: Runs at a time; they share the machine's cores.
     """
-    wanted = set(methods or experiment.methods)
-    for method in reversed(list(experiment.methods)):  # what a method starts from stands above it
-        start = experiment.methods[method].get("init_from")
-        if method in wanted and start:
-            wanted.add(start)
+    wanted = {m for method in methods or experiment.methods for m in [method, *experiment.starts(method)]}
     waiting = [
         (method, seed)
         for method, seed in experiment.order()

@@ -5,15 +5,14 @@ python -m experiments.longer --config experiments/cpu.yaml --max-tokens 2048
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from experiments.results import protocol_of, write_table
-from experiments.run import DATA, prepare_data
-from experiments.settings import Experiment, load, run_folder
+from experiments.run import opened, parser_of, prepare_data
+from experiments.settings import Experiment, run_folder
 from real_fast import evaluate
 from real_fast.config import ConfigError
 from real_fast.data import DataError
@@ -27,18 +26,14 @@ BENCHMARK = "in_domain_longer"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if an evaluation failed, 2 for a mistake, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(PROG, description="Grade longer held-out rows.", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
-    parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data files (default: {DATA})")
-    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
+    parser = parser_of(PROG, "Grade longer held-out rows.")
     parser.add_argument("--results", type=Path, help="folder of the table (default: OUTPUT/results/longer)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone")
     parser.add_argument("--max-tokens", type=int, default=2048, help="of a prompt (default: 2048)")
     args = parser.parse_args(argv)
-    folder = (args.output or Path("runs") / f"experiment-{args.config.stem}").expanduser().resolve()
-    results = args.results or folder / "results" / "longer"
     try:
-        experiment = load(args.config, folder)
+        experiment, folder = opened(args)
+        results = args.results or folder / "results" / "longer"
         # Whole files of the training domain: the split is by prompt, so the same prompts are held out.
         experiment.data = replace(experiment.data, unseen=[])
         data = folder / f"data-{args.max_tokens}"

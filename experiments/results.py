@@ -125,17 +125,14 @@ def evaluations(experiment: Experiment, folder: Path) -> list[Evaluation]:
 def over_starts(experiment: Experiment, found: list[Evaluation]) -> list[dict[str, Any]]:
     """What every method gains over the ones that it started from, in paired resamples; one benchmark's evaluations."""
     made = list(dict.fromkeys(e.method for e in found))
-    starts: dict[str, list[str]] = {}
-    for method, own in experiment.methods.items():
-        if (start := own.get("init_from")) is not None:
-            starts[method] = [start, *starts.get(start, [])]
+    starts = {method: experiment.starts(method) for method in made}
     gains = {}
-    for start in dict.fromkeys(s for method in made for s in starts.get(method, []) if s in made):
-        family = [e for e in found if e.method == start or start in starts.get(e.method, [])]
+    for start in dict.fromkeys(s for method in made for s in starts[method] if s in made):
+        family = [e for e in found if e.method == start or start in starts[e.method]]
         for line in compare(family, start, _BOOTSTRAP)[0]:
             if line.method != start:
                 gains[line.method, start] = {name: asdict(gain) for name, gain in line.differences.items()}
-    pairs = [(method, start) for method in made for start in starts.get(method, []) if (method, start) in gains]
+    pairs = [(method, start) for method in made for start in starts[method] if (method, start) in gains]
     return [{"method": m, "start": s, "benchmark": found[0].benchmark} | gains[m, s] for m, s in pairs]
 
 

@@ -29,27 +29,21 @@ from real_fast.scale import ScaleError, ScoreScale
 
 PROG = "experiments.run"
 # As the tests and the benchmarks have it.
-DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+_DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(PROG, description="Run an experiment; go on where it stopped.", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
-    parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data files (default: {DATA})")
-    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
+    parser = parser_of(PROG, "Run an experiment; go on where it stopped.")
     parser.add_argument("--results", type=Path, help="folder of summary.json and the table (default: OUTPUT/results)")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone, and what they start from")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--results-only", action="store_true", help="run nothing; write the results of finished runs")
     args = parser.parse_args(argv)
-    folder = (args.output or Path("runs") / f"experiment-{args.config.stem}").expanduser().resolve()
     failed: list[str] = []
     try:
         with stopped_by(signal.SIGTERM, signal.SIGHUP):
-            experiment = load(args.config, folder)
-            if unknown := sorted(set(args.methods or []) - set(experiment.methods)):
-                raise ConfigError(f"--methods {unknown[0]}: {args.config} has {', '.join(experiment.methods)}")
+            experiment, folder = opened(args)
             if args.jobs < 1:
                 raise ConfigError(f"--jobs is {args.jobs}: it must be 1 or more")
             require_writable(folder)
@@ -70,6 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         for what in failed:
             print(f"{PROG}: error: {what}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command line that names an experiment, its data and its folder."""
+    parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
+    parser.add_argument("--data", type=Path, default=_DATA, help=f"folder of the data files (default: {_DATA})")
+    parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
+    return parser
+
+
+def opened(args: argparse.Namespace) -> tuple[Experiment, Path]:
+    """The experiment that a command line names, and its folder. Raises ConfigError, for unknown --methods too."""
+    folder = (args.output or Path("runs") / f"experiment-{args.config.stem}").expanduser().resolve()
+    experiment = load(args.config, folder)
+    if unknown := sorted(set(args.methods or []) - set(experiment.methods)):
+        raise ConfigError(f"--methods {unknown[0]}: {args.config} has {', '.join(experiment.methods)}")
+    return experiment, folder
 
 
 @contextmanager

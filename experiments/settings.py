@@ -79,6 +79,11 @@ class Experiment:
         """
         return [(method, seed) for method in self.methods for seed in self._seeds(method)]
 
+    def starts(self, method: str) -> list[str]:
+        """What a method starts from, and what that starts from, nearest first."""
+        start = self.methods[method].get("init_from")
+        return [] if start is None else [start, *self.starts(start)]
+
     def template(self) -> str | None:
         """Text of the experiment's own prompt template; runs use a copy. None for one of the package."""
         name = self.common.get("prompt", {}).get("template")

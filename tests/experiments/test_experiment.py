@@ -213,6 +213,7 @@ def test_an_experiment_from_its_files_to_its_table(
     monkeypatch.setattr(longer.evaluate, "main", lambda _: 2)
     capsys.readouterr()
     assert longer.main([*argv_longer[:-2], "base"]) == 1 and "base-0 was not graded" in capsys.readouterr().err
+    assert longer.main([*argv_longer[:-2], "sfd"]) == 2 and "--methods sfd: " in capsys.readouterr().err
     # Nothing is left to do; another method may join, and other settings are not mixed with these.
     monkeypatch.setattr(launch, "run_one", lambda *_: pytest.fail("a finished run was made again"))
     assert run.main(argv) == 0

@@ -141,7 +141,7 @@ def draw_scores(groups: Sequence[Group], seed: int) -> None:
         for place, rollout in enumerate(group.rollouts):
             if rollout.score_logprobs is None:
                 continue
-            left = random_stream(seed, group.index, place).random()
+            left = random_stream(seed, group.index, place, 1).random()  # not the one that drew the feedback's tokens
             p = torch.tensor(rollout.score_logprobs, dtype=torch.float64).exp().tolist()
             rollout.outcome = len(p)
             for k, share in enumerate(p):
@@ -158,8 +158,11 @@ def outcome_logprob(logp: torch.Tensor, outcome: torch.Tensor) -> torch.Tensor:
 
 
 def outcome_reward(labels: torch.Tensor, values: torch.Tensor, outcome: torch.Tensor) -> torch.Tensor:
-    """[M] of 1 where the drawn score is the one nearest to the label, and 0."""
-    return ((labels[:, None] - values).abs().argmin(1) == outcome).to(values.dtype)
+    """[M] of 1 where the drawn score is the one nearest to the label (one of two, for a label between them), and 0."""
+    distance = (labels[:, None].double() - values.double()).abs()
+    nearest = distance <= distance.amin(1, keepdim=True) + 1e-6
+    drawn = outcome[:, None] == torch.arange(len(values), device=outcome.device)
+    return (nearest & drawn).any(1).to(values.dtype)
 
 
 def batch_advantages(config: ObjectiveConfig, rewards: torch.Tensor, batch: Batch) -> torch.Tensor:

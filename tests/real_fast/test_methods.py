@@ -13,8 +13,9 @@ from real_fast.config import ObjectiveConfig
 from real_fast.data import JudgeRow
 from real_fast.jsonio import read_jsonl
 from real_fast.model import Policy
-from real_fast.objective import Totals, binary_objective, draw_scores, real_objective
+from real_fast.objective import Totals, binary_objective, draw_scores, outcome_reward, real_objective
 from real_fast.packing import micro_batches
+from real_fast.rollout.assemble import random_stream
 from real_fast.rollout.base import Rollout
 from real_fast.scale import ScoreScale
 from real_fast.supervised import RAFT, SFT, Terms, given_feedback, pick_feedback, supervised_objective
@@ -112,9 +113,9 @@ def test_binary_loss_against_full_logits(tiny_llama, changes):
     want, valid, count = 0.0, 0, 0
     pieces = []
     for group in groups:
-        nearest = min(range(3), key=lambda k: (abs(SCALE.values[k] - group.label), k))
+        distances = [abs(value - group.label) for value in SCALE.values]
         members = [r for r in group.rollouts if r.has_score]
-        rewards = [float(r.outcome == nearest) for r in members]
+        rewards = [float(r.outcome < 3 and distances[r.outcome] == min(distances)) for r in members]
         advantages = naive_advantages(rewards, config.baseline, config.normalize_std, config.advantage_clip)
         for rollout, a in zip(members, advantages, strict=True):
             logp = log_softmax(policy, group.prompt_ids, rollout.context_ids)
@@ -147,6 +148,24 @@ def test_drawn_scores_follow_the_distribution():
     assert [r.outcome for r in rollouts] == first
     draw_scores([Group(0, [1], 2.0, rollouts)], seed=8)
     assert [r.outcome for r in rollouts] != first
+
+
+def test_a_drawn_score_is_independent_of_the_feedback():
+    """The Transformers engine draws a rollout's tokens by random_stream(seed, place, sample), from its first number."""
+    rollouts = [
+        Rollout([5], [-1.0], [5], 0, "phrase", torch.full((4,), 0.25).log().tolist(), None) for _ in range(4000)
+    ]
+    draw_scores([Group(3, [1], 2.0, rollouts)], seed=7)
+    first = torch.tensor([random_stream(7, 3, place).random() for place in range(4000)])
+    scores = torch.tensor([float(r.outcome) for r in rollouts])
+    assert abs(torch.corrcoef(torch.stack([first, scores]))[0, 1]) < 0.06  # 1/sqrt(4000) = 0.016
+
+
+def test_a_label_between_two_scores_rewards_both():
+    labels = torch.tensor([3.5, 3.5, 3.5, 3.4, 10 / 3, 3.5, 3.5])
+    outcome = torch.tensor([2, 3, 1, 3, 2, 5, -1])
+    values = torch.tensor([1.0, 2, 3, 4, 5])
+    assert outcome_reward(labels, values, outcome).tolist() == [1, 1, 0, 0, 1, 0, 0]
 
 
 def test_exploration_and_refinement_add_up(tiny_llama):

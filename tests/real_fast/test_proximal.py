@@ -73,7 +73,8 @@ def oracle(policy, first, reference, groups, method, config):
 
     def reward(label, scores, outcome):
         if method == "binary_rl":
-            return torch.tensor(float(outcome == min(range(3), key=lambda k: (abs(SCALE.values[k] - label), k))))
+            distances = [abs(value - label) for value in SCALE.values]
+            return torch.tensor(float(outcome < 3 and distances[outcome] == min(distances)))
         y_hat = sum(v * p for v, p in zip(SCALE.values, scores.exp(), strict=True))
         return -((y_hat - label) ** 2) + config.lam * interpolate(SCALE.values, scores, label)
 

@@ -34,8 +34,8 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
 	$(PY) -m experiments.run --results experiments $(ARGS)
 
-test: $(STAMP) ## run the tests (a part: make test ARGS="tests/real_fast -k scale")
-	$(PY) -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(STAMP) ## time the head, the update and its parts against the alternatives, on this machine (half an hour)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/bench.txt

@@ -32,7 +32,8 @@ class TrainState:
         step: REAL updates done.
         rows_seen: Training rows used up, which is the data's position.
         skipped_steps: Optimiser steps left out because the gradient was not finite.
-        num_tokens: Tokens sampled so far.
+        num_tokens: Tokens of the sequences trained on so far, prompts included.
+        sampled_tokens: Tokens sampled so far.
         seconds: Time by phase so far.
         scheduler: State of the learning rate's schedule.
     """
@@ -41,6 +42,7 @@ class TrainState:
     rows_seen: int = 0
     skipped_steps: int = 0
     num_tokens: int = 0
+    sampled_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
 

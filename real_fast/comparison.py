@@ -8,7 +8,7 @@ import numpy as np
 
 from real_fast.benchmark_table import BenchmarkTable, Line, reference_of
 from real_fast.estimates import Estimate, mean_samples, mean_values, with_intervals
-from real_fast.evaluations import Evaluation
+from real_fast.evaluations import Evaluation, same_rows
 
 AVERAGE = "average"
 
@@ -65,7 +65,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluatio
     notes = []
     for e in evaluations:
         name, number = e.benchmark, 1
-        while name in tables and not _same_rows(tables[name][0], e):
+        while name in tables and not same_rows(tables[name][0], e):
             number += 1
             name = f"{e.benchmark} [rows {number}]"
         if name not in tables and number > 1:
@@ -77,11 +77,6 @@ def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluatio
             )
         tables.setdefault(name, []).append(e)
     return tables, notes
-
-
-def _same_rows(a: Evaluation, b: Evaluation) -> bool:
-    keys = ("id", "prompt_id", "label")
-    return [[row[k] for k in keys] for row in a.rows] == [[row[k] for k in keys] for row in b.rows]
 
 
 def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[Line]:

@@ -68,7 +68,7 @@ class EvaluateConfig:
     renormalize: bool = False
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(gpu_memory_utilization=trained.GPU_SHARE))
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def full(self) -> configs.Config:
@@ -136,7 +136,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     finally:
         engine.close()
 
-    about = {"model": config.model, "data": config.data, "engine": engine.name, "rejected": len(rejected)}
+    about = {
+        "model": config.model,
+        "data": config.data,
+        "split": config.split,
+        "engine": engine.name,
+        "rejected": len(rejected),
+    }
     summary: dict[str, Any] = clean({**about, **result.summary})
     with writing(folder):
         settings.dump(config, folder / "config.yaml")

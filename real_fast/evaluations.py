@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from real_fast.jsonio import read_jsonl
+from real_fast.readers import may_be_on_hub
 
 # Settings that say where a run is, not what it does.
 _OF_ONE_RUN = ("seed", "output", "resume", "overwrite", "run_name", "report_to")
@@ -60,11 +61,14 @@ def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], l
         NoEvaluationError: A folder does not exist, or none holds an evaluation.
     """
     for folder in folders:
-        if not Path(folder).expanduser().is_dir():
+        if not Path(folder).expanduser().exists():
             raise NoEvaluationError(f"{folder}: there is no such folder")
     found: dict[Path, Evaluation] = {}
     notes: list[str] = []
     for folder in folders:
+        if Path(folder).expanduser().is_file():
+            notes.append(f"{folder} is a file and is left out: name folders")
+            continue
         before = len(notes)
         summaries = _summaries(Path(folder).expanduser())
         any_read = False
@@ -82,9 +86,12 @@ def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], l
                 f"{folder} holds no finished evaluation (predictions.jsonl with summary.json, or eval/after.json with "
                 "eval/after.predictions.jsonl) and is left out"
             )
+    for source in [source for source, e in found.items() if _overwritten(e, found.values())]:
+        notes.append(f"{source} is of a run that was overwritten and is left out")
+        del found[source]
     if not found:
         raise NoEvaluationError("; ".join(notes) or "no folder was given")
-    return _named(list(found.values())), notes
+    return _named(_with_benchmarks(list(found.values()))), notes
 
 
 def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], Evaluation | None]]]:
@@ -95,13 +102,22 @@ def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], Evaluation | N
     return [(p, _of_run) for p in own] + [(p, _of_evaluate) for p in sorted(folder.rglob("summary.json"))]
 
 
+def _overwritten(e: Evaluation, found: Iterable[Evaluation]) -> bool:
+    """Whether it is of NAME.old-1 (see :mod:`real_fast.run_folder`), with an evaluation of NAME beside it."""
+    now = re.sub(r"\.old-\d+(?=/|$)", "", e.owner.as_posix())
+    return now != e.owner.as_posix() and any(other.owner.as_posix() == now for other in found)
+
+
 def _of_run(path: Path) -> Evaluation:
     """A run's evaluation of its held-out rows after training."""
     run = path.parent.parent
-    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
-    benchmark = Path(data["eval"]).name if data.get("eval") else f"{Path(data['train']).name} (held out)"
+    # The second stage of TRACT reads what the first one wrote; the first one's settings name the data.
+    first = run / "stage1" / "config.yaml"
+    config = first if first.is_file() else run / "config.yaml"
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+    split = _data_name(data["eval"], data.get("eval_split")) if data.get("eval") else f"{data['train']} (held out)"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return _load(summary, benchmark, path.with_name("after.predictions.jsonl"), run)
+    return _load(summary, split, path.with_name("after.predictions.jsonl"), run)
 
 
 def _of_evaluate(path: Path) -> Evaluation | None:
@@ -111,7 +127,12 @@ def _of_evaluate(path: Path) -> Evaluation | None:
     if "pearson" not in summary or not predictions.is_file():
         return None
     owner = next((parent for parent in path.resolve().parents if _is_run(parent)), path.parent)
-    return _load(summary, Path(summary["data"]).name, predictions, owner)
+    return _load(summary, _data_name(summary["data"], summary.get("split")), predictions, owner)
+
+
+def _data_name(data: str, split: str | None) -> str:
+    """The file, or the hub dataset with its split."""
+    return f"{data} ({split})" if split and may_be_on_hub(data) else data
 
 
 def _is_run(folder: Path) -> bool:
@@ -130,13 +151,33 @@ def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Pat
     return Evaluation("", benchmark, protocol, int(rows[0].get("n", 1)), rows, predictions, owner.resolve())
 
 
+def _with_benchmarks(found: list[Evaluation]) -> list[Evaluation]:
+    """Name the benchmarks: the end of the data's path, as much as tells it from other data with other rows."""
+    first: dict[str, Evaluation] = {}
+    alike = {}
+    for e in found:
+        data = e.benchmark
+        if data not in alike:
+            same = (
+                d for d, other in first.items() if _tail(Path(d), 1) == _tail(Path(data), 1) and same_rows(e, other)
+            )
+            alike[data] = next(same, data)
+            first.setdefault(alike[data], e)
+    names = _told_apart({Path(data): 1 for data in first})
+    return [replace(e, benchmark=names[Path(alike[e.benchmark])]) for e in found]
+
+
+def same_rows(a: Evaluation, b: Evaluation) -> bool:
+    """Whether two evaluations are of the very same rows, with the same labels."""
+    keys = ("id", "prompt_id", "label")
+    return [[row[k] for k in keys] for row in a.rows] == [[row[k] for k in keys] for row in b.rows]
+
+
 def _named(found: list[Evaluation]) -> list[Evaluation]:
     """Short names that tell methods apart: by folder, then (within a benchmark) by protocol, then by file."""
-    owners = {e.owner: 2 if _is_run(e.owner.parent) else 1 for e in found}  # a run's stage is named with the run
-    while repeated := _repeated({owner: _tail(owner, parts) for owner, parts in owners.items()}):
-        for owner in repeated:
-            owners[owner] += 1
-    named = [replace(e, method=_tail(e.owner, owners[e.owner])) for e in found]
+    # A run's stage is named with the run.
+    owners = _told_apart({e.owner: 2 if _is_run(e.owner.parent) else 1 for e in found})
+    named = [replace(e, method=owners[e.owner]) for e in found]
     for tell in (
         lambda e: f"{e.method} ({e.protocol}, n={e.feedbacks})",
         lambda e: f"{e.method} [{e.source.resolve().relative_to(e.owner)}]",
@@ -202,6 +243,13 @@ def _tail(path: Path, parts: int) -> str:
     return "/".join(path.parts[-parts:])
 
 
-def _repeated(names: dict[Path, str]) -> list[Path]:
-    count = Counter(names.values())
-    return [path for path, name in names.items() if count[name] > 1]
+def _told_apart(parts: dict[Path, int]) -> dict[Path, str]:
+    """Names of paths by their last parts, at least as many as given, and as many as tell them apart."""
+    while True:
+        names = {path: _tail(path, count) for path, count in parts.items()}
+        count = Counter(names.values())
+        repeated = [path for path in parts if count[names[path]] > 1 and parts[path] < len(path.parts)]
+        if not repeated:
+            return names
+        for path in repeated:
+            parts[path] += 1

@@ -127,12 +127,12 @@ def _names(name: str) -> str:
 def _find(record: Mapping[str, Any], name: str) -> Any:
     """The value of a field under whichever name it has, None where there is none."""
     orig = PROMETHEUS[name]
-    if record.get(orig) is not None:
+    if record.get(orig) not in (None, ""):
         return record[orig]
     if name in ("instruction", "response") and any(PROMETHEUS[n] in record for n in ("instruction", "response")):
         return None
     found = {alias: record[alias] for alias in ALIASES[name] if record.get(alias) not in (None, "")}
-    if len({str(value) for value in found.values()}) > 1:
+    if len({str(number(value) if name == "score" else value) for value in found.values()}) > 1:
         raise RowError(f"two fields for the {name}: {' and '.join(found)} differ, so keep or rename one")
     return next(iter(found.values()), None)
 
@@ -161,7 +161,8 @@ def _rubric(record: Mapping[str, Any]) -> str:
     if isinstance(value, Mapping):
         return _rubric_lines(value.get("criteria"), {k: v for k, v in value.items() if k != "criteria"})
     prefix = "orig_" if record.get("orig_criteria") is not None else ""
-    scores = {k[len(prefix) :]: v for k, v in record.items() if re.fullmatch(rf"{prefix}score[\d.]+_description", k)}
+    described = rf"{prefix}score[\d.]+_description"
+    scores = {k[len(prefix) :]: v for k, v in record.items() if re.fullmatch(described, str(k))}
     text = "" if value is None else _checked(value, "rubric")
     return _rubric_lines(text, scores) if scores else text.strip()
 
@@ -213,7 +214,9 @@ def _label(record: Mapping[str, Any], scale: ScoreScale) -> float:
     raters = record.get("scores")
     if not isinstance(raters, list) or not raters:
         raise RowError(f"label is missing: there is none of {_names('score')}")
-    each = [_score(rater, "label", scale) for rater in raters]
+    each = [_score(rater, "label", scale) for rater in raters if rater is not None]
+    if not each:
+        raise RowError("label is missing: no rater gave a score")
     return sum(each) / len(each)
 
 
@@ -222,7 +225,7 @@ def _feedbacks(record: Mapping[str, Any], label: float, scale: ScoreScale) -> tu
     given = value if isinstance(value, list) else [] if value is None else [value]
     raters = record.get("scores")
     if isinstance(raters, list) and isinstance(value, list) and len(raters) == len(value):
-        labels = [_score(rater, "a rater's score", scale) for rater in raters]
+        labels = [label if rater is None else _score(rater, "a rater's score", scale) for rater in raters]
     else:
         labels = [label] * len(given)
     cut = [cut_score("" if text is None else _checked(text, "feedback"), scale) for text in given]
@@ -231,7 +234,8 @@ def _feedbacks(record: Mapping[str, Any], label: float, scale: ScoreScale) -> tu
 
 
 def cut_score(feedback: str, scale: ScoreScale) -> str:
-    """A feedback without the verdict at its end ("[RESULT] 4", "So the overall score is 4."); training adds its own."""
+    """A feedback without the verdict at its end ("[RESULT] 4", "... overall score is **4**/5"), which training adds."""
     phrases = (scale.phrase.strip(), "So the overall score is", "[RESULT]")
-    verdict = rf"(?:{'|'.join(map(re.escape, phrases))})\s*(?:score)?\s*:?\s*(?:[-+]?\d+(?:\.\d+)?)?[\s.]*$"
+    score = r"\**[-+]?\d+(?:\.\d+)?\**(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?\**)?"
+    verdict = rf"(?:{'|'.join(map(re.escape, phrases))})\s*(?:score)?\s*:?\s*(?:{score})?[\s.]*$"
     return re.sub(verdict, "", feedback, flags=re.IGNORECASE).strip()

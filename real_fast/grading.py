@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from real_fast.config import ConfigError, EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
 from real_fast.evaluation import call_seed
@@ -24,6 +25,9 @@ from real_fast.rollout.select import load_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.scale import ScoreScale
 from real_fast.trained import judge_config
+
+_T = TypeVar("_T")
+_CLOSED = "this judge is closed"
 
 
 class Judge(PrometheusNames):
@@ -44,8 +48,9 @@ class Judge(PrometheusNames):
         n: Feedbacks sampled per response; their score distributions are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
         protocol: How the score is read: see :mod:`real_fast.protocol`. None for the folder's, or "real".
-        prompt: How a request becomes a prompt.
-        rollout: max_tokens, top_p, answer and the engine's limits.
+        prompt: How a request becomes a prompt. A mapping, such as ``{"max_tokens": 4096}``, changes some settings and
+            leaves the folder's others; a PromptConfig stands in place of all of them.
+        rollout: max_tokens, top_p, answer and the engine's limits; a mapping or a RolloutConfig, as for `prompt`.
         renormalize: Softmax over the score tokens alone.
         precision: Number format of the weights; a loaded model keeps its own.
         device: "auto" takes CUDA where there is one.
@@ -68,8 +73,8 @@ class Judge(PrometheusNames):
         n: int = 1,
         temperature: float = 1.0,
         protocol: ProtocolName | None = None,
-        prompt: PromptConfig | None = None,
-        rollout: RolloutConfig | None = None,
+        prompt: PromptConfig | Mapping[str, Any] | None = None,
+        rollout: RolloutConfig | Mapping[str, Any] | None = None,
         renormalize: bool | None = None,
         precision: Literal["bf16", "fp32"] = "bf16",
         device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -78,17 +83,24 @@ class Judge(PrometheusNames):
     ) -> None:
         loaded = not isinstance(model, str | os.PathLike)
         name = str(model.config.name_or_path if loaded else model)
-        if engine == "vllm" and loaded:
-            raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
         if loaded and tokenizer is None and not name:
             raise ConfigError("the model is loaded and does not say where from: give its tokenizer too")
         self.config = config = judge_config(
-            name, scale, prompt, rollout, renormalize, protocol, EvalConfig(n=n, temperature=temperature)
+            name if not loaded or Path(name).expanduser().is_dir() else "",
+            scale,
+            prompt,
+            rollout,
+            renormalize,
+            protocol,
+            EvalConfig(n=n, temperature=temperature),
         )
         config.trust_remote_code = trust_remote_code
         config.train = TrainConfig(precision=precision, device=device)
-        config.rollout = replace(config.rollout, engine=engine)
+        if engine != "auto":
+            config.rollout = replace(config.rollout, engine=engine)
         config.validate()
+        if config.rollout.engine == "vllm" and loaded:
+            raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
         self.scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
@@ -144,12 +156,11 @@ class Judge(PrometheusNames):
         seed: int = 0,
     ) -> Grade:
         """:meth:`grade` in a thread, so that an event loop goes on with other work."""
-        call = partial(self.grade, instruction, response, rubric, reference_answer, seed=seed)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        return await self._in_thread(partial(self.grade, instruction, response, rubric, reference_answer, seed=seed))
 
     async def agrade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
         """:meth:`grade_batch` in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(self.grade_batch, rows, seed))
+        return await self._in_thread(partial(self.grade_batch, rows, seed))
 
     def close(self) -> None:
         """Free the model. The judge cannot grade afterwards."""
@@ -165,6 +176,11 @@ class Judge(PrometheusNames):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        if self._engine is None:  # the thread ended with it, and would say so in other words
+            raise RuntimeError(_CLOSED)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
     def _sampling(self, seed: int) -> Sampling:
         return sampling(self.config.eval, self.config.rollout, seed)
 
@@ -172,7 +188,7 @@ class Judge(PrometheusNames):
         """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
         with self._lock:
             if self._engine is None:
-                raise RuntimeError("this judge is closed")
+                raise RuntimeError(_CLOSED)
             grades: list[Grade] = []
             prompts: list[list[int]] = []
             places: list[int] = []
@@ -198,22 +214,21 @@ class Judge(PrometheusNames):
             raise RowError(f"prompt is too long: {len(ids)} tokens, prompt.max_tokens is {limit}")
         return ids
 
-    def _sample(
-        self, engine: RolloutEngine, prompts: list[list[int]], how: Sampling
-    ) -> list[list[Rollout] | Exception]:
+    def _sample(self, engine: RolloutEngine, prompts: list[list[int]], how: Sampling) -> list[list[Rollout] | str]:
         """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
         try:
             return list(engine.generate(prompts, how))
         except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
             if len(prompts) == 1:
-                return [error]
+                # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.
+                return [f"sampling failed: {type(error).__name__}: {error}"]
         half = len(prompts) // 2
         later = replace(how, seed=call_seed(how.seed, half))
         return self._sample(engine, prompts[:half], how) + self._sample(engine, prompts[half:], later)
 
-    def _verdict(self, rollouts: list[Rollout] | Exception) -> Grade:
-        if isinstance(rollouts, Exception):
-            return Grade(error=f"sampling failed: {type(rollouts).__name__}: {rollouts}")
+    def _verdict(self, rollouts: list[Rollout] | str) -> Grade:
+        if isinstance(rollouts, str):
+            return Grade(error=rollouts)
         objective = self.config.objective
         found = read(rollouts, self.scale, self.config.eval.protocol, objective.renormalize)
         phrase = self.scale.phrase.strip()

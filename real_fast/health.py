@@ -32,7 +32,7 @@ _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
         "Spread within a prompt's rollouts",
         "score units, share",
         (
-            ("reward_std", "std of the reward", BLUE),
+            ("reward_group_std", "std of the reward", BLUE),
             ("advantage_std", "std of the advantage", GREEN),
             ("frac_reward_zero_std", "share of groups with zero spread", ORANGE),
         ),

@@ -17,16 +17,18 @@ _FIGURES = (
     ("calibration.png", "Calibration"),
 )
 _COLUMNS = ("n", "pearson", "spearman", "kendall", "rmse", "mae", "bias", "off_scale_mass", "truncated", "no_score")
+_DRIFT = "engine and trainer drift apart: set rollout.engine to transformers, or train.precision to fp32, and compare"
+_POINT = "the score distribution has collapsed to a point: lower optim.lr or objective.beta, or train for fewer steps"
 # What is worth a look, and when: (key, meaning, test on the mean of the last steps, advice).
 _WARNINGS = (
     ("score/off_scale_mass", lambda x: x > 0.2, "much of the probability is off the scale: warm up longer"),
     ("frac_reward_zero_std", lambda x: x > 0.5, "most groups have no spread: raise group_size or the temperature"),
     ("completions/clipped_ratio", lambda x: x > 0.5, "most feedback is cut off: raise rollout.max_tokens"),
     ("score/forced", lambda x: x > 0.9, "the model hardly writes the phrase itself: warm up on feedback"),
-    ("sampling/sampling_logp_difference/mean", lambda x: x > 0.05, "engine and trainer drift apart"),
+    ("sampling/sampling_logp_difference/mean", lambda x: x > 0.05, _DRIFT),
     # About the entropy of sampled text itself: what is written now would hardly have come from the reference.
     ("kl", lambda x: x > 0.5, "the feedback is far from the reference's: set objective.kl_coef or lower optim.lr"),
-    ("score/entropy", lambda x: x < 0.05, "the score distribution has collapsed to a point"),
+    ("score/entropy", lambda x: x < 0.05, _POINT),
 )
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
@@ -88,7 +90,7 @@ def write(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]], 
         summary=yaml.safe_dump({k: v for k, v in summary.items() if k != "eval"}, sort_keys=False),
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )
-    (folder / "report.html").write_text(text, encoding="utf-8")
+    (folder / "report.html").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def health_warnings(metrics: list[dict[str, Any]]) -> list[str]:

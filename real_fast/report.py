@@ -53,7 +53,7 @@ def finish(trainer: Trainer) -> None:
     metrics = folder.metrics()
     write_jsonl(folder.path / "predictions.jsonl", predictions["after"])
     real = [m for m in metrics if m["phase"] == trainer.config.method]
-    rollout_seconds = state.seconds.get("rollout", 0.0)
+    tokens, rollout_seconds = state.sampled_tokens, state.seconds.get("rollout", 0.0)
     summary: dict[str, Any] = {
         "model": trainer.config.model,
         "method": trainer.config.method,
@@ -67,8 +67,8 @@ def finish(trainer: Trainer) -> None:
         "reward": {"first": _mean(real[:3], "reward"), "last": _mean(real[-3:], "reward")},
         "kl": next((m["kl"] for m in reversed(real) if m.get("kl") is not None), None),
         "seconds": {k: round(v, 2) for k, v in state.seconds.items()},
-        "sampled_tokens": state.num_tokens,
-        "rollout_tokens_per_second": state.num_tokens / rollout_seconds if rollout_seconds else None,
+        "sampled_tokens": tokens,
+        "rollout_tokens_per_second": tokens / rollout_seconds if tokens and rollout_seconds else None,
         "peak_memory_gib": peak_memory(trainer.device),
         "machine": machine(trainer.device),
     }

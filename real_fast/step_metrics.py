@@ -36,6 +36,11 @@ class StepMetrics:
         return sum(len(r.sampled_ids) for r in self.rollouts)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of this update's sequences, each with its prompt and as it was trained on, as TRL counts them."""
+        return sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
+
+    @property
     def finite(self) -> bool:
         """Whether every micro-batch's loss is a number."""
         return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
@@ -90,7 +95,8 @@ class StepMetrics:
         )
         return {
             "reward": _mean(reward),
-            "reward_std": _mean(spread),
+            "reward_std": float(reward.std()) if len(reward) > 1 else float("nan"),
+            "reward_group_std": _mean(spread),
             "frac_reward_zero_std": _mean((spread < 1e-6).float()),
             "advantage_abs": _mean(advantage.abs()),
             "advantage_std": float(advantage.std(correction=0)) if len(advantage) else float("nan"),
@@ -107,9 +113,14 @@ class StepMetrics:
             # A token whose advantage is 0 is never clipped, and counts all the same.
             tokens = sum(len(r.sampled_ids) for r in self.rollouts if r.has_score)
             iterations = len(self.further) // len(self.batches)
-            found["clip_ratio"] = clipped / (iterations * tokens) if tokens else float("nan")
+            found["clip_ratio/region_mean"] = clipped / (iterations * tokens) if tokens else float("nan")
             found["ratio/mean"] = _mean(ratio)
         return found
+
+    def histogram(self, name: str, values: torch.Tensor) -> dict[str, float]:
+        """Shares of `values` by the nearest score of the scale, the lower one of two; trackers take numbers alone."""
+        nearest = (values[:, None] - self.scale.values_tensor()).abs().argmin(1)
+        return {f"{name}/share/{text}": _mean(nearest == place) for place, text in enumerate(self.scale.texts)}
 
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
@@ -125,12 +136,13 @@ class StepMetrics:
         agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
         tokens = sum(b.input_ids.numel() for b, _ in self.batches)
         padding = sum(int((b.attention_mask == 0).sum()) for b, _ in self.batches if b.attention_mask is not None)
-        separate = sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
         return {
             "loss": float(sum(out.loss for _, out in self.batches)),
             **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},
             **self.rewards(valid, group),
             **self.proximity(),
+            **self.histogram("score", y_hat[finite]),
+            **self.histogram("label", label),
             "score/rmse": _mean(error**2) ** 0.5,
             "score/mae": _mean(error.abs()),
             "score/bias": _mean(error),
@@ -141,7 +153,7 @@ class StepMetrics:
             "score/off_scale_mass": _mean(off),
             "score/no_score": int((~valid).sum()),
             "score/forced": _mean(torch.tensor([r.finish != "phrase" for r in self.rollouts]).float()),
-            "entropy": _mean(-logp[computed]),
+            "nll": _mean(-logp[computed]),
             "completions/mean_length": _mean(lengths),
             "completions/min_length": float(lengths.min()),
             "completions/max_length": float(lengths.max()),
@@ -151,7 +163,7 @@ class StepMetrics:
             "head/rows_dropped": int((~computed).sum()),
             "body/tokens": tokens,
             "body/padding": padding / tokens,
-            "body/prompt_tokens_saved": separate - (tokens - padding),
+            "body/prompt_tokens_saved": self.num_tokens - (tokens - padding),
         }
 
 

@@ -113,14 +113,33 @@ def require_given_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any,
     return longest
 
 
+def require_warmup_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> int:
+    """The same for the warm-up, which may draw any feedback of any row; returns and raises as above."""
+    longest = 0
+    for row in rows:
+        if not row.feedbacks:
+            continue
+        need = len(row.prompt_ids) + max(_feedback_lengths(row, tokenizer, scale))
+        longest = max(longest, need)
+        if need > config.train.micro_batch_tokens:
+            raise BatchError(
+                f"train.micro_batch_tokens is {config.train.micro_batch_tokens}, and row {row.id!r} needs {need} in "
+                f"the warm-up ({len(row.prompt_ids)} of the prompt): raise it, shorten the row's feedback, or set "
+                "warmup.steps to 0"
+            )
+    return longest
+
+
 def _lengths(row: JudgeRow, config: Config, tokenizer: Any, scale: ScoreScale) -> list[int]:
     """Tokens of each answer, the phrase included."""
-    phrase = len(scale.phrase_ids)
     if config.supervised.feedback == "none":
-        return [phrase]
-    return [
-        len(ids) + phrase for ids in tokenizer([f.strip() for f in row.feedbacks], add_special_tokens=False).input_ids
-    ]
+        return [len(scale.phrase_ids)]
+    return _feedback_lengths(row, tokenizer, scale)
+
+
+def _feedback_lengths(row: JudgeRow, tokenizer: Any, scale: ScoreScale) -> list[int]:
+    texts = [feedback.strip() for feedback in row.feedbacks]
+    return [len(ids) + len(scale.phrase_ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 def supervised_objective(terms: Terms, scale: ScoreScale, totals: Totals, renormalize: bool = False) -> Loss:

@@ -43,7 +43,9 @@ def run(config: Config) -> bool:
     name = config.run_name or folder.resolve().name
     single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
     if not generated.is_file():
-        first = Trainer(_resumable(replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")))
+        first = Trainer(
+            _sampling_next(_resumed(replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")))
+        )
         if not first.run():
             return False
         print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
@@ -57,7 +59,7 @@ def run(config: Config) -> bool:
         del first
     data = DataConfig(train=str(generated), eval=str(held_out))
     second = replace(single, data=data, run_name=f"{name}-stage2")
-    return Trainer(_resumable(second)).run()
+    return Trainer(_resumed(second)).run()
 
 
 def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
@@ -67,15 +69,17 @@ def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
     write_json(summary, known)
 
 
-def _resumable(config: Config) -> Config:
+def _resumed(config: Config) -> Config:
     """Resume where there is something to; what a stage has done is never done again."""
-    folder = Path(config.output)
-    started = (folder / "config.yaml").is_file()
-    finished = (folder / "summary.json").is_file()
-    if finished and config.resume:
-        # Only its feedback is missing: load the weights of its last checkpoint and go on from its end.
-        os.replace(folder / "summary.json", folder / "summary.superseded.json")
-    return replace(config, resume=config.resume and started)
+    return replace(config, resume=config.resume and (Path(config.output) / "config.yaml").is_file())
+
+
+def _sampling_next(config: Config) -> Config:
+    """Let a first stage that is finished go on from its end: only the feedback that it writes is missing."""
+    finished = Path(config.output) / "summary.json"
+    if config.resume and finished.is_file():
+        os.replace(finished, finished.with_name("summary.superseded.json"))
+    return config
 
 
 def _sample(trainer: Any, rows: Sequence[JudgeRow]) -> list[list[Rollout]]:

@@ -46,6 +46,7 @@ from real_fast.supervised import (
     given_feedback,
     pick_feedback,
     require_given_room,
+    require_warmup_room,
     supervised_objective,
     with_feedback,
 )
@@ -91,6 +92,8 @@ class Trainer:
                 longest = require_given_room(self.data.train, config, self.tokenizer, self.scale)
             self.sampler = PromptSampler(self.data.train, config.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
+            if config.warmup.steps:
+                longest = max(longest, require_warmup_room(self.data.train, config, self.tokenizer, self.scale))
 
             self.device = pick_device(config.train.device)
             torch.manual_seed(config.seed)
@@ -268,7 +271,8 @@ class Trainer:
 
         state.step += 1
         state.rows_seen += len(rows)
-        state.num_tokens += metrics.sampled_tokens
+        state.num_tokens += metrics.num_tokens
+        state.sampled_tokens += metrics.sampled_tokens if config.samples else 0
         seconds = time.perf_counter() - started
         record = {
             "phase": config.method,

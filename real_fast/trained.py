@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,27 @@ from real_fast.config import (
     RolloutConfig,
     ScaleConfig,
 )
+from real_fast.model import resolve_model
 from real_fast.protocol import ProtocolName
 
 # With no trainer beside it, vLLM gets nearly all of a GPU.
 GPU_SHARE = 0.9
 
 
-def trained_settings(folder: Path) -> dict[str, Any]:
+def trained_settings(model: str) -> dict[str, Any]:
     """What judging shares with training: scale, prompt, rollout (answer and lengths), renormalize, the eval's protocol.
 
     Args:
-        folder: A model folder; one without real_fast.json gives {}.
+        model: A folder or a hub name, as :func:`real_fast.model.resolve_model` takes them. One without
+            real_fast.json gives {}; of a hub model, nothing large is fetched.
 
     Raises:
         ConfigError: A real_fast.json that the trainer did not write.
+        ModelError: Neither a folder nor to be had from the hub.
     """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = resolve_model(model, ("real_fast.json", "*.jinja", "*.txt"))
     path = folder / "real_fast.json"
     if not path.is_file():
         return {}
@@ -73,7 +79,7 @@ def parse(config_class: type, prog: str, description: str, argv: list[str]) -> A
         except (yaml.YAMLError, ValueError):
             values = None  # the parser below says what is wrong with the file
         model = values.get("model") if isinstance(values, dict) else None
-    defaults = trained_settings(Path(model).expanduser()) if isinstance(model, str) and model else {}
+    defaults = trained_settings(model) if isinstance(model, str) and model else {}
     if "protocol" in defaults and not hasattr(config_class, "protocol"):
         defaults["eval"] = {"protocol": defaults.pop("protocol")}
     argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
@@ -83,30 +89,35 @@ def parse(config_class: type, prog: str, description: str, argv: list[str]) -> A
 def judge_config(
     name: str,
     scale: Sequence[float] | ScaleConfig | None,
-    prompt: PromptConfig | None,
-    rollout: RolloutConfig | None,
+    prompt: PromptConfig | Mapping[str, Any] | None,
+    rollout: RolloutConfig | Mapping[str, Any] | None,
     renormalize: bool | None,
     protocol: ProtocolName | None,
     evaluation: EvalConfig,
 ) -> Config:
     """The settings of a judge that is called, in the form that the engines read; what is None is the folder's.
 
-    Raises as :func:`trained_settings` does.
+    Raises as :func:`trained_settings` does, and ConfigError for settings that do not exist or are of another type.
     """
-    taken = trained_settings(Path(name).expanduser()) if name else {}
+    taken = trained_settings(name) if name else {}
     if not isinstance(scale, ScaleConfig):
         known: ScaleConfig = settings.from_namespace(ScaleConfig, taken.get("scale", {}))
         scale = known if scale is None else replace(known, values=list(scale))
-    if rollout is None:
-        known_rollout: RolloutConfig = settings.from_namespace(RolloutConfig, taken.get("rollout", {}))
-        rollout = replace(known_rollout, gpu_memory_utilization=GPU_SHARE)
+    alone = {"gpu_memory_utilization": GPU_SHARE}
     return Config(
         model=name or "(loaded)",
         output="(none)",
         scale=scale,
-        prompt=prompt or settings.from_namespace(PromptConfig, taken.get("prompt", {})),
+        prompt=_over(PromptConfig, taken.get("prompt", {}), prompt),
         data=DataConfig(train="(requests)", eval="(requests)"),
-        rollout=rollout,
+        rollout=_over(RolloutConfig, alone | taken.get("rollout", {}), rollout),
         objective=ObjectiveConfig(renormalize=taken.get("renormalize", False) if renormalize is None else renormalize),
         eval=replace(evaluation, protocol=protocol or taken.get("protocol", evaluation.protocol)),
     )
+
+
+def _over(kind: type, taken: Mapping[str, Any], given: Any) -> Any:
+    """What a caller gave: a whole `kind`, or settings over those of `taken`."""
+    if isinstance(given, kind):
+        return given
+    return settings.from_namespace(kind, {**taken, **(given or {})})

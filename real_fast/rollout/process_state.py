@@ -12,18 +12,21 @@ import torch
 
 
 @contextmanager
-def process_state_kept() -> Iterator[None]:
+def process_state_kept(generators: bool = True) -> Iterator[None]:
     """Undo what vLLM does to the process it runs in: random states, number of threads, bound cores.
 
     Without it vLLM seeds the trainer's generators, takes ``torch.set_num_threads`` away, and (OMP_NUM_THREADS unset)
     sets the threads to 1.
+
+    Args:
+        generators: Put the random generators back as well; what another thread drew meanwhile, it then draws again.
     """
     threads, set_threads, omp = torch.get_num_threads(), torch.set_num_threads, os.environ.get("OMP_NUM_THREADS")
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     python, numpy = random.getstate(), np.random.get_state()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=generators):
             yield
     finally:
         if omp is None:
@@ -33,5 +36,6 @@ def process_state_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
         if cores is not None and os.sched_getaffinity(0) != cores:
             os.sched_setaffinity(0, cores)
-        random.setstate(python)
-        np.random.set_state(numpy)
+        if generators:
+            random.setstate(python)
+            np.random.set_state(numpy)

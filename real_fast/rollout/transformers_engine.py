@@ -16,6 +16,7 @@ from torch.func import functional_call
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
 from real_fast.rollout.base import Answer, Parsed, PhraseFinder, Rollout, Sampling, parse_sample
 from real_fast.rollout.draw import draw
+from real_fast.rollout.kv_cache import make_room
 from real_fast.scale import ScoreScale
 
 # Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
@@ -145,7 +146,9 @@ class TransformersEngine:
             with torch.no_grad():
                 # Not by autocast, which would keep cached keys in fp32 and cast them at every step.
                 for name, weight in self.model.named_parameters(remove_duplicate=False):
-                    self._weights[name] = weight.to(self.dtype)
+                    # Quantised ones (8 bits or fewer, or packed into integers) mean nothing without their scales.
+                    if weight.is_floating_point() and weight.element_size() > 1:
+                        self._weights[name] = weight.to(self.dtype)
                 # The head in fp32: bf16 logits come in steps of 1/8, and scores with them.
                 prefix = next(name for name, module in self.model.named_modules() if module is head)
                 self._weights |= {f"{prefix}.{name}": weight.float() for name, weight in head.named_parameters()}
@@ -184,6 +187,7 @@ class TransformersEngine:
             cache.batch_repeat_interleave(len(samples))
             logits = logits.repeat_interleave(len(samples), 0)
             mask = mask.repeat_interleave(len(samples), 0)
+        make_room(cache)
         position = mask.sum(-1, keepdim=True)
         sequences = [_Sequence(place, s, random_stream(sampling.seed, place, s)) for place in prompts for s in samples]
         slots = sequences

@@ -220,9 +220,15 @@ class VllmEngine:
         from vllm import TokensPrompt
 
         order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
-        with process_state_kept():
-            tokens = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in order]
-            outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
+        tokens = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in order]
+        # Every request has a seed of its own, so vLLM draws nothing from our generators; other threads may, meanwhile.
+        with process_state_kept(generators=False):
+            try:
+                outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
+            except BaseException:  # Ctrl-C too: what is left unfinished would come out of the next call
+                core = self._engine.llm_engine
+                core.abort_request(list(core.output_processor.request_states), internal=True)
+                raise
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _score(self, step: Any) -> list[float]:
@@ -234,7 +240,7 @@ class VllmEngine:
         if self._processed and sampling.temperature > 0 and sampling.top_p < 1:
             raise ValueError(
                 f"this engine was set up for top_p 1 and cannot report log-probabilities at top_p {sampling.top_p}: "
-                "give VllmEngine the smallest top_p that will be used"
+                "set rollout.top_p (VllmEngine's top_p) to the smallest that will be used"
             )
         if not self._processed and sampling.temperature not in (0, 1):
             raise ValueError(

@@ -219,6 +219,59 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
         find_evaluations([tmp_path])
 
 
+def test_data_of_one_file_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    rows, other = predictions(0.3, 1), predictions(0.3, 1, data=1)
+    evaluated(tmp_path / "sft" / "eval-a", rows, "a/test.jsonl")
+    evaluated(tmp_path / "sft" / "eval-b", other, "b/test.jsonl")
+    evaluated(tmp_path / "real" / "eval-a", rows, "moved/test.jsonl")  # the rows are the same
+    evaluated(tmp_path / "real" / "eval-b", other, "b/test.jsonl")
+    for name in ("sft", "real"):
+        (tmp_path / name / "final").mkdir()
+    found, notes = find_evaluations([tmp_path / "sft", tmp_path / "real"])
+    assert sorted((e.method, e.benchmark) for e in found) == [
+        ("real", "a/test.jsonl"),
+        ("real", "b/test.jsonl"),
+        ("sft", "a/test.jsonl"),
+        ("sft", "b/test.jsonl"),
+    ]
+    assert notes == []
+
+
+def test_splits_of_a_hub_dataset_are_benchmarks_of_their_own(tmp_path: Path) -> None:
+    rows, other = predictions(0.3, 1), predictions(0.3, 1, data=1)
+    for split, some in (("test", rows), ("hard", other)):
+        folder = evaluated(tmp_path / f"eval-{split}", some)
+        summary = json.loads((folder / "summary.json").read_text()) | {"data": "me/judgements", "split": split}
+        write_json(folder / "summary.json", summary)
+    trained(tmp_path / "real", rows, {"train": "me/judgements", "eval": "me/judgements", "eval_split": "test"})
+    found, _ = find_evaluations([tmp_path])
+    assert sorted((e.method, e.benchmark) for e in found) == [
+        ("eval-hard", "judgements (hard)"),
+        ("eval-test", "judgements (test)"),
+        ("real", "judgements (test)"),
+    ]
+
+
+def test_tract_is_compared_on_the_data_of_its_first_stage(tmp_path: Path) -> None:
+    rows = predictions(0.3, 1)
+    trained(tmp_path / "sft", rows, {"train": "t.jsonl", "eval": "x/b.jsonl"})
+    own = {"train": str(tmp_path / "tract/self_generated.jsonl"), "eval": str(tmp_path / "tract/held_out.jsonl")}
+    trained(tmp_path / "tract", rows, own)
+    trained(tmp_path / "tract" / "stage1", rows, {"train": "t.jsonl", "eval": "x/b.jsonl"})
+    found, _ = find_evaluations([tmp_path])
+    assert {(e.method, e.benchmark) for e in found} == {(m, "b.jsonl") for m in ("sft", "tract", "tract/stage1")}
+
+
+def test_files_and_overwritten_runs_are_left_out(tmp_path: Path) -> None:
+    rows, data = predictions(0.3, 1), {"train": "t.jsonl", "eval": "b.jsonl"}
+    for name in ("real", "real.old-1", "sft.old-2"):
+        trained(tmp_path / name, rows, data)
+    (tmp_path / "notes.txt").write_text("mine")
+    found, notes = find_evaluations(sorted(tmp_path.iterdir()))
+    assert [e.method for e in found] == ["real", "sft.old-2"]  # no newer sft is there
+    assert len(notes) == 2 and "notes.txt is a file" in notes[0] and "real.old-1" in notes[1]
+
+
 # Seeds
 
 

@@ -26,7 +26,7 @@ from real_fast.data import (
     split_by_prompt,
     write_rejected,
 )
-from real_fast.fields import JudgeRow, cut_score, number
+from real_fast.fields import JudgeRow, cut_score, number, parse_texts
 from real_fast.prompt import PromptBuilder
 from real_fast.scale import ScoreScale
 
@@ -139,6 +139,20 @@ def test_feedbacks_have_their_raters_labels(loader: Loader) -> None:
     assert loader.one(GOOD | {"feedbacks": ["a", "b"]}).feedback_labels == [4.0, 4.0]
     assert loader.one(GOOD | {"feedback": "a", "scores": [3, 5]}).feedback_labels == [4.0]
     assert loader.one(GOOD | {"feedback": None}).feedbacks == []
+    # A rater who gave no score leaves the mean to the others, and the row's label to the feedback.
+    some = {k: v for k, v in GOOD.items() if k != "score"} | {"feedbacks": ["a", "b", "c"], "scores": [2, None, 5]}
+    loaded = loader.one(some)
+    assert (loaded.label, loaded.feedback_labels) == (3.5, [2.0, 3.5, 5.0])
+
+
+def test_one_number_under_two_names_in_two_spellings(loader: Loader) -> None:
+    assert loader.one(GOOD | {"score": 4, "label": "4.0"}).label == 4.0
+    empty = {k: v for k, v in GOOD.items() if k != "score"} | {"orig_score": "", "scores": [3, 4]}
+    assert loader.one(empty).label == 3.5
+
+
+def test_keys_that_are_no_text_are_passed_over(loader: Loader) -> None:
+    assert parse_texts({**GOOD, 1: "x"}, needs_rubric=True).instruction == GOOD["instruction"]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +164,10 @@ def test_feedbacks_have_their_raters_labels(loader: Loader) -> None:
         ("Good. [RESULT] Score: 1.", "Good."),
         ("Good. [RESULT]", "Good."),
         ("[RESULT] 4", ""),
+        ("Good. So the overall score is 4/5", "Good."),
+        ("Good. So the overall score is **4** out of 5.", "Good."),
+        ("Good. So the overall score is **4.5/5**.", "Good."),
+        ("Good. So the overall score is 4 of the worst.", "Good. So the overall score is 4 of the worst."),
         ("A score of 4", "A score of 4"),
         ("[RESULT] 4 comes first, then this.", "[RESULT] 4 comes first, then this."),
     ],
@@ -204,6 +222,7 @@ def test_prompts_are_encoded(loader: Loader) -> None:
         ({"score": None}, "label is missing: there is none of orig_score, score, label, human_score"),
         ({"score": 6}, "label is off the scale: 6 is not within 1 to 5"),
         ({"score": "0.5"}, "label is off the scale: 0.5 is not within 1 to 5"),
+        ({"scores": [None, None], "score": None}, "label is missing: no rater gave a score"),
         ({"label": 2}, "two fields for the score: score and label differ"),
         ({"instruction": None}, "instruction is missing or empty"),
         ({"instruction": " \n"}, "instruction is missing or empty"),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,36 @@ def test_the_trained_folder_is_taken_over_and_arguments_win(judge: Judge, folder
     assert other.config.rollout.max_tokens == 9 and not other.config.objective.renormalize
 
 
+def test_a_mapping_changes_some_of_the_folders_settings(with_engine: Any) -> None:
+    changes: dict[str, Any] = {"prompt": {"max_tokens": 400}, "rollout": {"max_tokens": 20, "engine": "transformers"}}
+    config = with_engine(FakeEngine([]), **changes).config
+    assert (config.prompt.template, config.prompt.system, config.prompt.max_tokens) == ("short", "Grade.", 400)
+    rollouts = config.rollout
+    assert (rollouts.max_tokens, rollouts.engine, rollouts.gpu_memory_utilization) == (20, "transformers", 0.9)
+    with pytest.raises(ConfigError, match="max_token"):
+        with_engine(FakeEngine([]), prompt={"max_token": 400})
+    with pytest.raises(ConfigError, match="max_tokens"):
+        with_engine(FakeEngine([]), rollout={"max_tokens": "many"})
+
+
+def test_a_trained_model_on_the_hub_is_taken_over_as_a_folder_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fetched: list[Any] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        fetched.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("real_fast.model.snapshot_download", download)
+    found = command.trained.parse(command.JudgeConfig, command.PROG, "", ["--model", "me/judge"])
+    assert (found.scale.values, found.prompt.template, found.renormalize) == ([1, 2, 3], "short", True)
+    assert fetched == [("me/judge", ["real_fast.json", "*.jinja", "*.txt"])]  # no weights before the flags are read
+    monkeypatch.setattr("real_fast.grading.load_engine", lambda *_: FakeEngine([]))
+    assert Judge("me/judge").scale.texts == ("1", "2", "3")
+
+
 def test_the_protocol_of_the_run_is_taken_over(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Path(shutil.copytree(folder, tmp_path / "final"))
     saved = json.loads((model / "real_fast.json").read_text()) | {"eval": {"protocol": "raft"}}
@@ -204,6 +235,27 @@ def test_rows_that_cannot_be_graded_say_why_and_the_rest_go_on(with_engine: Any)
         judge.grade("Name a fruit.", " ")
 
 
+def test_a_failed_call_keeps_nothing_while_the_others_are_sampled(with_engine: Any) -> None:
+    """Its frames hold the key-value cache; alive, they would take the memory that the next call needs."""
+
+    class Cache: ...
+
+    alive: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+    class Greedy(FakeEngine):
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+            assert not alive
+            cache = Cache()
+            alive.add(cache)
+            return super().generate(prompts, sampling)
+
+    judge = with_engine(Greedy([rollout([0.5, 0.25, 0.25])]))
+    rows = [ROW, *[{**ROW, "response": "An apple and a pear."}] * 3, ROW]
+    judge._engine.fails_at = len(judge._prompt(rows[1]))
+    grades = judge.grade_batch(rows)
+    assert [g.error for g in grades] == [None, *["sampling failed: MemoryError: the cache is full"] * 3, None]
+
+
 def test_a_feedback_without_a_score_is_kept_with_an_error(with_engine: Any) -> None:
     grade = with_engine(FakeEngine([rollout(None, text="No idea.")]), protocol="decode").grade(**ROW)
     assert (grade.feedback, grade.score, grade.error) == ("No idea.", None, "no score: none of the feedbacks has one")
@@ -242,6 +294,25 @@ def test_prometheus_evals_calls_work(with_engine: Any) -> None:
     assert (sampling.temperature, sampling.max_tokens) == (0.0, 5)
     same = judge.absolute_grade(instructions=["a", "b"], responses=["c", "d"], rubric="One for all")
     assert len(same[1]) == 2
+
+
+def test_prometheus_evals_parameters_are_checked_before_the_work(with_engine: Any) -> None:
+    engine = FakeEngine([rollout([0.5, 0.25, 0.25])])
+    judge = with_engine(engine)
+    neutral = {"best_of": 1, "repetition_penalty": 1.0, "top_p": 0.9}
+    assert judge.single_absolute_grade("a", "b", "c", params=neutral)[1] == pytest.approx(1.75)
+    for wrong in (
+        {"n": 0},
+        {"n": 1.5},
+        {"temperature": -1},
+        {"top_p": 5},
+        {"top_p": 0},
+        {"max_tokens": 0},
+        {"seed": None},
+    ):
+        with pytest.raises(ConfigError, match="params"):
+            judge.single_absolute_grade("a", "b", "c", params=wrong)
+    assert len(engine.calls) == 1
 
 
 def test_prometheus_evals_calls_refuse_what_they_cannot_honour(with_engine: Any) -> None:
@@ -424,11 +495,12 @@ def test_mistakes_of_the_users(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         return err
 
     assert "model is not set" in failure()
-    assert "batch_size is 0" in failure("--model", "m", "--batch_size", "0")
-    assert "give --temperature" in failure("--model", "m", "--rollout.temperature", "0.5")
-    assert "key is 'row'" in failure("--model", "m", "--key", "row")
-    assert "cannot be read" in failure("--model", "m", "--data", str(tmp_path / "none.jsonl"))
-    assert "give a .jsonl" in failure("--model", "m", "--data", "rows.csv")
+    some = str(tmp_path)  # a folder, with nothing in it yet
+    assert "batch_size is 0" in failure("--model", some, "--batch_size", "0")
+    assert "give --temperature" in failure("--model", some, "--rollout.temperature", "0.5")
+    assert "key is 'row'" in failure("--model", some, "--key", "row")
+    assert "cannot be read" in failure("--model", some, "--data", str(tmp_path / "none.jsonl"))
+    assert "give a .jsonl" in failure("--model", some, "--data", "rows.csv")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(ROW))
     assert "does not exist" in failure("--model", str(tmp_path / "nowhere"), "--data", str(rows))

@@ -253,6 +253,9 @@ def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, m
         assert (folder / "final" / "model.safetensors").is_file()
     assert json.loads((output / "stage1" / "summary.json").read_text())["seconds"]["self_generated"] > 0
     assert main(flags(tiny_judge, output, *more)) == 2 and "holds a run" in capsys.readouterr().err
+    kept = (output / "metrics.jsonl").read_text()
+    assert main(flags(tiny_judge, output, *more, "--resume")) == 2  # finished, as for every other method
+    assert (output / "summary.json").is_file() and (output / "metrics.jsonl").read_text() == kept
     assert main(flags(tiny_judge, tmp_path / "real", "--init_from", str(output), "--train.steps", "1")) == 0
     first = read_jsonl(tmp_path / "real" / "metrics.jsonl")[0]["eval"]
     before = json.loads((output / "summary.json").read_text())["eval"]["after"]
@@ -267,10 +270,18 @@ def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, m
         (["--method", "raft", "--supervised.prompts_per_step", "0"], "supervised.prompts_per_step is 0"),
         (["--objective.exploration", "false", "--objective.beta", "0"], "nothing is left to train"),
         (["--init_from", "nowhere/at/all"], "model nowhere/at/all does not exist"),
+        (["--warmup.steps", "1", "--data.train", "LONG"], "row 'long' needs 4"),
         (["--method", "sft", "--train.micro_batch_tokens", "30"], "micro_batch_tokens is 30, and row"),
     ],
 )
 def test_what_cannot_work_is_said_before_the_work(tiny_judge, tmp_path, more, message, capsys):
+    if "LONG" in more:
+        row = {"instruction": "Name one.", "response": "x", "rubric": "r", "score": 3, "id": "long"}
+        rows = [{**row, "id": str(i), "instruction": f"Name {i}."} for i in range(20)] + [
+            row | {"feedback": "So. " * 2000}
+        ]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        more = [str(tmp_path / "rows.jsonl") if part == "LONG" else part for part in more]
     assert main(flags(tiny_judge, tmp_path / "run", *more)) == 2
     assert message in capsys.readouterr().err
 

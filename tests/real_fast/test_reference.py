@@ -90,7 +90,7 @@ def test_a_run_with_kl_and_two_iterations(whole, tiny_judge):
     start, held = (load_file(folder / "model.safetensors") for folder in (tiny_judge, whole / "reference"))
     assert not torch.equal(start["model.norm.weight"], held["model.norm.weight"])
     for m in lines:
-        assert 0 <= m["clip_ratio"] <= 1 and 0.5 < m["ratio/mean"] < 2 and m["ratio/mean"] != 1
+        assert 0 <= m["clip_ratio/region_mean"] <= 1 and 0.5 < m["ratio/mean"] < 2 and m["ratio/mean"] != 1
         assert m["sampling/sampling_logp_difference/mean"] < 1e-4  # of the first iteration, before the weights move
     # The schedule counts optimiser steps: 10, of which the first iteration of step t is the 2(t - 1)th.
     cosine = [0.5 + 0.5 * torch.tensor(torch.pi * 2 * t / 10).cos() for t in range(5)]
@@ -174,7 +174,7 @@ def test_other_methods(tiny_judge, tmp_path, method):
     more = [*BOTH, "--method", method, "--supervised.prompts_per_step", "4", "--train.steps", "2"]
     assert main(flags(tiny_judge, output, *more, "--warmup.steps", "0")) == 0
     lines = steps(output, method)
-    assert all({"kl", "loss/kl", "clip_ratio"} <= m.keys() for m in lines) == (method == "binary_rl")
+    assert all({"kl", "loss/kl", "clip_ratio/region_mean"} <= m.keys() for m in lines) == (method == "binary_rl")
     assert any("kl" in m for m in lines) == (output / "reference").is_dir() == (method == "binary_rl")
     # One optimiser step per update without rollouts.
     assert lines[1]["learning_rate"] == pytest.approx(5e-4)
@@ -185,7 +185,7 @@ def test_nothing_to_train_on_is_no_error(tiny_judge, tmp_path):
     output = tmp_path / "run"
     more = ["--rollout.answer", "generated", "--train.steps", "2", "--warmup.steps", "0"]
     assert main(flags(tiny_judge, output, *BOTH, *more)) == 0
-    assert all(m["loss"] == 0 and m["kl"] is None and m["clip_ratio"] is None for m in steps(output))
+    assert all(m["loss"] == 0 and m["kl"] is None and m["clip_ratio/region_mean"] is None for m in steps(output))
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_in_every_iteration(tiny_judge, tmp_path, monkeypatch):

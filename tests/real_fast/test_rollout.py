@@ -406,6 +406,21 @@ def test_another_dtype_for_the_time_of_a_generation(
     assert 1e-5 < found.logprob_mean < 0.02
 
 
+def test_quantised_weights_are_left_as_they_are(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
+    """Transformers' 8-bit layers apply their scales to 8-bit weights alone; cast, they would compute nonsense."""
+    model = tiny_llama(vocab_size=49152)
+    packed = {"fp8": torch.zeros(2, 2, dtype=torch.float8_e4m3fn), "int8": torch.zeros(2, 2, dtype=torch.int8)}
+    for name, weight in packed.items():
+        model.model.norm.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+    engine = TransformersEngine(model, smollm2_tokenizer, scale, dtype=torch.bfloat16)
+    with engine._sampling_mode():
+        cast = {name: weight.dtype for name, weight in engine._weights.items()}
+    assert not {f"model.norm.{name}" for name in packed} & set(cast)
+    assert cast["model.norm.weight"] == torch.bfloat16 and len(cast) == len(list(model.parameters())) - 2
+    [[rollout]] = engine.generate([[5, 6, 7]], Sampling(n=1, max_tokens=3))
+    assert len(rollout.sampled_ids) == 3
+
+
 def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]) -> None:
     trainer = tiny_llama(vocab_size=49152, tied=True, initializer_range=0.3)
     engine = TransformersEngine(

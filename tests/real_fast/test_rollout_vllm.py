@@ -105,6 +105,44 @@ def test_generating_uses_up_no_random_numbers_of_ours(setup: Setup, stories: lis
     assert process_state() == before
 
 
+def test_what_other_threads_draw_meanwhile_is_not_drawn_again(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    llm = setup.engine._llm
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        drawn.append((random.random(), np.random.random(), float(torch.rand(()))))
+        return type(llm).generate(llm, *args, **kwargs)
+
+    monkeypatch.setattr(llm, "generate", generate)
+    for _ in range(2):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=2))
+    assert all(first != second for first, second in zip(*drawn[:2], strict=True))
+
+
+def test_an_interrupted_generation_leaves_nothing_for_the_next(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(n=2, max_tokens=6, seed=3)
+    want = setup.engine.generate(stories, sampling)
+    core = setup.engine._llm.llm_engine
+    step, steps = core.step, []
+
+    def interrupted() -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.engine.generate(stories, sampling)
+    assert not core.has_unfinished_requests()
+    found = setup.engine.generate(stories, sampling)
+    assert [[r.sampled_ids for r in g] for g in found] == [[r.sampled_ids for r in g] for g in want]
+
+
 def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setup) -> None:
     prompt = setup.tokenizer.encode("The capital of France is")
     sampling = Sampling(n=1, max_tokens=6, temperature=0)

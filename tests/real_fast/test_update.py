@@ -243,6 +243,14 @@ def test_step_metrics_and_engine_gap(tiny_llama):
     assert result["body/tokens"] == sum(g.shared_tokens for g in groups) and result["body/padding"] == 0
     assert result["body/prompt_tokens_saved"] == separate - result["body/tokens"]
     assert result["score/no_score"] == 3 and result["completions/clipped_ratio"] == pytest.approx(0.25)
+    assert metrics.num_tokens == separate
+    rewards = metrics.gather("rewards")[metrics.of_batches("valid")]
+    assert result["reward_std"] == pytest.approx(float(rewards.std()))
+    y_hat = metrics.gather("expected_score")[metrics.of_batches("valid")]
+    for name, values in (("score", y_hat), ("label", metrics.of_batches("labels")[metrics.of_batches("valid")])):
+        nearest = [min(SCALE.texts, key=lambda text: abs(float(text) - float(v))) for v in values]
+        shares = [result[f"{name}/share/{text}"] for text in SCALE.texts]
+        assert shares == pytest.approx([nearest.count(text) / len(nearest) for text in SCALE.texts])
     assert result["reward"] < 0 and result["head/rows_dropped"] == 0 + sum(
         len(r.sampled_ids) for g in groups for r in g.rollouts if not r.has_score
     )

@@ -180,7 +180,7 @@ class OptimConfig:
     Args:
         lr: Peak learning rate.
         schedule: Shape after the learning rate's warm-up.
-        lr_warmup_steps: Optimiser steps of linear learning-rate warm-up.
+        lr_warmup_steps: Optimiser steps of linear learning-rate warm-up; as in Transformers, the first has rate 0.
         weight_decay: Decoupled weight decay, on matrices only.
         beta1: First moment's decay.
         beta2: Second moment's decay.

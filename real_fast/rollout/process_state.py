@@ -12,21 +12,22 @@ import torch
 
 
 @contextmanager
-def process_state_kept(generators: bool = True) -> Iterator[None]:
+def process_state_kept(seeded: bool = True) -> Iterator[None]:
     """Undo what vLLM does to the process it runs in: random states, number of threads, bound cores.
 
     Without it vLLM seeds the trainer's generators, takes ``torch.set_num_threads`` away, and (OMP_NUM_THREADS unset)
     sets the threads to 1.
 
     Args:
-        generators: Put the random generators back as well; what another thread drew meanwhile, it then draws again.
+        seeded: Whether Python's and NumPy's generators may have been seeded, and are put back. What another thread drew
+            from them meanwhile, it then draws again; torch's are put back in any case.
     """
     threads, set_threads, omp = torch.get_num_threads(), torch.set_num_threads, os.environ.get("OMP_NUM_THREADS")
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     python, numpy = random.getstate(), np.random.get_state()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=generators):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             yield
     finally:
         if omp is None:
@@ -36,6 +37,6 @@ def process_state_kept(generators: bool = True) -> Iterator[None]:
             torch.set_num_threads(threads)
         if cores is not None and os.sched_getaffinity(0) != cores:
             os.sched_setaffinity(0, cores)
-        if generators:
+        if seeded:
             random.setstate(python)
             np.random.set_state(numpy)

@@ -221,8 +221,8 @@ class VllmEngine:
 
         order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
         tokens = [TokensPrompt(prompt_token_ids=list(prompts[i])) for i in order]
-        # Every request has a seed of its own, so vLLM draws nothing from our generators; other threads may, meanwhile.
-        with process_state_kept(generators=False):
+        # vLLM draws from torch's generators here, and from no other; those are for other threads to use meanwhile.
+        with process_state_kept(seeded=False):
             try:
                 outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
             except BaseException:  # Ctrl-C too: what is left unfinished would come out of the next call

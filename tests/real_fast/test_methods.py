@@ -270,7 +270,7 @@ def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, m
         (["--method", "raft", "--supervised.prompts_per_step", "0"], "supervised.prompts_per_step is 0"),
         (["--objective.exploration", "false", "--objective.beta", "0"], "nothing is left to train"),
         (["--init_from", "nowhere/at/all"], "model nowhere/at/all does not exist"),
-        (["--warmup.steps", "1", "--data.train", "LONG"], "row 'long' needs 4"),
+        (["--data.train", "LONG", "--train.micro_batch_tokens", "2000"], "row 'long' needs 40"),
         (["--method", "sft", "--train.micro_batch_tokens", "30"], "micro_batch_tokens is 30, and row"),
     ],
 )

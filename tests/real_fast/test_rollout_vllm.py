@@ -112,7 +112,7 @@ def test_what_other_threads_draw_meanwhile_is_not_drawn_again(
     llm = setup.engine._llm
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        drawn.append((random.random(), np.random.random(), float(torch.rand(()))))
+        drawn.append((random.random(), np.random.random()))
         return type(llm).generate(llm, *args, **kwargs)
 
     monkeypatch.setattr(llm, "generate", generate)

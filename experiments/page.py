@@ -15,6 +15,7 @@ from benchmarks.report import fill
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 PAGE = HERE.parent / "docs" / "experiment.md"
+_SHOWN = {"pearson": "Pearson", "rmse": "RMSE"}
 
 
 def main() -> None:
@@ -26,8 +27,7 @@ def main() -> None:
 
 def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
     """README and page with the tables of `results`, a folder that the experiment wrote."""
-    with (results / "comparison.csv").open(encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
+    lines = _csv(results / "comparison.csv")
     summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     tables = {
         "comparison": (results / "comparison.md").read_text(encoding="utf-8").strip(),
@@ -41,9 +41,16 @@ def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
     }
     if (results / "longer").is_dir():
         tables["longer"] = (results / "longer" / "comparison.md").read_text(encoding="utf-8").strip()
+    if (results / "again").is_dir():
+        tables["again"] = methods(_csv(results / "again" / "comparison.csv"), _SHOWN)
     for name, table in tables.items():
         page = fill(page, name, table)
-    return fill(readme, "experiment", methods(lines, {"pearson": "Pearson", "rmse": "RMSE"})), page
+    return fill(readme, "experiment", methods(lines, _SHOWN)), page
+
+
+def _csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
 
 
 def methods(lines: list[dict[str, str]], statistics: dict[str, str]) -> str:

@@ -115,9 +115,9 @@ def _of_run(path: Path) -> Evaluation:
     first = run / "stage1" / "config.yaml"
     config = first if first.is_file() else run / "config.yaml"
     data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-    split = _data_name(data["eval"], data.get("eval_split")) if data.get("eval") else f"{data['train']} (held out)"
+    benchmark = _data_name(data["eval"], data.get("eval_split")) if data.get("eval") else f"{data['train']} (held out)"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return _load(summary, split, path.with_name("after.predictions.jsonl"), run)
+    return _load(summary, benchmark, path.with_name("after.predictions.jsonl"), run)
 
 
 def _of_evaluate(path: Path) -> Evaluation | None:

@@ -177,9 +177,11 @@ class Judge(PrometheusNames):
         self.close()
 
     async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        if self._engine is None:  # the thread ended with it, and would say so in other words
-            raise RuntimeError(_CLOSED)
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except RuntimeError as error:  # "cannot schedule new futures after shutdown"
+            raise RuntimeError(_CLOSED) from error
+        return await future
 
     def _sampling(self, seed: int) -> Sampling:
         return sampling(self.config.eval, self.config.rollout, seed)

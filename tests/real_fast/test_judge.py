@@ -194,6 +194,8 @@ def test_feedbacks_are_averaged_and_lose_the_phrase(with_engine: Any) -> None:
     assert engine.closed
     with pytest.raises(RuntimeError, match="closed"):
         judge.grade(**ROW)
+    with pytest.raises(RuntimeError, match="this judge is closed"):
+        asyncio.run(judge.agrade(**ROW))
 
 
 def test_a_loaded_model(tiny_llama: Tiny, smollm2_tokenizer: Any) -> None:

@@ -211,7 +211,7 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def test_missing_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    base = ["--model", "m", "--data", "d", "--output", str(tmp_path / "o")]
+    base = ["--model", str(tmp_path), "--data", "d", "--output", str(tmp_path / "o")]
     for key in ("model", "data", "output"):
         at = base.index(f"--{key}")
         assert f"{key} is not set" in failure(capsys, *base[:at], *base[at + 2 :])
@@ -221,7 +221,7 @@ def test_missing_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_unknown_and_ill_typed_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert "--tempereture" in failure(capsys, "--model", "m", "--tempereture", "1")
+    assert "--tempereture" in failure(capsys, "--model", str(tmp_path), "--tempereture", "1")
     assert "eval.n" in failure(capsys, "--eval.n", "many")
     file = tmp_path / "e.yaml"
     file.write_text("modle: x\n")
@@ -245,13 +245,14 @@ def test_missing_data(capsys: pytest.CaptureFixture[str], tmp_path: Path, smollm
 
 def test_an_earlier_evaluation_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
-    argv = ["--model", str(tmp_path / "nowhere"), "--data", "d", "--output", str(tmp_path)]
+    (tmp_path / "model").mkdir()
+    argv = ["--model", str(tmp_path / "model"), "--data", "d", "--output", str(tmp_path)]
     assert "already holds a summary.json" in failure(capsys, *argv)
-    assert "does not exist" in failure(capsys, *argv, "--overwrite")  # past that check, to the next
+    assert "holds no config.json" in failure(capsys, *argv, "--overwrite")  # past that check, to the next
     assert (tmp_path / "summary.json").read_text() == "{}"
 
 
 def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = failure(capsys, "--model", "m/m", "--data", "d", "--output", str(tmp_path / "file" / "o"))
+    message = failure(capsys, "--model", str(tmp_path), "--data", "d", "--output", str(tmp_path / "file" / "o"))
     assert "cannot be written" in message and str(tmp_path / "file" / "o") in message

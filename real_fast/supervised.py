@@ -89,8 +89,17 @@ def with_feedback(data: Dataset, config: Config) -> None:
         )
 
 
-def require_given_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> int:
+def require_given_room(
+    rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale, warmup: bool = False
+) -> int:
     """Refuse, before the work starts, settings under which a row's answers may not fit into a micro-batch.
+
+    Args:
+        rows: Training rows.
+        config: The run's settings.
+        tokenizer: The model's tokenizer.
+        scale: The score scale.
+        warmup: Whether it is for the warm-up, which takes one feedback at a time, any of those that there are.
 
     Returns:
         Tokens of the longest prompt and answer together.
@@ -98,47 +107,30 @@ def require_given_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any,
     Raises:
         BatchError: The message names the row.
     """
-    most, budget = config.supervised.feedbacks_per_prompt, config.train.micro_batch_tokens
+    most, budget = 1 if warmup else config.supervised.feedbacks_per_prompt, config.train.micro_batch_tokens
+    advice = "shorten the feedback, or set warmup.steps to 0" if warmup else "lower supervised.feedbacks_per_prompt"
+    given = warmup or config.supervised.feedback != "none"
     longest = 0
     for row in rows:
-        lengths = sorted(_lengths(row, config, tokenizer, scale))[-most:]
+        if warmup and not row.feedbacks:
+            continue
+        lengths = sorted(_lengths(row.feedbacks if given else [], tokenizer, scale))[-most:]
         prompt = len(row.prompt_ids)
         longest = max(longest, prompt + lengths[-1])
         need = prompt + sum(lengths) if config.train.shared_prompt else len(lengths) * (prompt + lengths[-1])
         if need > budget:
             raise BatchError(
                 f"train.micro_batch_tokens is {budget}, and row {row.id!r} needs {need} ({prompt} of the prompt, "
-                f"{len(lengths)} answers of up to {lengths[-1]}): raise it, or lower supervised.feedbacks_per_prompt"
+                f"{len(lengths)} answers of up to {lengths[-1]}): raise it, or {advice}"
             )
     return longest
 
 
-def require_warmup_room(rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale) -> int:
-    """The same for the warm-up, which may draw any feedback of any row; returns and raises as above."""
-    longest = 0
-    for row in rows:
-        if not row.feedbacks:
-            continue
-        need = len(row.prompt_ids) + max(_feedback_lengths(row, tokenizer, scale))
-        longest = max(longest, need)
-        if need > config.train.micro_batch_tokens:
-            raise BatchError(
-                f"train.micro_batch_tokens is {config.train.micro_batch_tokens}, and row {row.id!r} needs {need} in "
-                f"the warm-up ({len(row.prompt_ids)} of the prompt): raise it, shorten the row's feedback, or set "
-                "warmup.steps to 0"
-            )
-    return longest
-
-
-def _lengths(row: JudgeRow, config: Config, tokenizer: Any, scale: ScoreScale) -> list[int]:
-    """Tokens of each answer, the phrase included."""
-    if config.supervised.feedback == "none":
+def _lengths(feedbacks: Sequence[str], tokenizer: Any, scale: ScoreScale) -> list[int]:
+    """Tokens of each answer, the phrase included; of the phrase alone where there is no feedback."""
+    if not feedbacks:
         return [len(scale.phrase_ids)]
-    return _feedback_lengths(row, tokenizer, scale)
-
-
-def _feedback_lengths(row: JudgeRow, tokenizer: Any, scale: ScoreScale) -> list[int]:
-    texts = [feedback.strip() for feedback in row.feedbacks]
+    texts = [feedback.strip() for feedback in feedbacks]
     return [len(ids) + len(scale.phrase_ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 

@@ -46,7 +46,6 @@ from real_fast.supervised import (
     given_feedback,
     pick_feedback,
     require_given_room,
-    require_warmup_room,
     supervised_objective,
     with_feedback,
 )
@@ -92,8 +91,10 @@ class Trainer:
                 longest = require_given_room(self.data.train, config, self.tokenizer, self.scale)
             self.sampler = PromptSampler(self.data.train, config.prompts_per_step, config.seed)
             self.feedback = self.rows_with_feedback()
-            if config.warmup.steps:
-                longest = max(longest, require_warmup_room(self.data.train, config, self.tokenizer, self.scale))
+            # Methods on given feedback have been checked with as much of it or more.
+            if config.warmup.steps and (config.samples or config.supervised.feedback == "none"):
+                room = require_given_room(self.data.train, config, self.tokenizer, self.scale, warmup=True)
+                longest = max(longest, room)
 
             self.device = pick_device(config.train.device)
             torch.manual_seed(config.seed)

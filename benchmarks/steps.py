@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from benchmarks.phases import Phases, optimizer_for, optimizer_step
 from benchmarks.workload import Workload
 from real_fast.attention.interface import pick_backend
-from real_fast.batch import Batch, Group, pad_batch
+from real_fast.batching.micro_batches import micro_batches
+from real_fast.batching.pack import pad_batch
 from real_fast.config import ObjectiveConfig
-from real_fast.model import Policy
-from real_fast.objective import Totals, real_objective
-from real_fast.packing import micro_batches
-from real_fast.scale import ScoreScale
+from real_fast.methods.objective import Totals, real_objective
+from real_fast.model.policy import Policy
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Batch, Group
 from real_kernels import group_advantages, reward_terms, score_logprobs
 
 Variant = Literal["ours", "no shared prompt", "two forwards", "full logits", "every row"]

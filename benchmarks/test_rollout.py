@@ -12,8 +12,8 @@ from benchmarks.machine import PeakMemory
 from benchmarks.record import append
 from benchmarks.workload import real_workload
 from real_fast.attention.support import enable
-from real_fast.rollout.base import Sampling
 from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.types import Sampling
 
 K, PROMPTS, TOKENS = 8, 2, 48
 

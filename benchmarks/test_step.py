@@ -12,9 +12,9 @@ from benchmarks.phases import Phases
 from benchmarks.record import append
 from benchmarks.steps import VARIANTS, OurStep, ReferenceStep, agreement
 from benchmarks.workload import Workload, real_workload
-from real_fast.flops import ModelFlops
-from real_fast.rollout.base import Sampling
+from real_fast.planning.flops import ModelFlops
 from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.types import Sampling
 
 BUDGET = 4096  # tokens per forward pass of ours
 # Sequences per forward pass that suit the others best on 2 cores (of 1, 2 and 4 tried): larger logits only cost.

@@ -8,12 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from real_fast.batch import Group
 from real_fast.config import Config
-from real_fast.data import JudgeRow, load_train_eval
-from real_fast.prompt import PromptBuilder
-from real_fast.rollout.base import Rollout
-from real_fast.scale import ScoreScale
+from real_fast.data.dataset import load_train_eval
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Group, JudgeRow, Rollout
 
 _ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,8 @@ import torch
 from common import PHRASE, SCORES, load, toy_rows
 
 from real_fast.rollout.assemble import eos_ids
-from real_fast.rollout.base import PhraseFinder, parse_sample
-from real_fast.scale import ScoreScale
+from real_fast.score.phrase import PhraseFinder, parse_sample
+from real_fast.score.scale import ScoreScale
 from real_kernels import real_loss
 
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}

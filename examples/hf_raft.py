@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from real_fast.config import PromptConfig
-from real_fast.data import load_rows, require_rows
-from real_fast.prompt import PromptBuilder
-from real_fast.scale import ScoreScale
+from real_fast.data.dataset import load_rows, require_rows
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
 from real_kernels import expected_score, score_logprobs
 
 

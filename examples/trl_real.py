@@ -14,8 +14,8 @@ from datasets import Dataset, load_dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import RLOOConfig, RLOOTrainer
 
-from real_fast.rollout.base import PhraseFinder, parse_sample
-from real_fast.scale import ScoreScale
+from real_fast.score.phrase import PhraseFinder, parse_sample
+from real_fast.score.scale import ScoreScale
 from real_kernels import real_loss
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from experiments.settings import Data
 from real_fast.config import PromptConfig
-from real_fast.data import DataError, Rejected, load_rows, reason_counts
-from real_fast.jsonio import read_jsonl, write_json, write_jsonl
-from real_fast.prompt import PromptBuilder
-from real_fast.scale import ScoreScale
+from real_fast.data.dataset import Rejected, load_rows, reason_counts
+from real_fast.errors import DataError
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
 
 _END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 

@@ -14,11 +14,10 @@ from experiments.results import protocol_of, write_table
 from experiments.run import opened, parser_of, prepare_data
 from experiments.settings import Experiment, run_folder
 from real_fast import evaluate
-from real_fast.config import ConfigError
-from real_fast.data import DataError
-from real_fast.evaluations import Evaluation
-from real_fast.jsonio import read_jsonl
-from real_fast.run_folder import OutputError, require_writable
+from real_fast.comparison.find import Evaluation
+from real_fast.errors import ConfigError, DataError, OutputError
+from real_fast.runs.folder import require_writable
+from real_fast.utils.jsonio import read_jsonl
 
 PROG = "experiments.longer"
 BENCHMARK = "in_domain_longer"

@@ -11,12 +11,13 @@ from typing import Any
 
 from experiments.settings import Experiment, merged, run_folder
 from real_fast.compare import csv_text, markdown
-from real_fast.comparison import AVERAGE, compare
-from real_fast.comparison_plot import comparison_plot
-from real_fast.evaluations import Evaluation
-from real_fast.jsonio import read_jsonl, write_json
-from real_fast.metrics import correlations
-from real_fast.run_folder import OutputError, require_writable
+from real_fast.comparison.compare import AVERAGE, compare
+from real_fast.comparison.find import Evaluation
+from real_fast.comparison.plot import comparison_plot
+from real_fast.errors import OutputError
+from real_fast.evaluation.metrics import correlations
+from real_fast.runs.folder import require_writable
+from real_fast.utils.jsonio import read_jsonl, write_json
 
 STATISTICS = ("pearson", "spearman", "kendall", "rmse", "n")
 # All held-out prompts of the files that are trained on; the parts are benchmarks of their own too.

@@ -19,13 +19,12 @@ import yaml
 from experiments import data, results
 from experiments.launch import config_file, run_all
 from experiments.settings import TEMPLATE, Experiment, load, run_folder
-from real_fast import settings
-from real_fast.config import ConfigError, PromptConfig, ScaleConfig
-from real_fast.data import DataError
-from real_fast.model import ModelError, load_tokenizer
-from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.run_folder import OutputError, require_writable
-from real_fast.scale import ScaleError, ScoreScale
+from real_fast.config import PromptConfig, ScaleConfig, cli
+from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
+from real_fast.model.load import load_tokenizer
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.runs.folder import require_writable
+from real_fast.score.scale import ScoreScale
 
 PROG = "experiments.run"
 # As the tests and the benchmarks have it.
@@ -132,9 +131,9 @@ def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Pat
     common = experiment.common
     tokenizer = load_tokenizer(common["model"], False)
     given = experiment.config(*experiment.order()[0], folder).get("prompt", {})
-    prompt: PromptConfig = settings.from_namespace(PromptConfig, given)
+    prompt: PromptConfig = cli.from_namespace(PromptConfig, given)
     prompt.max_tokens = max_tokens or prompt.max_tokens
-    scale_config: ScaleConfig = settings.from_namespace(ScaleConfig, common.get("scale", {}))
+    scale_config: ScaleConfig = cli.from_namespace(ScaleConfig, common.get("scale", {}))
     scale = ScoreScale.from_tokenizer(tokenizer, scale_config.values, scale_config.phrase)
     data.prepare(experiment.data, source, target, prompt, PromptBuilder(prompt, tokenizer, scale), scale)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from real_fast import settings
-from real_fast.config import Config, ConfigError
+from real_fast.config import Config, cli
+from real_fast.errors import ConfigError
 
 # In the folder of the runs.
 TEMPLATE = Path("data") / "template.jinja"
@@ -134,7 +134,7 @@ def load(path: Path, folder: Path) -> Experiment:
         done.add(method)
         check = experiment.config(method, experiment.seeds[0], folder)
         try:
-            settings.from_namespace(Config, {**check, "init_from": None}).validate()
+            cli.from_namespace(Config, {**check, "init_from": None}).validate()
         except Exception as error:  # jsonargparse raises several kinds
             raise ConfigError(f"{path}: {method}: {error}") from error
     return experiment

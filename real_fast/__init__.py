@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from real_fast.grade import Grade, GradeError
-    from real_fast.grading import Judge
+    from real_fast.errors import GradeError
+    from real_fast.judging.grade import Grade
+    from real_fast.judging.judge import Judge
 
 __all__ = ["Grade", "GradeError", "Judge"]
 
 
 def __getattr__(name: str) -> Any:
     """Import the judge when it is first asked for: it brings PyTorch and Transformers along, which take seconds."""
-    if name in __all__:
-        from real_fast import grade, grading
+    if name == "GradeError":
+        from real_fast.errors import GradeError
 
-        return grading.Judge if name == "Judge" else getattr(grade, name)
+        return GradeError
+    if name in __all__:
+        from real_fast.judging import grade, judge
+
+        return judge.Judge if name == "Judge" else grade.Grade
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

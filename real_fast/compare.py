@@ -14,14 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from real_fast.benchmark_table import Line
-from real_fast.comparison import compare
-from real_fast.comparison_plot import comparison_plot
-from real_fast.estimates import Estimate
-from real_fast.evaluations import NoEvaluationError, find_evaluations, pool_seeds
-from real_fast.jsonio import replacing
-from real_fast.metrics import WITH_INTERVALS
-from real_fast.run_folder import OutputError, require_writable, writing
+from real_fast.comparison.bootstrap import Estimate
+from real_fast.comparison.compare import compare
+from real_fast.comparison.find import find_evaluations, pool_seeds
+from real_fast.comparison.plot import comparison_plot
+from real_fast.comparison.table import Line
+from real_fast.errors import NoEvaluationError, OutputError
+from real_fast.evaluation.metrics import WITH_INTERVALS
+from real_fast.runs.folder import require_writable, writing
+from real_fast.utils.jsonio import replacing
 
 PROG = "real_fast.compare"
 FILES = ("comparison.md", "comparison.csv", "comparison.png")

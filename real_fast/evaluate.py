@@ -14,17 +14,20 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from real_fast import config as configs
-from real_fast import plots, settings, trained
-from real_fast.config import ConfigError, EvalConfig, PromptConfig, RolloutConfig, ScaleConfig
-from real_fast.data import DataError, Rejected, limit_by_prompt, load_rows, require_rows, write_rejected
-from real_fast.evaluation import evaluate
-from real_fast.jsonio import clean, write_json, write_jsonl
-from real_fast.metrics import table
-from real_fast.model import ModelError, load_tokenizer
-from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.rollout.select import load_engine
-from real_fast.run_folder import OutputError, require_writable, writing
-from real_fast.scale import ScaleError, ScoreScale
+from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, cli
+from real_fast.data.dataset import Rejected, load_rows, require_rows, write_rejected
+from real_fast.data.splits import limit_by_prompt
+from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
+from real_fast.evaluation.metrics import table
+from real_fast.evaluation.run import evaluate
+from real_fast.model import judge_settings
+from real_fast.model.load import load_tokenizer
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.reports import plots
+from real_fast.rollout.make import load_engine
+from real_fast.runs.folder import require_writable, writing
+from real_fast.score.scale import ScoreScale
+from real_fast.utils.jsonio import clean, write_json, write_jsonl
 
 PROG = "real_fast.evaluate"
 KNOWN_ERRORS = (ConfigError, DataError, FloatingPointError, ModelError, OutputError, PromptError, ScaleError)
@@ -68,7 +71,9 @@ class EvaluateConfig:
     renormalize: bool = False
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(gpu_memory_utilization=trained.GPU_SHARE))
+    rollout: RolloutConfig = field(
+        default_factory=lambda: RolloutConfig(gpu_memory_utilization=judge_settings.GPU_SHARE)
+    )
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def full(self) -> configs.Config:
@@ -97,7 +102,7 @@ class EvaluateConfig:
 
 def parse(argv: list[str]) -> EvaluateConfig:
     """Parse the command line; what the model's folder says about judging comes first, so flags win."""
-    config: EvaluateConfig = trained.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
+    config: EvaluateConfig = judge_settings.parse(EvaluateConfig, PROG, "Evaluate a judge.", argv)
     return config
 
 
@@ -145,7 +150,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     }
     summary: dict[str, Any] = clean({**about, **result.summary})
     with writing(folder):
-        settings.dump(config, folder / "config.yaml")
+        cli.dump(config, folder / "config.yaml")
         write_jsonl(folder / "predictions.jsonl", result.predictions)
         name = Path(config.data).name
         plots.before_after({name: result.predictions}, folder / "scatter.png")

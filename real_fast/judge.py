@@ -17,15 +17,13 @@ from typing import IO, Literal
 
 from tqdm import tqdm
 
-from real_fast import trained
-from real_fast.config import ConfigError, PromptConfig, RolloutConfig, ScaleConfig
-from real_fast.evaluation import call_seed
-from real_fast.grade_lines import RAW, Grader, grade_lines
-from real_fast.grading import Judge
-from real_fast.model import ModelError
-from real_fast.prompt import PromptError
-from real_fast.readers import DataError, jsonl_records, open_binary
-from real_fast.scale import ScaleError
+from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.data.readers import jsonl_records, open_binary
+from real_fast.errors import ConfigError, DataError, ModelError, PromptError, ScaleError
+from real_fast.judging.judge import Judge
+from real_fast.judging.lines import RAW, Grader, grade_lines
+from real_fast.model import judge_settings
+from real_fast.utils.seeds import call_seed
 
 PROG = "real_fast.judge"
 KNOWN_ERRORS = (ConfigError, DataError, ModelError, PromptError, ScaleError)
@@ -71,7 +69,9 @@ class JudgeConfig:
     renormalize: bool = False
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    rollout: RolloutConfig = field(default_factory=lambda: RolloutConfig(gpu_memory_utilization=trained.GPU_SHARE))
+    rollout: RolloutConfig = field(
+        default_factory=lambda: RolloutConfig(gpu_memory_utilization=judge_settings.GPU_SHARE)
+    )
 
     def require(self) -> None:
         """Raise :class:`ConfigError` for settings that cannot work; the judge checks the others."""
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         any more, 2 for a mistake of the user's, 130 for Ctrl-C.
     """
     try:
-        config: JudgeConfig = trained.parse(
+        config: JudgeConfig = judge_settings.parse(
             JudgeConfig, PROG, "Grade rows.", list(sys.argv[1:] if argv is None else argv)
         )
         config.require()

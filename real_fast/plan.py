@@ -14,14 +14,12 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from real_fast import settings
-from real_fast.batch import Group
-from real_fast.config import Config, ConfigError
-from real_fast.flops import ModelFlops, UpdateFlops
-from real_fast.memory import ModelSizes, UpdateMemory, largest, update_memory
-from real_fast.model import ModelError
-from real_fast.rollout.base import Rollout
-from real_fast.smollm2 import SMOLLM2, WheelMissing, prepare
+from real_fast.config import Config, cli
+from real_fast.errors import ConfigError, ModelError, WheelMissing
+from real_fast.model.smollm2 import SMOLLM2, prepare
+from real_fast.planning.flops import ModelFlops, UpdateFlops
+from real_fast.planning.memory import ModelSizes, UpdateMemory, largest, update_memory
+from real_fast.types import Group, Rollout
 
 GIB = 2**30
 # The CUDA context, libraries' workspaces and what the allocator cannot use.
@@ -243,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for argument in (sys.argv[1:] if argv is None else argv)
         for flag, value in [_split(argument)]
     ]
-    config = settings.parse(PlanConfig, "real_fast.plan", "Will a run fit, and how much work is it?", given)
+    config = cli.parse(PlanConfig, "real_fast.plan", "Will a run fit, and how much work is it?", given)
     try:
         if not config.model:
             raise ConfigError("model is not set: --model NAME")

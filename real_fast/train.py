@@ -19,36 +19,42 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from real_fast import checkpoint, report, settings, trackers
 from real_fast.attention.interface import pick_backend
-from real_fast.attention.support import SharedPromptError, require_span
-from real_fast.batch import Batch, Group
-from real_fast.checkpoint import CheckpointError, TrainState
-from real_fast.config import Config, ConfigError, OptimConfig
-from real_fast.data import DataError, JudgeRow, load_train_eval, write_rejected
-from real_fast.evaluation import evaluate
-from real_fast.methods import method_loss
-from real_fast.model import ModelError, Policy, load_model, load_tokenizer, pick_device, resolve_model
-from real_fast.objective import Totals, draw_scores
-from real_fast.optim import build_optimizer, build_scheduler, clip_and_step
-from real_fast.packing import BatchError, longest_sequence, micro_batches, require_room
-from real_fast.prompt import PromptBuilder, PromptError
-from real_fast.reference import Reference
-from real_fast.rollout.base import Sampling
-from real_fast.rollout.check import EngineMismatchError
-from real_fast.rollout.select import make_engine
-from real_fast.run_folder import RunFolder, Stopped, StopSignal
-from real_fast.sampler import PromptSampler
-from real_fast.scale import ScaleError, ScoreScale
-from real_fast.step_metrics import StepMetrics
-from real_fast.supervised import (
-    SFT,
-    given_feedback,
-    pick_feedback,
-    require_given_room,
-    supervised_objective,
-    with_feedback,
+from real_fast.attention.support import require_span
+from real_fast.batching.micro_batches import micro_batches
+from real_fast.config import Config, OptimConfig, cli
+from real_fast.data.dataset import load_train_eval, write_rejected
+from real_fast.data.sampler import PromptSampler
+from real_fast.errors import (
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineMismatchError,
+    ModelError,
+    PromptError,
+    ScaleError,
+    SharedPromptError,
 )
+from real_fast.evaluation.run import evaluate
+from real_fast.methods.objective import Totals, draw_scores
+from real_fast.methods.registry import method_loss
+from real_fast.methods.supervised import SFT, given_feedback, pick_feedback, supervised_objective, with_feedback
+from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
+from real_fast.model.policy import Policy
+from real_fast.model.ref_policy import Reference
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.reports import report
+from real_fast.rollout.make import make_engine
+from real_fast.runs import checkpoint, trackers
+from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.folder import RunFolder
+from real_fast.runs.stop import Stopped, StopSignal
+from real_fast.score.scale import ScoreScale
+from real_fast.training.optim import build_optimizer, build_scheduler, clip_and_step
+from real_fast.training.preflight import longest_sequence, require_given_room, require_room
+from real_fast.training.step_metrics import StepMetrics
+from real_fast.types import Batch, Group, JudgeRow, Sampling
 
 KNOWN_ERRORS = (
     BatchError,
@@ -439,10 +445,10 @@ class Trainer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
-    config = settings.parse(Config, "real_fast.train", "Train a judge.", None if argv is None else list(argv))
+    config = cli.parse(Config, "real_fast.train", "Train a judge.", None if argv is None else list(argv))
     try:
         if config.method == "tract" and config.supervised.stages == 2:
-            from real_fast import tract
+            from real_fast.methods import tract
 
             return 0 if tract.run(config) else 130
         return 0 if Trainer(config).run() else 130

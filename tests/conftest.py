@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from real_fast.score.phrase import PhraseFinder
+from real_fast.score.scale import ScoreScale
+
 # Set before anything imports them: no test may wait for a hub, and forked tokenizers only warn.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -45,7 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct (bf16 safetensors and tokenizer), converted once per machine."""
-    from real_fast.smollm2 import WheelMissing, prepare
+    from real_fast.errors import WheelMissing
+    from real_fast.model.smollm2 import prepare
 
     try:
         return prepare()
@@ -113,3 +117,15 @@ def tiny_judge(
     tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def scale(smollm2_tokenizer: Any) -> ScoreScale:
+    """1 to 5 after the usual phrase."""
+    return ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
+
+
+@pytest.fixture(scope="module")
+def finder(smollm2_tokenizer: Any, scale: ScoreScale) -> PhraseFinder:
+    """Finds that phrase."""
+    return PhraseFinder(smollm2_tokenizer, scale)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from real_fast.data import JudgeRow
-from real_fast.prompt import PromptBuilder
-from real_fast.scale import ScoreScale
-from real_fast.settings import load
+from real_fast.config.cli import load
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.types import JudgeRow
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -52,7 +52,7 @@ def test_config_loads_and_validates(path: Path) -> None:
     if Path(config.prompt.template).suffix:
         assert Path(ROOT, config.prompt.template).is_file()
     else:
-        templates = {file.stem for file in (ROOT / "real_fast" / "templates").iterdir()}
+        templates = {file.stem for file in (ROOT / "real_fast" / "prompt" / "templates").iterdir()}
         assert config.prompt.template in templates
 
 

@@ -15,7 +15,7 @@ from real_fast.attention.flex import FlexAttention
 from real_fast.attention.layout import Layout
 from real_fast.attention.sdpa import SdpaAttention
 from real_fast.attention.varlen import HAS_FLASH_ATTN, VarlenAttention
-from real_fast.config import ConfigError
+from real_fast.errors import ConfigError, UnsupportedAttentionError
 
 Backend = Literal["sdpa", "varlen", "flex"]
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None], torch.Tensor]
@@ -26,10 +26,6 @@ _BACKENDS: dict[str, Any] = {"sdpa": SdpaAttention, "varlen": VarlenAttention, "
 
 # What Transformers hands to every attention function and what changes nothing in ours.
 _HARMLESS = {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "position_embeddings"}
-
-
-class UnsupportedAttentionError(ValueError):
-    """A model whose attention has something that shared prompts cannot reproduce."""
 
 
 def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -7,18 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from real_fast.attention.interface import NAME, Backend, UnsupportedAttentionError, prepare, prepared_mask
+from real_fast.attention.interface import NAME, Backend, prepare, prepared_mask
 from real_fast.attention.layout import Layout
+from real_fast.errors import SharedPromptError, UnsupportedAttentionError
 
 WAY_OUT = "set train.shared_prompt to false (every rollout then carries its own prompt)"
 _LAYERS = {"full_attention", "sliding_attention"}
 
 # Prompt and response lengths of the packed row that a model is tried on.
 _TRIAL = ((5, (3, 4)), (4, (2, 5)))
-
-
-class SharedPromptError(ValueError):
-    """A model that shared prompts cannot serve."""
 
 
 def enable(model: PreTrainedModel, backend: Backend) -> None:

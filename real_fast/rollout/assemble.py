@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from random import Random
 from typing import Any
 
-from real_fast.rollout.base import Parsed, Rollout, Sampling
-from real_fast.scale import ScoreScale
+from real_fast.score.phrase import Parsed
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout, Sampling
 
 
 def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
@@ -16,11 +16,6 @@ def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
     return frozenset(
         int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])
     )
-
-
-def random_stream(seed: int, *places: int) -> Random:
-    """A random stream that is a function of (seed, places) alone, the same on every platform and Python version."""
-    return Random(" ".join(map(str, (seed, *places))))
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, scale: ScoreScale, limit: int | None) -> None:

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
-from real_fast.rollout.base import Answer, Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
-from real_fast.scale import ScoreScale
+from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Answer, Rollout, Sampling
+from real_fast.utils.seeds import random_stream
 
 # Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
 _COMPACT_BELOW = 0.75

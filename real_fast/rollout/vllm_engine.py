@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids, random_stream
-from real_fast.rollout.base import Parsed, PhraseFinder, Rollout, Sampling, parse_sample
+from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
 from real_fast.rollout.process_state import process_state_kept
-from real_fast.scale import ScoreScale
+from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout, Sampling
+from real_fast.utils.seeds import random_stream
 
 
 def import_vllm() -> Any:

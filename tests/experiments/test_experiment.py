@@ -18,12 +18,13 @@ import yaml
 
 from experiments import data, launch, longer, page, results, run
 from experiments.settings import Data, Experiment, load, run_folder
-from real_fast import settings, synthetic
-from real_fast.config import Config, ConfigError, PromptConfig
-from real_fast.data import DataError, load_rows
-from real_fast.jsonio import read_jsonl, write_json, write_jsonl
-from real_fast.prompt import PromptBuilder
-from real_fast.scale import ScoreScale
+from real_fast.config import Config, PromptConfig, cli
+from real_fast.data import synthetic
+from real_fast.data.dataset import load_rows
+from real_fast.errors import ConfigError, DataError
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
@@ -69,7 +70,7 @@ def written(path: Path, **change: Any) -> Path:
 def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
     experiment = load(ROOT / "experiments" / name, tmp_path)
     assert len(experiment.seeds) >= 3
-    methods = {m: settings.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
+    methods = {m: cli.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
     assert {config.method for config in methods.values()} == {"sft", "raft", "tract", "binary_rl", "real"}
     assert methods["base"].train.steps == 0 and methods["real_reference"].objective.reward == "reference"
     assert (

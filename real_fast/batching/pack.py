@@ -1,0 +1,87 @@
+"""One micro-batch: what goes through the body, and which of its rows go to the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from real_fast.attention.layout import Layout
+from real_fast.types import Batch, Group, Rollout
+
+
+def pack_batch(groups: Sequence[Group]) -> Batch:
+    """One row: each group's prompt once, then its responses. No loop over tokens, no padding."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    layout = Layout.of_groups([(len(g.prompt_ids), [len(r.context_ids) for r in g.rollouts]) for g in groups])
+    ids = chain.from_iterable([p for g in groups for p in (g.prompt_ids, *(r.context_ids for r in g.rollouts))])
+    prompts = torch.tensor([len(g.prompt_ids) for g in groups])
+    count = torch.tensor([len(g.rollouts) for g in groups])
+    length = torch.tensor([len(r.context_ids) for r in rollouts])
+    # Where each prompt ends and each response starts: everything before it, prompts once and responses.
+    prompts_so_far = torch.repeat_interleave(prompts.cumsum(0), count)
+    start = prompts_so_far + length.cumsum(0) - length
+    first = torch.repeat_interleave(count.cumsum(0) - count, count)  # each rollout's group's first rollout
+    return _batch(
+        groups,
+        input_ids=torch.tensor(list(ids), dtype=torch.int64)[None],
+        position_ids=layout.position_ids()[None],
+        layout=layout,
+        attention_mask=None,
+        prompt_end=start[first] - 1,
+        response_start=start,
+    )
+
+
+def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
+    """One sequence per rollout, each with its own prompt, right-padded."""
+    pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
+    width = max(group.longest for group in groups)
+    input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
+    for i, (group, rollout) in enumerate(pairs):
+        ids = torch.tensor([*group.prompt_ids, *rollout.context_ids], dtype=torch.int64)
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+    start = torch.arange(len(pairs)) * width + torch.tensor([len(group.prompt_ids) for group, _ in pairs])
+    return _batch(
+        groups,
+        input_ids=input_ids,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+        layout=None,
+        attention_mask=attention_mask,
+        prompt_end=start - 1,
+        response_start=start,
+    )
+
+
+def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start: torch.Tensor, **inputs: Any) -> Batch:
+    """Which rows go to the head, given where each rollout's prompt ends and its response starts ([M] each)."""
+    pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
+    n = torch.tensor([len(rollout.sampled_ids) for _, rollout in pairs])
+    rollout = torch.repeat_interleave(torch.arange(len(pairs)), n)
+    place = torch.arange(len(rollout)) - (n.cumsum(0) - n)[rollout]
+    # A sampled token is predicted one position before it: the first one by the prompt's last token.
+    rows = torch.where(place == 0, prompt_end[rollout], response_start[rollout] + place - 1)
+    length = torch.tensor([len(rollout.context_ids) for _, rollout in pairs])
+    return Batch(
+        **inputs,
+        rows=rows,
+        targets=torch.tensor(list(chain.from_iterable(r.sampled_ids for _, r in pairs)), dtype=torch.int64),
+        rollout=rollout,
+        score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
+        labels=torch.tensor(
+            [label for g in groups for label in g.labels or [g.label] * len(g.rollouts)], dtype=torch.float32
+        ),
+        group=torch.tensor([group.index for group, _ in pairs]),
+        valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
+        engine_scores=_engine_scores([rollout for _, rollout in pairs]),
+        outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
+    )
+
+
+def _engine_scores(rollouts: Sequence[Rollout]) -> torch.Tensor:
+    k = max((len(r.score_logprobs) for r in rollouts if r.score_logprobs is not None), default=0)
+    return torch.tensor([[0.0] * k if r.score_logprobs is None else r.score_logprobs for r in rollouts])

@@ -1,0 +1,252 @@
+"""Finds the evaluations that runs have left behind: which method, on which benchmark, with which predictions."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from real_fast.data.readers import may_be_on_hub
+from real_fast.errors import NoEvaluationError
+from real_fast.utils.jsonio import read_jsonl
+
+# Settings that say where a run is, not what it does.
+_OF_ONE_RUN = ("seed", "output", "resume", "overwrite", "run_name", "report_to")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        method: Name of the run's folder, with as much of its path, protocol or number of feedbacks as tells it apart.
+        benchmark: Name of the data.
+        protocol: See :mod:`real_fast.score.protocol`.
+        feedbacks: Feedbacks sampled per row.
+        rows: Predictions with id, prompt_id, label and prediction, in the order of their ids.
+        source: The file that they are in.
+        owner: The run's folder, or the evaluation's own where it is not in a run.
+        seed: Of the run, where the method's name does not tell it.
+    """
+
+    method: str
+    benchmark: str
+    protocol: str
+    feedbacks: int
+    rows: list[dict[str, Any]]
+    source: Path
+    owner: Path
+    seed: int | None = None
+
+
+def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], list[str]]:
+    """Every finished evaluation in the folders and below them: those of ``real_fast.evaluate``, and runs' last ones.
+
+    Args:
+        folders: Runs, evaluations, or folders of them.
+
+    Returns:
+        The evaluations, in the order of the folders, and a sentence for everything that was passed over.
+
+    Raises:
+        NoEvaluationError: A folder does not exist, or none holds an evaluation.
+    """
+    for folder in folders:
+        if not Path(folder).expanduser().exists():
+            raise NoEvaluationError(f"{folder}: there is no such folder")
+    found: dict[Path, Evaluation] = {}
+    notes: list[str] = []
+    for folder in folders:
+        if Path(folder).expanduser().is_file():
+            notes.append(f"{folder} is a file and is left out: name folders")
+            continue
+        before = len(notes)
+        summaries = _summaries(Path(folder).expanduser())
+        any_read = False
+        for path, read in summaries:
+            try:
+                evaluation = read(path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+                notes.append(f"{path} cannot be read and is left out: {type(error).__name__}: {error}")
+                continue
+            if evaluation is not None:
+                any_read = True
+                found.setdefault(evaluation.source.resolve(), evaluation)
+        if not any_read and len(notes) == before:
+            notes.append(
+                f"{folder} holds no finished evaluation (predictions.jsonl with summary.json, or eval/after.json with "
+                "eval/after.predictions.jsonl) and is left out"
+            )
+    for source in [source for source, e in found.items() if _overwritten(e, found.values())]:
+        notes.append(f"{source} is of a run that was overwritten and is left out")
+        del found[source]
+    if not found:
+        raise NoEvaluationError("; ".join(notes) or "no folder was given")
+    return _named(_with_benchmarks(list(found.values()))), notes
+
+
+def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], Evaluation | None]]]:
+    """Files that mark a finished evaluation, with what reads them."""
+    own = sorted(folder.rglob("eval/after.json"))
+    if folder.name == "eval" and (folder / "after.json").is_file():
+        own.append(folder / "after.json")
+    return [(p, _of_run) for p in own] + [(p, _of_evaluate) for p in sorted(folder.rglob("summary.json"))]
+
+
+def _overwritten(e: Evaluation, found: Iterable[Evaluation]) -> bool:
+    """Whether it is of NAME.old-1 (see :mod:`real_fast.runs.folder`), with an evaluation of NAME beside it."""
+    now = re.sub(r"\.old-\d+(?=/|$)", "", e.owner.as_posix())
+    return now != e.owner.as_posix() and any(other.owner.as_posix() == now for other in found)
+
+
+def _of_run(path: Path) -> Evaluation:
+    """A run's evaluation of its held-out rows after training."""
+    run = path.parent.parent
+    # The second stage of TRACT reads what the first one wrote; the first one's settings name the data.
+    first = run / "stage1" / "config.yaml"
+    config = first if first.is_file() else run / "config.yaml"
+    data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+    benchmark = _data_name(data["eval"], data.get("eval_split")) if data.get("eval") else f"{data['train']} (held out)"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return _load(summary, benchmark, path.with_name("after.predictions.jsonl"), run)
+
+
+def _of_evaluate(path: Path) -> Evaluation | None:
+    """What real_fast.evaluate wrote; None for a run's own summary, whose evaluation is in its eval folder."""
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    predictions = path.with_name("predictions.jsonl")
+    if "pearson" not in summary or not predictions.is_file():
+        return None
+    owner = next((parent for parent in path.resolve().parents if _is_run(parent)), path.parent)
+    return _load(summary, _data_name(summary["data"], summary.get("split")), predictions, owner)
+
+
+def _data_name(data: str, split: str | None) -> str:
+    """The file, or the hub dataset with its split."""
+    return f"{data} ({split})" if split and may_be_on_hub(data) else data
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").is_file() or (folder / "final").is_dir()
+
+
+def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> Evaluation:
+    rows = sorted(read_jsonl(predictions), key=lambda row: str(row["id"]))
+    if not rows:
+        raise ValueError("it has no rows")
+    if repeated := [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]:
+        raise ValueError(f"the id {repeated[0]!r} stands there twice")
+    for row in rows:
+        float(row["label"]), row["prompt_id"], row["prediction"]
+    protocol = summary.get("protocol", "real")
+    return Evaluation("", benchmark, protocol, int(rows[0].get("n", 1)), rows, predictions, owner.resolve())
+
+
+def _with_benchmarks(found: list[Evaluation]) -> list[Evaluation]:
+    """Name the benchmarks: the end of the data's path, as much as tells it from other data with other rows."""
+    first: dict[str, Evaluation] = {}
+    alike = {}
+    for e in found:
+        data = e.benchmark
+        if data not in alike:
+            same = (
+                d for d, other in first.items() if _tail(Path(d), 1) == _tail(Path(data), 1) and same_rows(e, other)
+            )
+            alike[data] = next(same, data)
+            first.setdefault(alike[data], e)
+    names = _told_apart({Path(data): 1 for data in first})
+    return [replace(e, benchmark=names[Path(alike[e.benchmark])]) for e in found]
+
+
+def same_rows(a: Evaluation, b: Evaluation) -> bool:
+    """Whether two evaluations are of the very same rows, with the same labels."""
+    keys = ("id", "prompt_id", "label")
+    return [[row[k] for k in keys] for row in a.rows] == [[row[k] for k in keys] for row in b.rows]
+
+
+def _named(found: list[Evaluation]) -> list[Evaluation]:
+    """Short names that tell methods apart: by folder, then (within a benchmark) by protocol, then by file."""
+    # A run's stage is named with the run.
+    owners = _told_apart({e.owner: 2 if _is_run(e.owner.parent) else 1 for e in found})
+    named = [replace(e, method=owners[e.owner]) for e in found]
+    for tell in (
+        lambda e: f"{e.method} ({e.protocol}, n={e.feedbacks})",
+        lambda e: f"{e.method} [{e.source.resolve().relative_to(e.owner)}]",
+    ):
+        same = Counter((e.benchmark, e.method) for e in named)
+        named = [replace(e, method=tell(e)) if same[e.benchmark, e.method] > 1 else e for e in named]
+    return named
+
+
+def pool_seeds(found: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]]:
+    """One method's name for runs that differ by their seed alone.
+
+    The names of their folders, and of those that they start from (``init_from``), end with the seed behind a separator:
+    real-0, real_1, real/seed2. Every other setting is the same, and so are benchmark, protocol and number of feedbacks.
+
+    Returns:
+        The evaluations, pooled ones with the common name and their seed, and a sentence for every name that runs of
+        different settings would share: these stay apart.
+    """
+    groups: dict[str, list[Evaluation]] = {}
+    for e in found:
+        key, bare = _without_seed(e)
+        groups.setdefault(key, []).append(bare)
+    pools = [same for same in groups.values() if len(same) > 1 and len({e.seed for e in same}) == len(same)]
+    inside = {e.source for same in pools for e in same}
+    taken = Counter((e.benchmark, e.method) for e in found if e.source not in inside)
+    taken.update((same[0].benchmark, same[0].method) for same in pools)
+    names = {e.source: e for e in found}
+    notes = []
+    for same in pools:
+        benchmark, method = same[0].benchmark, same[0].method
+        if taken[benchmark, method] > 1:
+            each = ", ".join(names[e.source].method for e in same)
+            notes.append(
+                f"{benchmark}: {each} are not pooled, since runs of other settings would be named {method} too"
+            )
+        else:
+            names |= {e.source: e for e in same}
+    return list(names.values()), notes
+
+
+def _without_seed(e: Evaluation) -> tuple[str, Evaluation]:
+    """What runs that may be pooled have in common, and the evaluation under their name."""
+    file = e.owner / "config.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) if _is_run(e.owner) and file.is_file() else None
+    if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
+        return str(e.source), e
+    seed, output = config["seed"], str(config.get("output"))
+
+    def bare(text: str) -> str:
+        return re.sub(rf"[-_/](seed)?[-_]?{seed}(?=/|$|\s)", "", text)
+
+    same = {k: v for k, v in config.items() if k not in _OF_ONE_RUN}
+    same["init_from"] = bare(config.get("init_from") or "")
+    data = config.get("data") or {}  # TRACT's second stage reads what the first one left in its own folder
+    same["data"] = {k: v.replace(output, "") if isinstance(v, str) else v for k, v in data.items()}
+    name = bare(e.method)
+    key = json.dumps([name, e.benchmark, e.protocol, e.feedbacks, same], sort_keys=True, default=str)
+    return key, replace(e, method=name, seed=seed)
+
+
+def _tail(path: Path, parts: int) -> str:
+    return "/".join(path.parts[-parts:])
+
+
+def _told_apart(parts: dict[Path, int]) -> dict[Path, str]:
+    """Names of paths by their last parts, at least as many as given, and as many as tell them apart."""
+    while True:
+        names = {path: _tail(path, count) for path, count in parts.items()}
+        count = Counter(names.values())
+        repeated = [path for path in parts if count[names[path]] > 1 and parts[path] < len(path.parts)]
+        if not repeated:
+            return names
+        for path in repeated:
+            parts[path] += 1

@@ -1,0 +1,169 @@
+"""The methods of one benchmark, resampled jointly: whole prompts, and seeds where a method has several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from real_fast.comparison.bootstrap import Estimate, Samples, Values, drawn_seeds, mean_values, minus, with_intervals
+from real_fast.comparison.find import Evaluation
+from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, resample
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method on a benchmark.
+
+    Attributes:
+        benchmark: Its name; :data:`real_fast.comparison.compare.AVERAGE` for the mean over all of them.
+        method: Its name.
+        protocol: See :mod:`real_fast.score.protocol`; empty for the average, as feedbacks is 0.
+        feedbacks: Feedbacks per row.
+        seeds: Runs that differ by their seed; estimates are means over them.
+        rows: Number of rows.
+        predictions: Of all seeds.
+        no_score: How many of them are missing; they count in no statistic.
+        estimates: By statistic of :data:`real_fast.evaluation.metrics.WITH_INTERVALS`.
+        reference: The method that it is compared with, itself for the reference; None where there is none.
+        differences: This method minus the reference, on the rows that both have scored; empty for the reference.
+        paired_rows: How many these are.
+    """
+
+    benchmark: str
+    method: str
+    protocol: str
+    feedbacks: int
+    seeds: int
+    rows: int
+    predictions: int
+    no_score: int
+    estimates: dict[str, Estimate]
+    reference: str | None = None
+    differences: dict[str, Estimate] = field(default_factory=dict)
+    paired_rows: int = 0
+
+
+class BenchmarkTable:
+    """The methods of one benchmark, resampled jointly."""
+
+    def __init__(
+        self,
+        name: str,
+        evaluations: Sequence[Evaluation],
+        bootstrap: int,
+        seed: list[int],
+        progress: Callable[[], object] | None,
+    ) -> None:
+        rows = evaluations[0].rows
+        self.name = name
+        self.methods: dict[str, list[Evaluation]] = {}
+        for e in evaluations:
+            self.methods.setdefault(e.method, []).append(e)
+        for runs in self.methods.values():
+            runs.sort(key=lambda e: -1 if e.seed is None else e.seed)  # drawn_seeds pairs by place
+        self.label = np.array([row["label"] for row in rows], dtype=np.float64)
+        self.group = np.unique([str(row["prompt_id"]) for row in rows], return_inverse=True)[1]
+        self.bootstrap, self.seed = bootstrap, seed
+        self.predicted = {
+            method: np.array([[np.nan if r["prediction"] is None else r["prediction"] for r in e.rows] for e in runs])
+            for method, runs in self.methods.items()
+        }  # [seeds, rows]
+        self.values: dict[str, Values] = {}
+        self.samples: dict[str, Samples] = {}
+        for method, x in self.predicted.items():
+            self.values[method], self.samples[method] = self._mean(x, progress)
+
+    def _mean(self, x: NDArray[np.float64], progress: Callable[[], object] | None = None) -> tuple[Values, Samples]:
+        """Statistics of the mean over runs, [seeds, rows]."""
+        found = []
+        for run in x:
+            found.append(self._statistics(run))
+            if progress is not None:
+                progress()
+        return mean_values([v for v, _ in found]), drawn_seeds([s for _, s in found], self.seed[0])
+
+    def _statistics(self, x: NDArray[np.float64]) -> tuple[Values, Samples]:
+        scored = np.isfinite(x)
+        values = correlations(x[scored], self.label[scored])
+        groups = int(self.group.max()) + 1
+        drawn = resample(x, self.label, self.group, groups, self.bootstrap, self.seed) if groups > 1 else []
+        samples = {s: np.array([d[s] for d in drawn], dtype=np.float64) for s in WITH_INTERVALS}
+        return {s: values[s] for s in WITH_INTERVALS}, samples
+
+    def difference(self, method: str, reference: str) -> tuple[Values, Samples, int]:
+        """Statistics of `method` minus those of `reference`, on the rows that both have scored; the count of these."""
+        places = {name: self.common_seeds(name, other) for name, other in ((method, reference), (reference, method))}
+        both = np.logical_and.reduce([np.isfinite(self.predicted[name][mine]).all(0) for name, mine in places.items()])
+        sides = []
+        for name, mine in places.items():
+            x = self.predicted[name]
+            whole = len(mine) == len(x) and bool((np.isfinite(x) == both).all())
+            known = (self.values[name], self.samples[name])
+            sides.append(known if whole else self._mean(np.where(both, x[mine], np.nan)))
+        (a, a_samples), (b, b_samples) = sides
+        samples = {s: a_samples[s] - b_samples[s] for s in WITH_INTERVALS}
+        return {s: minus(a[s], b[s]) for s in WITH_INTERVALS}, samples, int(both.sum())
+
+    def common_seeds(self, method: str, other: str) -> list[int]:
+        """Places of a method's runs whose seed the other has too; all of them where either has a single run."""
+        mine, theirs = ([e.seed for e in self.methods[name]] for name in (method, other))
+        common = set(mine) & set(theirs)
+        if min(len(mine), len(theirs)) == 1 or not common:
+            return list(range(len(mine)))
+        return [place for place, seed in enumerate(mine) if seed in common]
+
+    def notes(self, reference: str | None) -> list[str]:
+        """What the numbers do not show of the seeds."""
+        found = []
+        for method, runs in self.methods.items():
+            pairs = [] if reference is None else [(method, reference), (reference, method)]
+            if any(len(self.common_seeds(a, b)) < len(self.methods[a]) for a, b in pairs):
+                found.append(f"{self.name}: the difference of {method} and {reference} is that of the seeds of both")
+            single = [correlations(x[np.isfinite(x)], self.label[np.isfinite(x)]) for x in self.predicted[method]]
+            without = [str(e.seed) for e, s in zip(runs, single, strict=True) if s["pearson"] is None]
+            if len(runs) > 1 and without:
+                found.append(
+                    f"{self.name}: {method} has no correlation on seed {', '.join(without)}, and so none on average"
+                )
+        return found
+
+    def lines(self, reference: str | None) -> list[Line]:
+        """A line per method, with its difference from the reference."""
+        found = []
+        for method, runs in self.methods.items():
+            x = self.predicted[method]
+            differences: dict[str, Estimate] = {}
+            paired = 0
+            if reference not in (None, method):
+                values, samples, paired = self.difference(method, str(reference))
+                differences = with_intervals(values, samples, test=True)
+            found.append(
+                Line(
+                    self.name,
+                    method,
+                    runs[0].protocol,
+                    runs[0].feedbacks,
+                    len(runs),
+                    x.shape[1],
+                    x.size,
+                    int((~np.isfinite(x)).sum()),
+                    with_intervals(self.values[method], self.samples[method]),
+                    reference,
+                    differences,
+                    paired,
+                )
+            )
+        return found
+
+
+def reference_of(values: Mapping[str, Values], baseline: str | None) -> str | None:
+    """The baseline, or the method with the highest Pearson correlation; None where there is nothing to compare."""
+    if len(values) < 2:
+        return None
+    if baseline is not None:
+        return baseline if baseline in values else None
+    known = {m: p for m, v in values.items() if (p := v["pearson"]) is not None}
+    return max(known, key=lambda m: known[m]) if known else None

@@ -1,0 +1,67 @@
+"""Every error that is for people; a command prints its message alone and ends with status 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What a user can mend: a wrong setting, file or model. The message names it and says what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting, or a combination of settings, that cannot work. The message names the key and says what to do."""
+
+
+class ScaleError(UserError, ValueError):
+    """The tokenizer cannot express the scale with one token per score. The message names the score and its tokens."""
+
+
+class PromptError(UserError, ValueError):
+    """A template, or the model's chat template, that cannot build a prompt. The message names it and what is wrong."""
+
+
+class RowError(UserError, ValueError):
+    """A record that cannot be used; the message starts with the reason, and after ": " comes what was found."""
+
+
+class DataError(UserError, ValueError):
+    """Data that cannot be loaded or used. The message says what was looked for and what to do."""
+
+
+class WheelMissing(UserError, RuntimeError):
+    """The package that brings the model is not installed; the message says what to install."""
+
+
+class ModelError(UserError, ValueError):
+    """A model that is missing or that the loss cannot serve exactly."""
+
+
+class UnsupportedAttentionError(UserError, ValueError):
+    """A model whose attention has something that shared prompts cannot reproduce."""
+
+
+class SharedPromptError(UserError, ValueError):
+    """A model that shared prompts cannot serve."""
+
+
+class BatchError(UserError, ValueError):
+    """A group that fits into no micro-batch."""
+
+
+class EngineMismatchError(UserError, RuntimeError):
+    """Engine and trainer disagree by more than the settings allow. The message has the numbers and the usual causes."""
+
+
+class OutputError(UserError, OSError):
+    """An output folder that cannot, or must not, be written."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that could not be written or does not fit the run."""
+
+
+class NoEvaluationError(UserError, ValueError):
+    """Nothing to compare. The message says where was looked and for what."""
+
+
+class GradeError(UserError, ValueError):
+    """A request that cannot be graded; the message says what is missing or wrong."""

@@ -1,0 +1,247 @@
+"""A judge to call from Python: ``from real_fast import Judge``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
+from real_fast.data.rows import parse_texts
+from real_fast.errors import ConfigError, PromptError, RowError
+from real_fast.judging.grade import Grade, request, require_graded
+from real_fast.judging.prometheus_eval import PrometheusNames
+from real_fast.model.judge_settings import judge_config
+from real_fast.model.load import load_tokenizer
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.rollout.engine import RolloutEngine
+from real_fast.rollout.make import load_engine
+from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.score.protocol import ProtocolName, read, sampling
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout, Sampling
+from real_fast.utils.seeds import call_seed
+
+_T = TypeVar("_T")
+_CLOSED = "this judge is closed"
+
+
+class Judge(PrometheusNames):
+    """Grades responses with a language model.
+
+    Of a folder that real_fast.train wrote, scale, prompt, answer, lengths and the protocol of its evaluations are taken
+    over where they are not given.
+
+    Safe to call from several threads: calls wait for each other. In an event loop, use :meth:`agrade`. Requests that
+    wait are not merged; to use an engine's batching, hand many rows to :meth:`grade_batch`. Every call is reproducible:
+    its samples are a function of the weights, the `seed` and the row's place among the rows of the call that can be
+    graded (floating-point order apart).
+
+    Args:
+        model: A folder, a model on the Hugging Face hub, or a loaded Transformers causal language model.
+        scale: The scores, or scores and phrase.
+        engine: "auto" takes vLLM where it can be imported; a loaded model is sampled with Transformers.
+        n: Feedbacks sampled per response; their score distributions are averaged.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
+        protocol: How the score is read: see :mod:`real_fast.score.protocol`. None for the folder's, or "real".
+        prompt: How a request becomes a prompt. A mapping, such as ``{"max_tokens": 4096}``, changes some settings and
+            leaves the folder's others; a PromptConfig stands in place of all of them.
+        rollout: max_tokens, top_p, answer and the engine's limits; a mapping or a RolloutConfig, as for `prompt`.
+        renormalize: Softmax over the score tokens alone.
+        precision: Number format of the weights; a loaded model keeps its own.
+        device: "auto" takes CUDA where there is one.
+        tokenizer: The model's, where it is loaded already.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ConfigError: Settings that cannot work.
+        ModelError: No such model, or one that cannot be loaded.
+        PromptError: A template that cannot build a prompt.
+        ScaleError: A scale that the tokenizer does not write in one token per score.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        scale: Sequence[float] | ScaleConfig | None = None,
+        engine: Literal["auto", "transformers", "vllm"] = "auto",
+        n: int = 1,
+        temperature: float = 1.0,
+        protocol: ProtocolName | None = None,
+        prompt: PromptConfig | Mapping[str, Any] | None = None,
+        rollout: RolloutConfig | Mapping[str, Any] | None = None,
+        renormalize: bool | None = None,
+        precision: Literal["bf16", "fp32"] = "bf16",
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        loaded = not isinstance(model, str | os.PathLike)
+        name = str(model.config.name_or_path if loaded else model)
+        if loaded and tokenizer is None and not name:
+            raise ConfigError("the model is loaded and does not say where from: give its tokenizer too")
+        self.config = config = judge_config(
+            name if not loaded or Path(name).expanduser().is_dir() else "",
+            scale,
+            prompt,
+            rollout,
+            renormalize,
+            protocol,
+            EvalConfig(n=n, temperature=temperature),
+        )
+        config.trust_remote_code = trust_remote_code
+        config.train = TrainConfig(precision=precision, device=device)
+        if engine != "auto":
+            config.rollout = replace(config.rollout, engine=engine)
+        config.validate()
+        if config.rollout.engine == "vllm" and loaded:
+            raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
+        self.scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
+        self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
+        self._engine: RolloutEngine | None
+        if loaded:
+            self._engine = TransformersEngine(model, tokenizer, self.scale, max_num_seqs=config.rollout.max_num_seqs)
+        else:
+            self._engine = load_engine(config, tokenizer, self.scale)
+        self._lock = threading.Lock()
+        # One thread of our own: a hundred waiting requests take none of the event loop's.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+
+    def grade(
+        self,
+        instruction: str,
+        response: str,
+        rubric: str | Mapping[str, str] = "",
+        reference_answer: str | None = None,
+        *,
+        seed: int = 0,
+    ) -> Grade:
+        """Grade one response.
+
+        Args:
+            instruction: What the response answers.
+            response: The text to grade.
+            rubric: Text, or Prometheus's dictionary (``criteria``, ``score1_description``, ...).
+            reference_answer: None or "" for none.
+            seed: Another seed samples another feedback.
+
+        Raises:
+            GradeError: The request cannot be graded. (A feedback without a score is a :class:`Grade` with an `error`.)
+        """
+        return require_graded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
+
+    def grade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
+        """Grade many responses, one :class:`Grade` per row, in order.
+
+        Args:
+            rows: Mappings with the fields of judge data, Prometheus's or the common ones (see the README); others, a
+                label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
+            seed: See :class:`Judge`.
+        """
+        return self._grade(rows, self._sampling(seed))
+
+    async def agrade(
+        self,
+        instruction: str,
+        response: str,
+        rubric: str | Mapping[str, str] = "",
+        reference_answer: str | None = None,
+        *,
+        seed: int = 0,
+    ) -> Grade:
+        """:meth:`grade` in a thread, so that an event loop goes on with other work."""
+        return await self._in_thread(partial(self.grade, instruction, response, rubric, reference_answer, seed=seed))
+
+    async def agrade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
+        """:meth:`grade_batch` in a thread."""
+        return await self._in_thread(partial(self.grade_batch, rows, seed))
+
+    def close(self) -> None:
+        """Free the model. The judge cannot grade afterwards."""
+        self._thread.shutdown(wait=True)
+        with self._lock:
+            engine, self._engine = self._engine, None
+            if engine is not None:
+                engine.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _in_thread(self, call: Callable[[], _T]) -> _T:
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except RuntimeError as error:  # "cannot schedule new futures after shutdown"
+            raise RuntimeError(_CLOSED) from error
+        return await future
+
+    def _sampling(self, seed: int) -> Sampling:
+        return sampling(self.config.eval, self.config.rollout, seed)
+
+    def _grade(self, rows: Sequence[Any], how: Sampling) -> list[Grade]:
+        """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
+        with self._lock:
+            if self._engine is None:
+                raise RuntimeError(_CLOSED)
+            grades: list[Grade] = []
+            prompts: list[list[int]] = []
+            places: list[int] = []
+            for place, row in enumerate(rows):
+                try:
+                    prompts.append(self._prompt(row))
+                    places.append(place)
+                    grades.append(Grade())
+                except (RowError, PromptError) as error:
+                    grades.append(Grade(error=str(error)))
+            step = max(1, self.config.rollout.max_num_seqs // how.n)
+            for at in range(0, len(prompts), step):
+                some = replace(how, seed=call_seed(how.seed, at))
+                found = self._sample(self._engine, prompts[at : at + step], some)
+                for place, rollouts in zip(places[at : at + step], found, strict=True):
+                    grades[place] = self._verdict(rollouts)
+            return grades
+
+    def _prompt(self, row: Any) -> list[int]:
+        ids = self._builder.ids(parse_texts(row, self._builder.uses("rubric")))
+        limit = self.config.prompt.max_tokens
+        if len(ids) > limit:
+            raise RowError(f"prompt is too long: {len(ids)} tokens, prompt.max_tokens is {limit}")
+        return ids
+
+    def _sample(self, engine: RolloutEngine, prompts: list[list[int]], how: Sampling) -> list[list[Rollout] | str]:
+        """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
+        try:
+            return list(engine.generate(prompts, how))
+        except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
+            if len(prompts) == 1:
+                # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.
+                return [f"sampling failed: {type(error).__name__}: {error}"]
+        half = len(prompts) // 2
+        later = replace(how, seed=call_seed(how.seed, half))
+        return self._sample(engine, prompts[:half], how) + self._sample(engine, prompts[half:], later)
+
+    def _verdict(self, rollouts: list[Rollout] | str) -> Grade:
+        if isinstance(rollouts, str):
+            return Grade(error=rollouts)
+        objective = self.config.objective
+        found = read(rollouts, self.scale, self.config.eval.protocol, objective.renormalize)
+        phrase = self.scale.phrase.strip()
+        texts = [r.text.rstrip().removesuffix(phrase).strip() for r in rollouts]
+        return Grade(
+            feedback=texts[0] if len(texts) == 1 else texts,
+            score=found.prediction,
+            distribution=found.distribution,
+            off_scale_mass=found.off_scale_mass,
+            decoded=found.decoded,
+            error="no score: none of the feedbacks has one" if found.prediction is None else None,
+        )

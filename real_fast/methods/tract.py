@@ -1,0 +1,149 @@
+"""TRACT's two stages (arXiv 2503.04381): train on given feedback, let that model write its own, start over on that.
+
+The feedback that the first model writes becomes a dataset, OUTPUT/self_generated.jsonl, which any method can train on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from real_fast.config import Config, DataConfig
+from real_fast.errors import DataError, OutputError
+from real_fast.runs import trackers
+from real_fast.runs.folder import move_aside
+from real_fast.types import JudgeRow, Rollout, Sampling
+from real_fast.utils.jsonio import write_json, write_jsonl
+
+_ROWS_PER_CALL = 32
+
+
+def run(config: Config) -> bool:
+    """Both stages; with ``resume``, what is complete is kept. Returns False where a signal ended it before its end.
+
+    OUTPUT/stage1 holds the first run; OUTPUT itself is the second, so that OUTPUT/final is the judge.
+    """
+    from real_fast.train import Trainer
+
+    folder = Path(config.output).expanduser()
+    trackers.require(config)  # before an earlier run is moved aside
+    if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
+        move_aside(folder)
+    generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
+    if generated.is_file() and not config.resume:
+        raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
+    name = config.run_name or folder.resolve().name
+    single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
+    if not generated.is_file():
+        first = Trainer(
+            _sampling_next(_resumed(replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")))
+        )
+        if not first.run():
+            return False
+        print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
+        rows = first.data.train
+        started = time.perf_counter()
+        rollouts = _sample(first, rows)
+        _add_seconds(folder / "stage1" / "summary.json", "self_generated", time.perf_counter() - started)
+        write_jsonl(held_out, (record(row, row.feedbacks) for row in first.data.eval))
+        _write(generated, rows, rollouts, first.scale.phrase, config.supervised.prompts_per_step)
+        first.engine.close()
+        del first
+    data = DataConfig(train=str(generated), eval=str(held_out))
+    second = replace(single, data=data, run_name=f"{name}-stage2")
+    return Trainer(_resumed(second)).run()
+
+
+def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
+    """What is done after a run's end counts as a phase of it."""
+    known = json.loads(summary.read_text(encoding="utf-8"))
+    known["seconds"][phase] = round(seconds, 2)
+    write_json(summary, known)
+
+
+def _resumed(config: Config) -> Config:
+    """Resume where there is something to; what a stage has done is never done again."""
+    return replace(config, resume=config.resume and (Path(config.output) / "config.yaml").is_file())
+
+
+def _sampling_next(config: Config) -> Config:
+    """Let a first stage that is finished go on from its end: only the feedback that it writes is missing."""
+    finished = Path(config.output) / "summary.json"
+    if config.resume and finished.is_file():
+        os.replace(finished, finished.with_name("summary.superseded.json"))
+    return config
+
+
+def _sample(trainer: Any, rows: Sequence[JudgeRow]) -> list[list[Rollout]]:
+    config = trainer.config
+    trainer.sync()
+    rollouts: list[list[Rollout]] = []
+    with tqdm(total=len(rows), desc="self-generated feedback", unit="row") as bar:
+        for at in range(0, len(rows), _ROWS_PER_CALL):
+            some = rows[at : at + _ROWS_PER_CALL]
+            sampling = Sampling(
+                n=config.supervised.feedbacks_per_prompt,
+                max_tokens=config.rollout.max_tokens,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                answer="forced",
+                seed=config.seed * 1_000_003 + at,
+            )
+            rollouts += trainer.engine.generate([row.prompt_ids for row in some], sampling)
+            bar.update(len(some))
+    return rollouts
+
+
+def _write(
+    path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rollout]], phrase: str, needed: int
+) -> None:
+    """Rows with the feedback that was finished; what was cut off at the limit stands beside it and is not trained on.
+
+    Raises:
+        DataError: Too few rows have a finished feedback; what there is stands in ``self_generated.rejected.jsonl``.
+    """
+    records, kept, cut = [], 0, 0
+    for row, samples in zip(rows, rollouts, strict=True):
+        done = [feedback_of(r, phrase) for r in samples if r.finish != "length"]
+        unfinished = [r.text for r in samples if r.finish == "length"]
+        done = [text for text in done if text]
+        kept, cut = kept + len(done), cut + len(samples) - len(done)
+        records.append({**record(row, done), "unfinished_feedbacks": unfinished})
+    usable = sum(bool(r["feedbacks"]) for r in records)
+    if usable < needed:
+        rejected = path.with_name("self_generated.rejected.jsonl")
+        write_jsonl(rejected, records)
+        raise DataError(
+            f"of {kept + cut} feedbacks that the model of stage 1 wrote, {cut} are empty or were cut off at "
+            f"rollout.max_tokens (see {rejected}); {usable} rows are left and an update needs {needed}: train stage 1 "
+            "longer or raise rollout.max_tokens, and --resume"
+        )
+    print(f"{kept} feedbacks written to {path}; {cut} were cut off at rollout.max_tokens or empty", file=sys.stderr)
+    write_jsonl(path, records)
+
+
+def feedback_of(rollout: Rollout, phrase: str) -> str:
+    """The text before the phrase."""
+    return rollout.text.partition(phrase.strip())[0].strip()
+
+
+def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
+    """A row as a line of a data file."""
+    return {
+        "id": row.id,
+        "prompt_id": row.prompt_id,
+        "instruction": row.instruction,
+        "response": row.response,
+        "rubric": row.rubric,
+        "reference_answer": row.reference_answer,
+        "score": row.label,
+        "feedbacks": list(feedbacks),
+    }

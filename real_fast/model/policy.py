@@ -1,0 +1,82 @@
+"""The policy: a Transformers model whose training loss is computed inside ``forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from real_fast.attention.interface import Backend, prepare, prepared_mask
+from real_fast.attention.support import enable, require_span
+from real_fast.model.load import body_of
+from real_fast.types import Batch
+
+T = TypeVar("T")
+
+
+class Policy(nn.Module):
+    """The model being trained.
+
+    The loss runs inside ``forward``, so that whatever wraps the module (FSDP2, torch.compile) sees one call and
+    gathers a sharded head where it is used.
+
+    Args:
+        model: A causal language model with a plain linear head.
+        autocast_dtype: Dtype of the body's matrix products; None for the weights' own.
+        attention: Backend for packed rows with shared prompts; None for padded batches alone.
+
+    Raises:
+        SharedPromptError: A model that cannot share prompts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        autocast_dtype: torch.dtype | None = None,
+        attention: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast_dtype = autocast_dtype
+        self.attention = attention
+        if attention is not None:
+            enable(model, attention)
+
+    def forward(self, batch: Batch, loss: Callable[[torch.Tensor, torch.Tensor, Batch], T]) -> T:
+        """Run the body once and hand ``loss`` the hidden states, flattened to [B * T, D], and the head's weight."""
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.layout is not None:
+            if self.attention is None:
+                raise ValueError("a packed batch needs Policy(..., attention=...)")
+            device = batch.input_ids.device
+            require_span(self.model, batch.layout.longest)
+            inputs = {
+                "attention_mask": prepared_mask(device),
+                "shared_prompt": prepare(batch.layout, self.attention, device),
+            }
+        with self.autocast():
+            hidden = body_of(self.model)(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
+            ).last_hidden_state
+        weight = self.model.get_output_embeddings().weight
+        # A GPU's float32 matrix products are slow; 16-bit operands with float32 accumulation are what the head wants.
+        if self.autocast_dtype is not None and weight.is_cuda:
+            hidden, weight = hidden.to(self.autocast_dtype), weight.to(self.autocast_dtype)
+        else:
+            hidden = hidden.to(weight.dtype)
+        return loss(hidden.flatten(0, 1), weight, batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the body runs in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self.autocast_dtype)
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Weights under their Transformers names, for the rollout engine; a tied head appears once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach()

@@ -1,0 +1,120 @@
+"""Floating-point operations of an update, counted from the model's config: what a gain should be before it is measured.
+
+Two operations per multiply-add. Matrix products and attention scores are counted; what is left is memory traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from real_fast.types import Group
+
+
+@dataclass(frozen=True)
+class UpdateFlops:
+    """Operations of one update: ours, and the reference-style one (two forward passes, full logits, no sharing)."""
+
+    ours: float
+    reference: float
+
+    @property
+    def ratio(self) -> float:
+        """The speed-up that the count predicts where both run at the same rate."""
+        return self.reference / self.ours
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """A causal language model of a config, without memory for its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Sizes that the counts follow from.
+
+    Attributes:
+        body: Weights of the body's matrices; one multiply-add per weight and token.
+        attention: Layers times heads times head size: two multiply-adds of it per query and key.
+        head: Weights of the lm_head.
+        window: Positions that a token sees, or None for all.
+    """
+
+    body: int
+    attention: int
+    head: int
+    window: int | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> ModelFlops:
+        """From a Transformers config, without weights. Raises ValueError for mixtures of experts and convolutions."""
+        model = empty_model(config)
+        text = model.config.get_text_config()
+        head = model.get_output_embeddings().weight.numel()
+        embeddings = {id(m.weight) for m in model.base_model.modules() if isinstance(m, nn.Embedding)}
+        weights = [p for p in model.base_model.parameters() if id(p) not in embeddings]
+        if any(p.dim() > 2 for p in weights):
+            raise ValueError(f"{text.model_type} has stacked experts or convolutions, whose work is not counted")
+        linear = sum(p.numel() for p in weights if p.dim() == 2)
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kinds = getattr(text, "layer_types", None) or []
+        window = getattr(text, "sliding_window", None) if set(kinds) <= {"sliding_attention"} else None
+        return cls(linear, text.num_hidden_layers * text.num_attention_heads * size, head, window)
+
+    def forward(self, spans: Sequence[tuple[int, int]]) -> float:
+        """One forward pass of the body over spans of tokens, each behind so many tokens that it sees too."""
+        tokens = sum(length for length, _ in spans)
+        seen = 0.0
+        for length, before in spans:
+            if self.window is None:
+                seen += length * before + length * (length + 1) / 2
+            else:
+                seen += sum(min(before + i + 1, self.window) for i in range(length))
+        return 2.0 * self.body * tokens + 4.0 * self.attention * seen
+
+    def update(
+        self,
+        groups: Sequence[Group],
+        shared_prompt: bool = True,
+        recompute: bool = False,
+        kl: bool = False,
+        iterations: int = 1,
+    ) -> UpdateFlops:
+        """One update over groups of rollouts.
+
+        Args:
+            groups: The groups.
+            shared_prompt: Whether ours shares prompts.
+            recompute: Activation checkpointing on both sides: one more forward pass of the body.
+            kl: The KL to a reference on both sides: one forward pass without gradients, body and head.
+            iterations: Optimiser steps on the same rollouts.
+        """
+        alone, shared, rows, tokens = [], [], 0, 0
+        for group in groups:
+            p = len(group.prompt_ids)
+            shared.append((p, 0))
+            for rollout in group.rollouts:
+                r = len(rollout.context_ids)
+                alone.append((p + r, 0))
+                shared.append((r, p))
+                rows += len(rollout.sampled_ids) + 1
+                tokens += p + r
+        passes = 3 + recompute  # forward, and twice as much backward
+        separate = self.forward(alone)
+        once = self.forward(shared) if shared_prompt else separate
+        # Where a row's coefficient depends on its log-probability, the backward pass computes its logits again.
+        products = 4 if kl or iterations > 1 else 3
+        ours = iterations * (passes * once + products * 2.0 * self.head * rows)
+        # The forward pass for the scores is made once for all iterations.
+        reference = (iterations * passes + 1) * separate + (iterations * 3 + 1) * 2.0 * self.head * tokens
+        if kl:
+            ours += once + 2.0 * self.head * rows
+            reference += separate + 2.0 * self.head * tokens
+        return UpdateFlops(ours, reference)

@@ -1,0 +1,165 @@
+"""The engine against the trainer: both must give the same tokens the same probabilities.
+
+A stale weight sync, a wrong token id, a slip in the template or another temperature shows up here before it shows up in
+a reward curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from real_fast.config import RolloutConfig
+from real_fast.errors import EngineMismatchError
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout
+
+
+@dataclass(frozen=True)
+class EngineGap:
+    """Absolute differences between engine and trainer.
+
+    Attributes:
+        tokens: Sampled tokens compared.
+        logprob_mean: Mean difference of a sampled token's log-probability, in nats.
+        logprob_max: The largest.
+        scores: Score distributions compared.
+        score_mean: Mean difference of the expected score, as a share of the scale's range.
+        score_max: The largest.
+    """
+
+    tokens: int
+    logprob_mean: float
+    logprob_max: float
+    scores: int
+    score_mean: float
+    score_max: float
+
+    def metrics(self) -> dict[str, float]:
+        """For the log, under TRL's names where TRL has the thing; what was not compared is left out."""
+        logged: dict[str, float] = {}
+        if self.tokens:
+            logged["sampling/sampling_logp_difference/mean"] = self.logprob_mean
+            logged["sampling/sampling_logp_difference/max"] = self.logprob_max
+        if self.scores:
+            logged["sampling/score_difference/mean"] = self.score_mean
+            logged["sampling/score_difference/max"] = self.score_max
+        return logged
+
+    def require(self, config: RolloutConfig, step: int) -> None:
+        """Raise :class:`EngineMismatchError` where a mean difference is above its limit or not a number."""
+        logprob_fine = not self.tokens or self.logprob_mean <= config.check_logprob
+        score_fine = not self.scores or self.score_mean <= config.check_score
+        if logprob_fine and score_fine:
+            return
+        raise EngineMismatchError(
+            f"step {step}: the rollout engine and the trainer disagree. Log-probability of a sampled token: mean "
+            f"difference {self.logprob_mean:.4f}, largest {self.logprob_max:.4f} over {self.tokens} tokens "
+            f"(rollout.check_logprob allows a mean of {config.check_logprob}). Expected score, as a share of the "
+            f"scale: mean {self.score_mean:.4f}, largest {self.score_max:.4f} over {self.scores} rollouts "
+            f"(rollout.check_score allows {config.check_score}). Usual causes: the engine holds old weights (a sync "
+            "was missed or incomplete); the two see different token ids (chat template, prompt truncated, text encoded "
+            "anew); temperature or top_p differ. If it is only the precision (bf16 against fp32), raise the limits"
+        )
+
+
+def compare(
+    rollouts: Sequence[Rollout],
+    trainer_logprobs: Sequence[torch.Tensor | Sequence[float]],
+    trainer_scores: Sequence[torch.Tensor | Sequence[float] | None],
+    scale: ScoreScale,
+    mask: Sequence[torch.Tensor | Sequence[bool]] | None = None,
+) -> EngineGap:
+    """Compare what the engine reported with what the trainer computed for the same rollouts.
+
+    Args:
+        rollouts: From the engine.
+        trainer_logprobs: For each rollout the log-probabilities of its ``sampled_ids``, at the sampling temperature.
+        trainer_scores: For each rollout K log-probabilities of the score tokens, or None where it has no score or the
+            trainer has not computed it.
+        scale: The score scale.
+        mask: For each rollout which of its sampled tokens the trainer has computed; without it, all.
+
+    Raises:
+        ValueError: Numbers of rollouts, tokens or scores that do not belong together.
+    """
+    kept = [[True] * len(r.sampled_ids) for r in rollouts] if mask is None else mask
+    if not len(rollouts) == len(trainer_logprobs) == len(trainer_scores) == len(kept):
+        raise ValueError(
+            f"{len(rollouts)} rollouts, {len(trainer_logprobs)} rows of log-probabilities, {len(trainer_scores)} of "
+            f"scores and {len(kept)} of the mask: there must be one for each rollout"
+        )
+    values = torch.tensor(scale.values, dtype=torch.float64)
+    token_gaps: list[torch.Tensor] = []
+    score_gaps: list[torch.Tensor] = []
+    for i, (rollout, logprobs, scores, keep) in enumerate(
+        zip(rollouts, trainer_logprobs, trainer_scores, kept, strict=True)
+    ):
+        mine, theirs, chosen = _vector(rollout.sampled_logprobs), _vector(logprobs), torch.as_tensor(keep).bool().cpu()
+        if not mine.shape == theirs.shape == chosen.shape:
+            raise ValueError(
+                f"rollout {i} has {len(mine)} sampled tokens, and the trainer's log-probabilities {len(theirs)}, the "
+                f"mask {len(chosen)}"
+            )
+        token_gaps.append((mine - theirs)[chosen].abs())
+        if rollout.score_logprobs is not None and scores is not None:
+            mine, theirs = _vector(rollout.score_logprobs), _vector(scores)
+            if not mine.shape == theirs.shape == values.shape:
+                raise ValueError(
+                    f"rollout {i}: {len(mine)} and {len(theirs)} score log-probabilities for {len(values)} scores"
+                )
+            score_gaps.append(((mine.exp() - theirs.exp()) @ values).abs().reshape(1) / scale.span)
+    token_mean, token_max = _mean_and_max(token_gaps)
+    score_mean, score_max = _mean_and_max(score_gaps)
+    return EngineGap(sum(map(len, token_gaps)), token_mean, token_max, len(score_gaps), score_mean, score_max)
+
+
+def trainer_logprobs_of(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    rollouts: Sequence[Rollout],
+    scale: ScoreScale,
+    temperature: float,
+    autocast_dtype: torch.dtype | None = None,
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """What :func:`compare` needs, by one plain forward pass per sequence: slow, and simple enough to trust.
+
+    Args:
+        model: A Transformers causal language model; its mode (training or evaluation) is left as it is.
+        prompts: Token ids, one prompt for each rollout.
+        rollouts: The rollouts.
+        scale: The score scale.
+        temperature: The sampling temperature; 0 counts as 1.
+        autocast_dtype: Run the forward passes under autocast with this dtype.
+
+    Returns:
+        For each rollout the log-probabilities of its sampled ids, [tokens] fp32; and the K log-probabilities of the
+        score tokens behind its context (temperature 1), [K] fp32, or None where it has no score.
+    """
+    logprobs: list[torch.Tensor] = []
+    scores: list[torch.Tensor | None] = []
+    autocast = nullcontext() if autocast_dtype is None else torch.autocast(model.device.type, autocast_dtype)
+    with torch.no_grad(), autocast:
+        for prompt, rollout in zip(prompts, rollouts, strict=True):
+            ids = torch.tensor([[*prompt, *rollout.context_ids]], device=model.device)
+            # Row i of what is kept predicts the i-th token behind the prompt; the last row is where the score stands.
+            rows = len(rollout.context_ids) + 1
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0].float()
+            targets = torch.tensor(rollout.sampled_ids, dtype=torch.int64, device=model.device)
+            sampled = (logits[: len(targets)] / (temperature or 1.0)).log_softmax(-1)
+            logprobs.append(sampled.gather(-1, targets[:, None])[:, 0])
+            scores.append(logits[-1].log_softmax(-1)[scale.ids_tensor(model.device)] if rollout.has_score else None)
+    return logprobs, scores
+
+
+def _vector(numbers: torch.Tensor | Sequence[float]) -> torch.Tensor:
+    return torch.as_tensor(numbers).detach().to("cpu", torch.float64).reshape(-1)
+
+
+def _mean_and_max(gaps: list[torch.Tensor]) -> tuple[float, float]:
+    flat = torch.cat(gaps) if gaps else torch.zeros(0)
+    return (float(flat.mean()), float(flat.max())) if flat.numel() else (0.0, 0.0)

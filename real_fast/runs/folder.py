@@ -1,0 +1,162 @@
+"""A run's folder: who may write there, its metrics, and stopping without losing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from real_fast.config import Config, cli
+from real_fast.errors import OutputError
+from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn an OSError (read-only, disk full, ...) into an :class:`OutputError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        config: Settings; ``output``, ``resume`` and ``overwrite`` decide what happens to an earlier run there.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds a run that was not to be touched.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output).expanduser()
+        finished = (self.path / "summary.json").is_file()
+        started = self._started = finished or (self.path / "config.yaml").is_file()
+        if finished and config.resume and not config.overwrite:
+            raise OutputError(
+                f"output {self.path} holds a finished run: nothing is left to resume; take another --output"
+            )
+        if started and not config.overwrite and not config.resume:
+            what = "a finished run" if finished else "an unfinished run (go on with --resume)"
+            raise OutputError(
+                f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
+            )
+        require_writable(self.path)
+        self.resumed = started and not config.overwrite
+
+    def claim(self, config: Config) -> None:
+        """Start to write here; until then, nothing of an earlier run has been touched."""
+        if self.resumed:
+            self._report_changes(config)
+        elif self._started:
+            move_aside(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        cli.dump(config, self.path / "config.yaml")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def require_space(self, parameters: int, keep: int, reference: bool = False) -> None:
+        """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
+
+        Args:
+            parameters: Of the model.
+            keep: Checkpoints to keep.
+            reference: Whether a copy of the start weights comes beside them.
+
+        Raises:
+            OutputError: Too little free space.
+        """
+        written = sum(f.stat().st_size for f in self.checkpoints.rglob("*") if f.is_file())
+        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 * (1 + reference) - written
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise OutputError(
+                f"output {self.path} has {free / 2**30:.1f} GiB free, and the checkpoints need {need / 2**30:.1f} GiB: "
+                "free space, lower save.keep, or take another --output"
+            )
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        append_jsonl(self.path / "metrics.jsonl", clean(record))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        return list(read_jsonl(file)) if file.is_file() else []
+
+    def rewind(self, step: int) -> None:
+        """Set aside metric lines and evaluations after `step`, which a resumed run makes again (-1: all of them)."""
+        lines = self.metrics()
+        keep = [m for m in lines if m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")]
+        keep = keep if step >= 0 else []
+        for line in lines:
+            if line not in keep:
+                append_jsonl(self.path / "metrics.superseded.jsonl", line)
+        write_jsonl(self.path / "metrics.jsonl", keep)  # also rids the file of a last line that was cut off
+        for file in (self.path / "eval").glob("*.json*"):
+            name = file.name.partition(".")[0]
+            made_at = int(name.removeprefix("step-")) if name.startswith("step-") else 0
+            if step < made_at or step < 0 or name == "after":
+                (self.path / "eval" / "superseded").mkdir(exist_ok=True)
+                os.replace(file, self.path / "eval" / "superseded" / file.name)
+
+    def evaluation(self, name: str) -> dict[str, Any] | None:
+        """Summary of an evaluation that an interrupted run has already made."""
+        file = self.path / "eval" / f"{name}.json"
+        summary: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return summary
+
+    def predictions(self, name: str) -> list[dict[str, Any]]:
+        """Predictions of an evaluation."""
+        return list(read_jsonl(self.path / "eval" / f"{name}.predictions.jsonl"))
+
+    def save_evaluation(self, name: str, summary: dict[str, Any], predictions: list[dict[str, Any]]) -> None:
+        """Write an evaluation; the summary comes last and marks it complete."""
+        (self.path / "eval").mkdir(exist_ok=True)
+        write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
+        write_json(self.path / "eval" / f"{name}.json", summary)
+
+    def _report_changes(self, config: Config) -> None:
+        old = _flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        new = _flat(asdict(config))
+        for key in sorted(old.keys() & new.keys() - {"output", "overwrite", "resume"}):
+            if old[key] != new[key]:
+                print(f"resuming with {key} = {new[key]!r}, which was {old[key]!r}", file=sys.stderr)
+
+
+def move_aside(folder: Path) -> None:
+    """Rename a folder to the first free NAME.old-1, NAME.old-2, ..."""
+    n = 1
+    while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
+        n += 1
+    os.replace(folder, old)
+    print(f"moved the earlier run to {old}", file=sys.stderr)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,171 @@
+"""Metrics of one update; names follow TRL where TRL has the thing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from real_fast.evaluation.metrics import correlations
+from real_fast.methods.objective import LossOutput
+from real_fast.rollout.agreement import EngineGap, compare
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Batch, Group
+
+
+class StepMetrics:
+    """Gathers what the micro-batches of one update return; with several iterations on its rollouts, of the first.
+
+    Args:
+        groups: The update's groups.
+        scale: The score scale.
+    """
+
+    def __init__(self, groups: Sequence[Group], scale: ScoreScale) -> None:
+        self.groups = groups
+        self.scale = scale
+        self.rollouts = [r for g in groups for r in g.rollouts]
+        self.batches: list[tuple[Batch, LossOutput]] = []
+        self.further: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens that the model sampled in this update."""
+        return sum(len(r.sampled_ids) for r in self.rollouts)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of this update's sequences, each with its prompt and as it was trained on, as TRL counts them."""
+        return sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
+
+    @property
+    def finite(self) -> bool:
+        """Whether every micro-batch's loss is a number."""
+        return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
+
+    def add(self, batch: Batch, out: LossOutput) -> None:
+        """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
+        out.loss = out.loss.detach()
+        self.batches.append((batch, out))
+
+    def add_further(self, out: LossOutput) -> None:
+        """Keep what is reported of an iteration after the first: probability ratios, and where the clip was active."""
+        assert out.ratio is not None and out.clipped is not None
+        self.further.append((out.ratio, out.clipped))
+
+    def gather(self, name: str) -> torch.Tensor:
+        """A field of every output, of the rollouts (or rows) in micro-batch order, on the CPU."""
+        return torch.cat([getattr(out, name) for _, out in self.batches]).float().cpu()
+
+    def of_batches(self, name: str) -> torch.Tensor:
+        """The same for a field of the batches."""
+        return torch.cat([getattr(batch, name) for batch, _ in self.batches]).cpu()
+
+    def engine_gap(self) -> EngineGap:
+        """Engine against trainer on the rollouts of this update, over the rows that went through the head."""
+        seen: Counter[int] = Counter()
+        rollouts = []
+        for g in self.of_batches("group").tolist():
+            rollouts.append(self.groups[g].rollouts[seen[g]])
+            seen[g] += 1
+        lengths = [len(r.sampled_ids) for r in rollouts]
+        return compare(
+            rollouts,
+            self.gather("logprobs").split(lengths),
+            [s if r.has_score else None for r, s in zip(rollouts, self.gather("score_logprobs"), strict=True)],
+            self.scale,
+            self.gather("computed").bool().split(lengths),
+        )
+
+    def part(self, name: str) -> float:
+        """One part of the update's loss."""
+        return float(sum(out.parts[name] for _, out in self.batches))
+
+    def rewards(self, valid: torch.Tensor, group: torch.Tensor) -> dict[str, float]:
+        """Of rollouts; nothing for a method without rewards."""
+        if self.batches[0][1].rewards is None:
+            return {}
+        reward, advantage = self.gather("rewards")[valid], self.gather("advantages")[valid]
+        spread = (
+            torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
+            if len(group)
+            else torch.zeros(1)
+        )
+        return {
+            "reward": _mean(reward),
+            "reward_std": float(reward.std()) if len(reward) > 1 else float("nan"),
+            "reward_group_std": _mean(spread),
+            "frac_reward_zero_std": _mean((spread < 1e-6).float()),
+            "advantage_abs": _mean(advantage.abs()),
+            "advantage_std": float(advantage.std(correction=0)) if len(advantage) else float("nan"),
+        }
+
+    def proximity(self) -> dict[str, float]:
+        """How far the policy is from the reference and, after the first iteration, from the rollouts' own policy."""
+        found: dict[str, float] = {}
+        if self.batches[0][1].kl is not None:
+            found["kl"] = _mean(self.gather("kl"))
+        if self.further:
+            ratio = torch.cat([ratio for ratio, _ in self.further]).cpu()
+            clipped = sum(int(clipped.sum()) for _, clipped in self.further)
+            # A token whose advantage is 0 is never clipped, and counts all the same.
+            tokens = sum(len(r.sampled_ids) for r in self.rollouts if r.has_score)
+            iterations = len(self.further) // len(self.batches)
+            found["clip_ratio/region_mean"] = clipped / (iterations * tokens) if tokens else float("nan")
+            found["ratio/mean"] = _mean(ratio)
+        return found
+
+    def histogram(self, name: str, values: torch.Tensor) -> dict[str, float]:
+        """Shares of `values` by the nearest score of the scale, the lower one of two; trackers take numbers alone."""
+        nearest = (values[:, None] - self.scale.values_tensor()).abs().argmin(1)
+        return {f"{name}/share/{text}": _mean(nearest == place) for place, text in enumerate(self.scale.texts)}
+
+    def result(self) -> dict[str, Any]:
+        """One flat dictionary of numbers; a correlation that is not defined is None."""
+        valid = self.of_batches("valid")
+        y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
+        group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
+        distribution = self.gather("score_logprobs")[valid].exp()
+        computed, logp = self.gather("computed").bool(), self.gather("logprobs")
+        lengths = torch.tensor([len(r.sampled_ids) for r in self.rollouts], dtype=torch.float32)
+        clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
+        error = y_hat - label
+        finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
+        agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
+        tokens = sum(b.input_ids.numel() for b, _ in self.batches)
+        padding = sum(int((b.attention_mask == 0).sum()) for b, _ in self.batches if b.attention_mask is not None)
+        return {
+            "loss": float(sum(out.loss for _, out in self.batches)),
+            **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},
+            **self.rewards(valid, group),
+            **self.proximity(),
+            **self.histogram("score", y_hat[finite]),
+            **self.histogram("label", label),
+            "score/rmse": _mean(error**2) ** 0.5,
+            "score/mae": _mean(error.abs()),
+            "score/bias": _mean(error),
+            "score/pearson": agreement["pearson"],
+            "score/expected_mean": _mean(y_hat),
+            "score/label_mean": _mean(label),
+            "score/entropy": _mean(-(distribution * distribution.clamp(min=1e-30).log()).sum(1)),
+            "score/off_scale_mass": _mean(off),
+            "score/no_score": int((~valid).sum()),
+            "score/forced": _mean(torch.tensor([r.finish != "phrase" for r in self.rollouts]).float()),
+            "nll": _mean(-logp[computed]),
+            "completions/mean_length": _mean(lengths),
+            "completions/min_length": float(lengths.min()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": _mean(clipped.float()),
+            "completions/mean_terminated_length": _mean(lengths[~clipped]),
+            "head/rows": int(computed.sum()) + len(valid),
+            "head/rows_dropped": int((~computed).sum()),
+            "body/tokens": tokens,
+            "body/padding": padding / tokens,
+            "body/prompt_tokens_saved": self.num_tokens - (tokens - padding),
+        }
+
+
+def _mean(x: torch.Tensor) -> float:
+    return float(x.float().mean()) if x.numel() else float("nan")

@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import random
+import re
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from real_fast.config import Config, PromptConfig
+from real_fast.data.dataset import Rejected, load_rows, load_train_eval, reason_counts, require_rows, write_rejected
+from real_fast.data.rows import cut_score, number, parse_texts
+from real_fast.data.splits import limit_by_prompt, split_by_prompt
+from real_fast.errors import DataError
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.types import JudgeRow
+
+GOOD: dict[str, Any] = {"instruction": "Name a fruit.", "response": "apple", "rubric": "Is it one?", "score": 4}
+PROMETHEUS: dict[str, Any] = {
+    "instruction": "###Task Description: everything at once",
+    "output": "Feedback: fine. [RESULT] 4",
+    "orig_instruction": "Name a fruit.",
+    "orig_response": "apple",
+    "orig_reference_answer": "pear",
+    "orig_criteria": "Is it a fruit?",
+    "orig_feedback": "An apple is one.",
+    "orig_score": "4",
+} | {f"orig_score{k}_description": f"level {k}" for k in range(5, 0, -1)}
+
+
+@pytest.fixture(scope="module")
+def scale(smollm2_tokenizer: Any) -> ScoreScale:
+    return ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
+
+
+@pytest.fixture(scope="module")
+def builder(smollm2_tokenizer: Any, scale: ScoreScale) -> PromptBuilder:
+    return PromptBuilder(PromptConfig(template="short"), smollm2_tokenizer, scale)
+
+
+class Loader:
+    """Writes records to a file and loads them."""
+
+    def __init__(self, folder: Path, builder: PromptBuilder, scale: ScoreScale) -> None:
+        self.folder, self.builder, self.scale = folder, builder, scale
+        self.rejected: list[Rejected] = []
+
+    def source(self, source: str | Path, max_tokens: int = 2048, split: str = "train") -> list[JudgeRow]:
+        return load_rows(str(source), split, self.builder, self.scale, max_tokens, self.rejected)
+
+    def write(self, *records: Any, name: str = "rows.jsonl") -> Path:
+        path = self.folder / name
+        path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in records))
+        return path
+
+    def one(self, record: Any) -> JudgeRow:
+        rows = self.source(self.write(record))
+        assert not self.rejected, self.rejected
+        return rows[0]
+
+
+@pytest.fixture
+def loader(tmp_path: Path, builder: PromptBuilder, scale: ScoreScale) -> Loader:
+    return Loader(tmp_path, builder, scale)
+
+
+def row(row_id: str, prompt_id: str) -> JudgeRow:
+    return JudgeRow(row_id, prompt_id, f"instruction {prompt_id}", "response", "rubric", "", 3.0, [], [])
+
+
+# Fields
+
+
+def test_prometheus_fields_win_over_the_plain_ones(loader: Loader) -> None:
+    loaded = loader.one(PROMETHEUS)
+    assert (loaded.instruction, loaded.response, loaded.reference_answer) == ("Name a fruit.", "apple", "pear")
+    assert loaded.rubric.splitlines() == ["[Is it a fruit?]", *(f"Score {k}: level {k}" for k in range(1, 6))]
+    assert (loaded.label, loaded.feedbacks, loaded.feedback_labels) == (4.0, ["An apple is one."], [4.0])
+    assert "Task Description" not in loader.builder.text(loaded)
+
+
+def test_a_prometheus_record_without_a_response_does_not_take_the_verdict_for_one(loader: Loader) -> None:
+    assert loader.source(loader.write({k: v for k, v in PROMETHEUS.items() if k != "orig_response"})) == []
+    assert loader.rejected[0].reason.startswith("response is missing or empty")
+
+
+@pytest.mark.parametrize("instruction", ["instruction", "prompt", "input"])
+@pytest.mark.parametrize("response", ["response", "output", "completion"])
+@pytest.mark.parametrize(
+    ("rubric", "reference", "score"),
+    [("rubric", "reference_answer", "score"), ("criteria", "reference", "label"), ("score_rubric", "x", "human_score")],
+)
+def test_aliases(instruction: str, response: str, rubric: str, reference: str, score: str, loader: Loader) -> None:
+    loaded = loader.one({instruction: "i", response: "r", rubric: "u", reference: "f", score: " 3.5 "})
+    assert (loaded.instruction, loaded.response, loaded.rubric, loaded.label) == ("i", "r", "u", 3.5)
+    assert loaded.reference_answer == ("" if reference == "x" else "f")
+
+
+@pytest.mark.parametrize(
+    "rubric",
+    [
+        {
+            "rubric": {
+                "criteria": "c",
+                "score2_description": "two",
+                "score1_description": "one",
+                "score3_description": None,
+            }
+        },
+        {"rubric": {"criteria": "c", "1": "one", "2": "two"}},
+        {"criteria": "c", "score1_description": "one", "score2_description": "two"},
+    ],
+)
+def test_a_rubric_in_parts(rubric: dict[str, Any], loader: Loader) -> None:
+    record = {k: v for k, v in GOOD.items() if k != "rubric"}
+    assert loader.one(record | rubric).rubric == "[c]\nScore 1: one\nScore 2: two"
+
+
+def test_feedbacks_have_their_raters_labels(loader: Loader) -> None:
+    both = {"feedbacks": ["low [RESULT] 3", "", "high"], "scores": [3, 4, "5"]}
+    loaded = loader.one(GOOD | both)
+    assert (loaded.feedbacks, loaded.feedback_labels, loaded.label) == (["low", "high"], [3.0, 5.0], 4.0)
+    assert loader.one({k: v for k, v in GOOD.items() if k != "score"} | both).label == 4.0
+    assert loader.one(GOOD | {"feedbacks": ["a", "b"]}).feedback_labels == [4.0, 4.0]
+    assert loader.one(GOOD | {"feedback": "a", "scores": [3, 5]}).feedback_labels == [4.0]
+    assert loader.one(GOOD | {"feedback": None}).feedbacks == []
+    # A rater who gave no score leaves the mean to the others, and the row's label to the feedback.
+    some = {k: v for k, v in GOOD.items() if k != "score"} | {"feedbacks": ["a", "b", "c"], "scores": [2, None, 5]}
+    loaded = loader.one(some)
+    assert (loaded.label, loaded.feedback_labels) == (3.5, [2.0, 3.5, 5.0])
+
+
+def test_one_number_under_two_names_in_two_spellings(loader: Loader) -> None:
+    assert loader.one(GOOD | {"score": 4, "label": "4.0"}).label == 4.0
+    empty = {k: v for k, v in GOOD.items() if k != "score"} | {"orig_score": "", "scores": [3, 4]}
+    assert loader.one(empty).label == 3.5
+
+
+def test_keys_that_are_no_text_are_passed_over(loader: Loader) -> None:
+    assert parse_texts({**GOOD, 1: "x"}, needs_rubric=True).instruction == GOOD["instruction"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("Good. So the overall score is 4", "Good."),
+        ("Good. so the overall score is: 4.5.", "Good."),
+        ("Good.\n[RESULT] 4\n", "Good."),
+        ("Good. [RESULT] Score: 1.", "Good."),
+        ("Good. [RESULT]", "Good."),
+        ("[RESULT] 4", ""),
+        ("Good. So the overall score is 4/5", "Good."),
+        ("Good. So the overall score is **4** out of 5.", "Good."),
+        ("Good. So the overall score is **4.5/5**.", "Good."),
+        ("Good. So the overall score is 4 of the worst.", "Good. So the overall score is 4 of the worst."),
+        ("A score of 4", "A score of 4"),
+        ("[RESULT] 4 comes first, then this.", "[RESULT] 4 comes first, then this."),
+    ],
+)
+def test_a_verdict_at_the_end_of_a_feedback_is_cut(text: str, kept: str, scale: ScoreScale) -> None:
+    assert cut_score(text, scale) == kept
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (4, 4.0),
+        ("4", 4.0),
+        (" 3.5\n", 3.5),
+        (Decimal("3.5"), 3.5),
+        *((bad, None) for bad in (True, "", "four", "nan", "inf", "1_0", None, [4], 10**400)),
+        *((bad, None) for bad in (float("nan"), float("inf"))),
+    ],
+)
+def test_numbers(value: Any, expected: float | None) -> None:
+    assert number(value) == expected
+
+
+def test_ids(loader: Loader) -> None:
+    records = [GOOD, GOOD | {"id": "a"}, GOOD | {"id": "a"}, GOOD | {"id": "a-2"}, GOOD | {"id": 7, "prompt_id": 8}]
+    rows = loader.source(loader.write(*records))
+    assert [r.id for r in rows] == ["rows.jsonl:1", "a", "a-2", "a-2-2", "7"]
+    assert rows[4].prompt_id == "8"
+    other = loader.one(GOOD | {"instruction": "Name  a\nfruit. "})
+    assert (
+        rows[0].prompt_id == rows[1].prompt_id == other.prompt_id != loader.one(GOOD | {"instruction": "b"}).prompt_id
+    )
+    assert rows[0].prompt_id == "ae53951fa695da1b"  # the same on every machine and in every process
+
+
+def test_prompts_are_encoded(loader: Loader) -> None:
+    loaded = loader.one(GOOD)
+    assert loaded.prompt_ids == loader.builder.ids(loaded) and len(loaded.prompt_ids) > 20
+
+
+# Rejections
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"score": True}, "label is not a number: 'True'"),
+        ({"score": "four"}, "label is not a number: 'four'"),
+        ({"score": float("nan")}, "label is not a number: 'nan'"),
+        ({"score": "inf"}, "label is not a number: 'inf'"),
+        ({"score": [4]}, "label is not a number: '[4]'"),
+        ({"score": None}, "label is missing: there is none of orig_score, score, label, human_score"),
+        ({"score": 6}, "label is off the scale: 6 is not within 1 to 5"),
+        ({"score": "0.5"}, "label is off the scale: 0.5 is not within 1 to 5"),
+        ({"scores": [None, None], "score": None}, "label is missing: no rater gave a score"),
+        ({"label": 2}, "two fields for the score: score and label differ"),
+        ({"instruction": None}, "instruction is missing or empty"),
+        ({"instruction": " \n"}, "instruction is missing or empty"),
+        ({"instruction": ["a"]}, "instruction is not text: list"),
+        ({"instruction": "\ud800"}, "instruction is not valid Unicode"),
+        ({"response": ""}, "response is missing or empty"),
+        ({"response": 5}, "response is not text: int"),
+        ({"rubric": None}, "rubric is missing"),
+        ({"rubric": {"criteria": None}}, "rubric is missing"),
+        ({"rubric": {"criteria": "c", "weight": "2"}}, "rubric has an unknown key: 'weight'"),
+        ({"rubric": 5}, "rubric is not text: int"),
+        ({"reference": {"a": 1}}, "reference_answer is not text: dict"),
+        ({"feedback": 3}, "feedback is not text: int"),
+        ({"feedbacks": ["a"], "scores": ["x"]}, "a rater's score is not a number: 'x'"),
+        ({"response": "word " * 300}, "prompt is too long: "),
+    ],
+)
+def test_records_that_cannot_be_used(change: dict[str, Any], reason: str, loader: Loader) -> None:
+    rows = loader.source(loader.write(GOOD, GOOD | {"id": "bad"} | change, GOOD), max_tokens=200)
+    assert [r.id for r in rows] == ["rows.jsonl:1", "rows.jsonl:3"]
+    (one,) = loader.rejected
+    assert one.reason.startswith(reason)
+    assert (one.line, one.id, Path(one.source).name) == (2, "bad", "rows.jsonl")
+    write_rejected(loader.folder / "rejected.jsonl", loader.rejected)
+    text = (loader.folder / "rejected.jsonl").read_text()
+    written = json.loads(text, parse_constant=pytest.fail)
+    assert written["reason"] == one.reason
+    if change.get("score") == change.get("score"):  # all but NaN
+        assert written["row"] == GOOD | {"id": "bad"} | change
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{oops\n", "not JSON: .* of line 2"),
+        (b"[" * 100_000 + b"\n", "not JSON: .* line 2"),
+        (b'{"score": ' + b"9" * 5000 + b"}\n", "not JSON: .* line 2"),
+        (b'{"a": "\xff"}\n', "not UTF-8: .* line 2"),
+        (b"[1, 2]\n", "not an object: list"),
+        (b'"text"\n', "not an object: str"),
+    ],
+)
+def test_lines_that_are_no_records(line: bytes, reason: str, loader: Loader) -> None:
+    assert len(loader.source(loader.write(GOOD, line, b"\n", GOOD))) == 2
+    (one,) = loader.rejected
+    assert one.line == 2 and one.id == "rows.jsonl:2"
+    assert re.match(reason, one.reason)
+    write_rejected(loader.folder / "rejected.jsonl", loader.rejected)
+    assert json.loads((loader.folder / "rejected.jsonl").read_text())["line"] == 2
+
+
+def test_the_limit_itself_is_not_too_long(loader: Loader) -> None:
+    path = loader.write(GOOD)
+    length = len(loader.source(path)[0].prompt_ids)
+    assert len(loader.source(path, max_tokens=length)) == 1 and not loader.rejected
+    assert loader.source(path, max_tokens=length - 1) == []
+    assert loader.rejected[0].reason.endswith(f"{length} tokens, prompt.max_tokens is {length - 1}")
+
+
+def test_a_rubric_is_needed_only_where_the_template_uses_it(
+    loader: Loader, smollm2_tokenizer: Any, scale: ScoreScale
+) -> None:
+    template = loader.folder / "plain.txt"
+    template.write_text("{instruction}: {response}")
+    loader.builder = PromptBuilder(PromptConfig(template=str(template)), smollm2_tokenizer, scale)
+    assert loader.one({"instruction": "i", "response": "r", "score": 1}).rubric == ""
+
+
+def test_a_template_that_fails_on_a_record_rejects_it(
+    loader: Loader, smollm2_tokenizer: Any, scale: ScoreScale
+) -> None:
+    template = loader.folder / "strict.jinja"
+    template.write_text("{{ response }}{{ 1 // (response | length - 5) }}")
+    loader.builder = PromptBuilder(PromptConfig(template=str(template)), smollm2_tokenizer, scale)
+    assert loader.source(loader.write(GOOD)) == []
+    assert "ZeroDivisionError" in loader.rejected[0].reason
+
+
+def test_too_few_rows_is_an_error_that_counts_the_reasons(loader: Loader) -> None:
+    path = loader.write(GOOD, GOOD | {"score": 9}, GOOD | {"score": 7, "id": "x"}, b"oops\n")
+    rows = loader.source(path)
+    require_rows(rows, 1, str(path), loader.rejected)
+    assert reason_counts(loader.rejected) == {"label is off the scale": 2, "not JSON": 1}
+    with pytest.raises(DataError, match=r"1 usable rows, and at least 2 .* 2 rejected: label is off .*jsonl:2: 9 is"):
+        require_rows(rows, 2, str(path), loader.rejected)
+    with pytest.raises(DataError, match=r"0 usable rows.*none was rejected"):
+        require_rows([], 1, "empty.jsonl", loader.rejected)
+
+
+# Sources
+
+
+def test_kinds_of_files(loader: Loader) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    records = [GOOD | {"id": str(i), "score": float(i)} for i in range(1, 4)]
+    lines = "".join(json.dumps(r) + "\n" for r in records).encode()
+    files = {"a.jsonl": b"\xef\xbb\xbf" + lines, "a.JSON": json.dumps(records).encode()}
+    files |= {"a.jsonl.gz": gzip.compress(lines), "a.json.gz": gzip.compress(files["a.JSON"])}
+    for name, data in files.items():
+        (loader.folder / name).write_bytes(data)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), loader.folder / "a.parquet")
+    for name in [*files, "a.parquet"]:
+        rows = loader.source(loader.folder / name)
+        assert [(r.id, r.label) for r in rows] == [("1", 1.0), ("2", 2.0), ("3", 3.0)], name
+    assert not loader.rejected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:20], "cannot be read"),
+        ("a.json.gz", b"no gzip", "cannot be read"),
+        ("a.parquet", b"no parquet", "cannot be read as Parquet"),
+        ("a.json", b'{"instruction": 1}', "holds one dict, and a list"),
+        ("a.json", b"{}\n{}\n", "is not JSON .*named .jsonl"),
+        ("a.csv", b"a,b\n", "files end in .jsonl.*and this one in .csv"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, data: bytes, message: str, loader: Loader) -> None:
+    (loader.folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        loader.source(loader.folder / name)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/rows.parquet", "data/missing.json", "rows"])
+def test_missing_files_say_what_was_looked_for(name: str, loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(loader.folder)
+    with pytest.raises(DataError, match=f"no such file .looked for {(loader.folder / name)}"):
+        loader.source(name)
+
+
+def test_a_folder_is_no_source(loader: Loader) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        loader.source(loader.folder)
+
+
+def test_hub_datasets(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, split: str) -> Any:
+        asked.append((name, split))
+        if name == "owner/gone":
+            raise ConnectionError("no network")
+        return datasets.Dataset.from_list([PROMETHEUS, PROMETHEUS | {"orig_score": "9"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (loaded,) = loader.source("owner/Feedback-v1.5", split="part")
+    assert (loaded.label, loaded.id) == (4.0, "Feedback-v1.5:1")
+    assert [(r.line, r.source) for r in loader.rejected] == [(2, "owner/Feedback-v1.5")]
+    assert asked == [("owner/Feedback-v1.5", "part")]
+    with pytest.raises(
+        DataError, match=r"owner/gone: there is no such file .*split 'test' .*ConnectionError: no network"
+    ):
+        loader.source("owner/gone", split="test")
+
+
+def test_synthetic_sources(loader: Loader) -> None:
+    train, held_out = loader.source("synthetic:train"), loader.source("synthetic:eval")
+    assert (len(train), len(held_out), loader.rejected) == (2000, 240, [])
+    assert not {r.prompt_id for r in train} & {r.prompt_id for r in held_out}
+    assert all(len(r.feedbacks) == 1 for r in train)
+    with pytest.raises(DataError, match="synthetic:test: there is"):
+        loader.source("synthetic:test")
+
+
+@pytest.mark.parametrize("name", ["vicuna", "mt_bench"])
+def test_real_rows(name: str, loader: Loader, judge_data: Path) -> None:
+    rows = loader.source(judge_data / f"{name}.jsonl", max_tokens=8192)
+    assert len(rows) == 240 and not loader.rejected
+    assert Counter(Counter(r.prompt_id for r in rows).values()) == {4: 60}
+    assert all(len(r.feedbacks) == len(r.feedback_labels) == 3 for r in rows)
+    assert any(not r.label.is_integer() for r in rows)
+    assert all(abs(sum(r.feedback_labels) / 3 - r.label) < 0.01 for r in rows)
+    assert not any("[RESULT]" in text for r in rows for text in r.feedbacks)
+
+
+# Splits and limits
+
+
+groups = st.dictionaries(st.text(min_size=1, max_size=4), st.integers(1, 4), min_size=2, max_size=12)
+
+
+def rows_of(sizes: dict[str, int]) -> list[JudgeRow]:
+    return [row(f"{prompt}/{i}", prompt) for prompt, n in sizes.items() for i in range(n)]
+
+
+@given(sizes=groups, fraction=st.floats(0.01, 0.99), seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
+def test_a_split_keeps_prompts_whole_whatever_the_order(
+    sizes: dict[str, int], fraction: float, seed: int, order: random.Random
+) -> None:
+    rows = rows_of(sizes)
+    train, held_out = split_by_prompt(rows, fraction, seed)
+    assert train and held_out
+    assert sorted(r.id for r in train + held_out) == sorted(r.id for r in rows)
+    prompts = {r.prompt_id for r in held_out}
+    assert not prompts & {r.prompt_id for r in train}
+    assert abs(len(prompts) - fraction * len(sizes)) <= 1
+    shuffled = order.sample(rows, len(rows))
+    again = split_by_prompt(shuffled, fraction, seed)
+    assert {r.id for r in again[1]} == {r.id for r in held_out}
+    assert again[0] == [r for r in shuffled if r in train]
+
+
+def test_another_seed_holds_out_other_prompts() -> None:
+    rows = rows_of({str(i): 1 for i in range(40)})
+    assert split_by_prompt(rows, 0.5, 0) == split_by_prompt(rows, 0.5, 0) != split_by_prompt(rows, 0.5, 1)
+
+
+def test_one_prompt_cannot_be_split() -> None:
+    with pytest.raises(DataError, match=r"3 rows of 1 prompt cannot be split .*data\.eval"):
+        split_by_prompt(rows_of({"a": 3}), 0.5, 0)
+
+
+@given(sizes=groups, n=st.integers(1, 30), seed=st.integers(0, 9), order=st.randoms(use_true_random=False))
+def test_a_limit_keeps_prompts_whole(sizes: dict[str, int], n: int, seed: int, order: random.Random) -> None:
+    rows = rows_of(sizes)
+    if n < min(sizes.values()):
+        with pytest.raises(DataError, match=f"limit of {n} rows"):
+            limit_by_prompt(rows, n, seed)
+        return
+    kept = limit_by_prompt(rows, n, seed)
+    counts = Counter(r.prompt_id for r in kept)
+    assert 0 < len(kept) <= n and all(sizes[p] == count for p, count in counts.items())
+    assert all(len(kept) + size > n for p, size in sizes.items() if p not in counts)
+    assert kept == [r for r in rows if r in kept]
+    shuffled = order.sample(rows, len(rows))
+    assert {r.id for r in limit_by_prompt(shuffled, n, seed)} == {r.id for r in kept}
+
+
+def test_no_limit() -> None:
+    rows = rows_of({"a": 2, "b": 1})
+    assert limit_by_prompt(rows, 0, 0) == rows == limit_by_prompt(rows, 3, 0)
+
+
+# A run's data
+
+
+def config_of(train: Path | str, **data: Any) -> Config:
+    config = Config()
+    config.data.train = str(train)
+    for key, value in data.items():
+        setattr(config.data, key, value)
+    config.rollout.prompts_per_step = 2
+    return config
+
+
+def prompts(*names: str) -> list[dict[str, Any]]:
+    return [GOOD | {"instruction": name, "response": answer} for name in names for answer in ("a", "b")]
+
+
+def test_part_of_the_prompts_is_held_out_whatever_the_seed_of_the_run(loader: Loader) -> None:
+    config = config_of(loader.write(*prompts("w", "x", "y", "z"), {}), eval_fraction=0.5)
+    data = load_train_eval(config, loader.builder, loader.scale)
+    assert (len(data.train), len(data.eval), len(data.rejected), data.overlap) == (4, 4, 1, 0)
+    config.seed = 5
+    assert load_train_eval(config, loader.builder, loader.scale) == data
+
+
+def test_separate_files_report_shared_prompts(loader: Loader) -> None:
+    train = loader.write(*prompts("w", "x", "y"), name="train.jsonl")
+    held_out = loader.write(*[r | {"prompt_id": "0"} for r in prompts("y ", "v")], {}, name="eval.jsonl")
+    data = load_train_eval(config_of(train, eval=str(held_out)), loader.builder, loader.scale)
+    assert (len(data.train), len(data.eval), data.overlap) == (6, 4, 1)
+    assert [Path(r.source).name for r in data.rejected] == ["eval.jsonl"]
+
+
+def test_limits_apply(loader: Loader) -> None:
+    config = config_of(loader.write(*prompts("w", "x", "y", "z")), eval_fraction=0.5, max_train=3, max_eval=2)
+    data = load_train_eval(config, loader.builder, loader.scale)
+    assert (len(data.train), len(data.eval)) == (2, 2)
+    config.rollout.prompts_per_step = 3
+    with pytest.raises(DataError, match=r"2 rows are left after .*prompts_per_step needs 3"):
+        load_train_eval(config, loader.builder, loader.scale)
+
+
+def test_errors_name_the_setting(loader: Loader) -> None:
+    train, empty = loader.write(*prompts("w", "x")), loader.write(name="empty.jsonl")
+    config = copy.deepcopy(config_of(train, eval="missing.jsonl"))
+    with pytest.raises(DataError, match=r"data\.eval: missing\.jsonl: no such file"):
+        load_train_eval(config, loader.builder, loader.scale)
+    with pytest.raises(DataError, match=r"data\.train: .*empty\.jsonl: 0 usable rows, and at least 2"):
+        load_train_eval(config_of(empty), loader.builder, loader.scale)
+    with pytest.raises(DataError, match=r"data\.eval: .*empty\.jsonl: 0 usable rows, and at least 1"):
+        load_train_eval(config_of(train, eval=str(empty)), loader.builder, loader.scale)

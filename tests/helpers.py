@@ -1,0 +1,97 @@
+"""What several test modules share: groups made by hand, one update, and runs from the command line."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from real_fast.batching.micro_batches import micro_batches
+from real_fast.config.schema import ObjectiveConfig
+from real_fast.methods.objective import Totals, real_objective
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Group, Rollout
+from real_fast.utils.jsonio import read_jsonl
+
+EOS = 2
+
+SCALE = ScoreScale((1.0, 2.0, 3.0), ("1", "2", "3"), (50, 51, 52), "score: ", (60, 61), 1)
+
+LONG = 10**6
+
+
+def make_groups(seed=0, n=3, k=4, missing=False):
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = int(torch.randint(low, high, (), generator=g))
+        return torch.randint(3, 300, (length,), generator=g).tolist()
+
+    groups = []
+    for index in range(n):
+        prompt = ids(3, 12)
+        prompt[1] = EOS  # a chat template ends its turns inside the prompt
+        rollouts = []
+        for i in range(k):
+            text = ids(1, 9)
+            if i == 0:  # stopped by EOS: the phrase is appended, EOS stays an action
+                rollout = Rollout([*text, EOS], [-1.0] * (len(text) + 1), [*text, 60, 61], 2, "eos", [-1.0] * 3, None)
+            elif i == 1:  # cut at the length limit
+                rollout = Rollout(text, [-1.0] * len(text), [*text, 60, 61], 2, "length", [-1.0] * 3, None)
+            else:  # wrote the phrase itself
+                text = [*text, 60, 61]
+                rollout = Rollout(text, [-1.0] * len(text), text, 0, "phrase", [-1.0] * 3, 2.0)
+            if missing and i == 2:
+                rollout.score_logprobs = None
+            rollouts.append(rollout)
+        label = [1.0, 2.5, 3.0][index % 3]
+        groups.append(Group(index, prompt, label, rollouts))
+    return groups
+
+
+def run_update(policy, groups, budget=LONG, config=None, every_row=False):
+    policy.zero_grad()
+    objective = real_objective(config or ObjectiveConfig(), SCALE, 1.0, Totals.of(groups), every_row)
+    outputs = []
+    for batch in micro_batches(groups, budget, 0, policy.attention is not None):
+        out = policy(batch, objective)
+        out.loss.backward()
+        outputs.append((batch, out))
+    loss = sum(out.loss.detach() for _, out in outputs)
+    return loss, {name: p.grad.clone() for name, p in policy.named_parameters()}, outputs
+
+
+SETTINGS = """
+data: {train: "synthetic:train", eval: "synthetic:eval", max_eval: 12}
+prompt: {template: short, system: Grade.}
+rollout: {engine: transformers, prompts_per_step: 3, group_size: 3, max_tokens: 12}
+warmup: {steps: 2, batch_size: 4}
+optim: {lr: 1.0e-3}
+train: {steps: 5, precision: fp32}
+eval: {bootstrap: 50}
+save: {every: 2, keep: 9}
+"""
+
+
+def flags(model, output, *more):
+    config = model / "run.yaml"
+    config.write_text(SETTINGS, encoding="utf-8")
+    return ["--config", str(config), "--model", str(model), "--output", str(output), *more]
+
+
+def metric_lines(output):
+    lines = read_jsonl(output / "metrics.jsonl")
+    for line in lines:
+        for name in [name for name in line if name == "step_time" or name.startswith("time/")]:
+            line.pop(name)
+        for part in (line.get("eval") or {},):
+            part.pop("seconds", None)
+            part.pop("tokens_per_second", None)
+    return lines
+
+
+def same_weights(a, b):
+    first, second = load_file(a / "final" / "model.safetensors"), load_file(b / "final" / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+SUPERVISED = ["--supervised.prompts_per_step", "4", "--warmup.steps", "0", "--train.steps", "3"]

@@ -1,0 +1,205 @@
+"""Operations and memory from the config alone, against what a real model does."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen3Config
+
+from real_fast.attention.interface import prepare, prepared_mask
+from real_fast.attention.layout import Layout
+from real_fast.attention.support import enable
+from real_fast.model.policy import Policy
+from real_fast.model.ref_policy import frozen_copy
+from real_fast.plan import main
+from real_fast.planning.flops import ModelFlops
+from real_fast.planning.memory import ModelSizes, largest, update_memory
+from real_fast.types import Group, Rollout
+
+GROUPS = ((40, (12, 30)), (25, (18,)))
+
+
+def run_packed(model, layout):
+    return model.base_model(
+        input_ids=torch.arange(layout.tokens)[None] % 300,
+        position_ids=layout.position_ids()[None],
+        attention_mask=prepared_mask(torch.device("cpu")),
+        shared_prompt=prepare(layout, "sdpa", torch.device("cpu")),
+        use_cache=False,
+    ).last_hidden_state
+
+
+def group(p, lengths):
+    rollouts = [Rollout([5] * (r - 1), [0.0] * (r - 1), [5] * r, 1, "phrase", None, None) for r in lengths]
+    return Group(0, [5] * p, 1.0, rollouts)
+
+
+def test_operations_of_the_body(tiny_llama):
+    """Matrix products as PyTorch counts them; attention by the pairs that the mask lets through."""
+    model = tiny_llama(layers=3)
+    enable(model, "sdpa")
+    layout = Layout.of_groups(GROUPS)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run_packed(model, layout)
+    matmuls = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    flops = ModelFlops.of(model.config)
+    assert matmuls == 2 * flops.body * layout.tokens
+    spans = [(length, before) for _, length, _, before in layout.segments.tolist()]
+    pairs = int(layout.mask().sum())
+    heads, size, layers = 4, 8, 3
+    assert flops.forward(spans) == matmuls + 4 * heads * size * layers * pairs
+
+
+def test_operations_of_a_window(tiny_llama):
+    flops = ModelFlops(body=0, attention=1, head=0, window=5)
+    layout = Layout.of_groups(GROUPS)
+    spans = [(length, before) for _, length, _, before in layout.segments.tolist()]
+    assert flops.forward(spans) == 4 * int(layout.mask(5).sum())
+
+
+def test_the_design_pages_example():
+    """P 1200, R 250, K 8 on an 8B body with a 152k vocabulary: 4.6 times less work with recomputation, 6.2 without."""
+    config = Qwen3Config(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, tie_word_embeddings=False,
+    )  # fmt: skip
+    flops = ModelFlops.of(config)
+    one = [group(1200, [250] * 8)]
+    both_recompute = flops.update(one, recompute=True).ratio
+    freed = flops.update(one, recompute=True).reference / flops.update(one).ours
+    assert both_recompute == pytest.approx(4.6, abs=0.15)
+    assert freed == pytest.approx(6.2, abs=0.3)
+    assert flops.update(one, shared_prompt=False).ratio < 2
+
+
+def kept_bytes(model, tokens, autocast):
+    """What autograd really keeps of a forward pass, weights and their copies included."""
+    seen, alive = {}, []
+
+    def pack(x):
+        seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        alive.append(x)
+        return x
+
+    layout = Layout.of_groups([(tokens, ())])
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        run_packed(model, layout).sum()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_activations_are_counted_exactly(tiny_llama, precision):
+    model = tiny_llama(layers=4).train()
+    enable(model, "sdpa")
+    sizes = ModelSizes.of(model.config, precision)
+    real = kept_bytes(model, 192, precision == "bf16") - kept_bytes(model, 64, precision == "bf16")
+    assert 128 * (4 * sizes.layer_bytes + sizes.other_bytes) == pytest.approx(real, rel=0.01)
+    assert sizes.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes.layer == sum(p.numel() for p in model.base_model.layers[0].parameters())
+    assert not sizes.tied and sizes.head == model.lm_head.weight.numel()
+
+
+def test_memory_by_part(tiny_llama):
+    sizes = ModelSizes.of(tiny_llama(tied=True).config)
+    one = update_memory(sizes, 100, head_rows=50)
+    assert (one.weights, one.gradients, one.moments) == tuple(n * sizes.parameters for n in (4, 4, 8))
+    sharded = update_memory(sizes, 100, head_rows=50, gpus=4)
+    assert sharded.weights == one.weights / 4 and sharded.activations == one.activations
+    recomputed = update_memory(sizes, 100, head_rows=50, checkpointing=True)
+    assert recomputed.activations < one.activations
+    more = update_memory(sizes, 100, head_rows=50, repeated_keys=100)
+    assert more.activations - one.activations == 2 * sizes.layers * sizes.kv_width * 100
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_memory_of_the_reference(tiny_llama, tied, precision):
+    """Against a real copy; on a CPU an untied head is kept in float32, and the plan is for a GPU."""
+    model = tiny_llama(tied=tied)
+    sizes = ModelSizes.of(model.config, precision)
+    one, held = (update_memory(sizes, 100, head_rows=50, precision=precision, kl=kl) for kl in (False, True))
+    assert one.reference == 0 and held.total - one.total == held.reference
+    policy = Policy(model, torch.bfloat16 if precision == "bf16" else None)
+    copy = frozen_copy(policy, torch.device("cpu"))
+    real = sum(p.numel() * p.element_size() for p in copy.parameters())
+    if precision == "bf16" and not tied:
+        real -= 2 * sizes.head
+    assert held.reference == pytest.approx(real, rel=0.01)
+
+
+def test_work_of_the_kl_and_of_iterations(tiny_llama):
+    flops, groups = ModelFlops.of(tiny_llama().config), [group(40, [12, 30])]
+    one, kl = flops.update(groups), flops.update(groups, kl=True)
+    forward, head = flops.forward([(40, 0), (12, 40), (30, 40)]), 2 * flops.head * (11 + 29 + 2)
+    assert one.ours == 3 * forward + 3 * head
+    assert kl.ours == 4 * forward + 5 * head  # the reference's forward pass, and logits computed again
+    assert flops.update(groups, iterations=3).ours == 9 * forward + 12 * head
+    assert flops.update(groups, kl=True, iterations=3).ours == 10 * forward + 13 * head
+    assert kl.reference - one.reference == pytest.approx(one.reference / 4)  # one more of four equal passes
+
+
+def test_largest():
+    assert largest(lambda n: n <= 37) == 37
+    assert largest(lambda n: False) == 0
+    assert largest(lambda n: True, limit=9) == 9
+
+
+@pytest.fixture
+def model_folder(tmp_path, tiny_llama):
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_command_says_what_fits(model_folder, capsys):
+    given = ["--model", model_folder, "--gpus", "8", "--gpu-memory", "80", "--prompt-tokens=1200"]
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "8 x 80 GiB" in text and "prompts of 1200 tokens" in text and ": fits" in text
+    assert "micro_batch_tokens up to" in text and "times less" in text and "runs on one device today" in text
+
+
+def test_the_command_says_what_does_not_fit(model_folder, capsys):
+    assert main(["--model", model_folder, "--gpu-memory", "0.1"]) == 1
+    text = capsys.readouterr().out
+    assert "DOES NOT FIT" in text and "nothing: one group takes" in text
+
+
+def test_the_command_takes_a_training_config(model_folder, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("rollout: {group_size: 5, max_tokens: 94}\nprompt: {max_tokens: 300}\n", encoding="utf-8")
+    assert main(["--config", str(config), "--model", model_folder]) == 0
+    text = capsys.readouterr().out
+    assert "32 prompts x 5 rollouts, prompts of 300 tokens, responses of 100" in text and "reference for" not in text
+    assert main(["--config", str(config), "--model", model_folder, "--objective.kl_coef", "0.1"]) == 0
+    assert "reference for the KL, frozen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "model is not set"),
+        (["--model", "/nowhere/at/all"], "config of model /nowhere/at/all"),
+        (["--model", "MODEL", "--gpus", "0"], "gpus is 0"),
+    ],
+)
+def test_mistakes(model_folder, capsys, flags, message):
+    assert main([model_folder if f == "MODEL" else f for f in flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_without_weights_is_enough(tmp_path, capsys):
+    """A 32B model's numbers, from a few hundred bytes."""
+    config = {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_size": 5120, "num_hidden_layers": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 25600,
+        "vocab_size": 151936, "tie_word_embeddings": False, "max_position_embeddings": 40960,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["--model", str(tmp_path), "--gpus", "8", "--gpu-memory", "80"]) == 1
+    assert "32.76 B parameters in 64 layers, untied head (0.78 B)" in capsys.readouterr().out

@@ -1,0 +1,59 @@
+"""The health figures and the HTML report of a run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from real_fast.reports import health, html
+
+
+def prediction(i, label, score):
+    p = {"1": 0.2, "2": 0.3, "3": 0.4}
+    feedback = f"<b>feedback {i}</b> & more"
+    return {"id": f"row-{i}", "label": label, "prediction": score, "distribution": p, "feedback": feedback}
+
+
+ROWS = [prediction(i, 1 + i % 3, 1.5 + 0.1 * (i % 7)) for i in range(20)] + [prediction(99, 3.0, 0.1)]
+METRICS = [
+    {"step": t, "score/off_scale_mass": 0.5, "reward_std": 1.0, "completions/mean_length": 20.0, "grad_norm": None}
+    for t in range(1, 9)
+]
+
+
+def test_figures(tmp_path):
+    health.health_curves(METRICS, tmp_path / "health.png")
+    health.health_curves([], tmp_path / "empty.png")
+    health.score_histogram({"before": ROWS, "after": ROWS}, tmp_path / "histogram.png")
+    assert all((tmp_path / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("health", "empty", "histogram"))
+    with pytest.raises(ValueError, match="no predictions"):
+        health.score_histogram({"after": []}, tmp_path / "none.png")
+
+
+def test_warnings_name_the_number_and_what_to_do():
+    (warning,) = html.health_warnings(METRICS)
+    assert "score/off_scale_mass is 0.5 over the last 5 steps" in warning and "warm up longer" in warning
+    assert html.health_warnings([]) == []
+    # The KL is measured now and then, and on the last step.
+    far = [{"step": t, "kl": 0.9 if t == 8 else None} for t in range(1, 9)]
+    (warning,) = html.health_warnings(far)
+    assert warning.startswith("kl is 0.9 on the last step: ") and "objective.kl_coef" in warning
+    assert html.health_warnings([{"step": 1, "kl": 0.1}]) == []
+    assert html.health_warnings([{**m, "score/off_scale_mass": 0.01} for m in METRICS]) == []
+
+
+def test_the_page_stands_alone_and_escapes_what_models_write(tmp_path):
+    health.health_curves(METRICS, tmp_path / "health.png")
+    (tmp_path / "config.yaml").write_text("model: <tiny>\n")
+    evaluation = {"n": 21, "pearson": 0.5, "rmse": None, "ci95": {"pearson": [0.4, 0.6]}}
+    summary = {
+        "model": "tiny", "method": "real", "steps": 8, "train_rows": 9, "seed": 0, "rejected_rows": 0,
+        "skipped_steps": 0, "eval": {"before": None, "after": evaluation},
+    }  # fmt: skip
+    html.write(tmp_path, summary, METRICS, ROWS)
+    page = (tmp_path / "report.html").read_text()
+    assert "0.500 [0.400, 0.600]" in page and "data:image/png;base64," in page
+    assert "<b>feedback" not in page and "&lt;b&gt;feedback 99&lt;/b&gt; &amp; more" in page
+    assert re.findall(r"<td>(row-\d+)", page)[0] == "row-99"  # the largest error first
+    assert not re.search(r"(src|href)=[\"']https?:", page) and "&lt;tiny&gt;" in page

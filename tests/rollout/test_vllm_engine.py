@@ -1,0 +1,312 @@
+"""The vLLM engine with real vLLM and SmolLM2: one engine for the whole file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from real_fast.config import Config, RolloutConfig
+from real_fast.errors import EngineMismatchError
+from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
+from real_fast.rollout.make import make_engine
+from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.rollout.vllm_engine import VllmEngine
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout, Sampling
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+# The engine computes in bf16, the trainer here in fp32, from the same weights.
+BF16 = RolloutConfig(check_logprob=0.05, check_score=0.02)
+
+
+@dataclasses.dataclass
+class Setup:
+    engine: VllmEngine
+    trainer: Any
+    tokenizer: Any
+    scale: ScoreScale
+    state_before: dict[str, Any]
+    state_after: dict[str, Any]
+
+    def gap(self, prompts: list[list[int]], groups: list[list[Rollout]], temperature: float) -> EngineGap:
+        pairs = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
+        rollouts = [rollout for _, rollout in pairs]
+        found = trainer_logprobs_of(self.trainer, [p for p, _ in pairs], rollouts, self.scale, temperature)
+        return compare(rollouts, *found, self.scale)
+
+
+def sampled(groups: list[list[Rollout]]) -> list[list[list[int]]]:
+    return [[rollout.sampled_ids for rollout in group] for group in groups]
+
+
+def process_state() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "set_num_threads": torch.set_num_threads,
+        "cores": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
+        "omp": os.environ.get("OMP_NUM_THREADS"),
+        "torch": torch.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
+    }
+
+
+@pytest.fixture(scope="module")
+def setup(smollm2: Path, smollm2_tokenizer: Any) -> Iterator[Setup]:
+    from transformers import AutoModelForCausalLM
+
+    scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
+    trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    config = Config(model="m", output="o", rollout=RolloutConfig(engine="vllm", max_tokens=64, max_num_seqs=32))
+    config.prompt.max_tokens = 300
+    before = process_state()
+    engine = make_engine(config, trainer, smollm2_tokenizer, scale, smollm2)
+    after = process_state()
+    assert isinstance(engine, VllmEngine)
+    yield Setup(engine, trainer, smollm2_tokenizer, scale, before, after)
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate([[1]], Sampling(n=1, max_tokens=1))
+
+
+@pytest.fixture(scope="module")
+def examples(setup: Setup) -> list[list[int]]:
+    """Prompts whose examples make the model write the phrase itself, most of the time."""
+    shown = (
+        ("apple, pear", "Both are fruits.", 5),
+        ("apple, chair", "One is no fruit.", 3),
+        ("car, chair", "None is.", 1),
+    )
+    head = "".join(f"Answer: {a}. Feedback: {f} So the overall score is {s}\n\n" for a, f, s in shown)
+    return [setup.tokenizer.encode(f"{head}Answer: {answer}. Feedback:") for answer in ("plum, stone", "kiwi, fig")]
+
+
+@pytest.fixture(scope="module")
+def stories(setup: Setup) -> list[list[int]]:
+    return [setup.tokenizer.encode(text) for text in ("Once upon a time", "The weather in the north of the country is")]
+
+
+def test_the_process_is_left_as_it_was(setup: Setup) -> None:
+    assert setup.state_after == setup.state_before
+
+
+def test_generating_uses_up_no_random_numbers_of_ours(setup: Setup, stories: list[list[int]]) -> None:
+    before = process_state()
+    setup.engine.generate(stories, Sampling(n=1, max_tokens=2))
+    assert process_state() == before
+
+
+def test_what_other_threads_draw_meanwhile_is_not_drawn_again(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    llm = setup.engine._llm
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        drawn.append((random.random(), np.random.random()))
+        return type(llm).generate(llm, *args, **kwargs)
+
+    monkeypatch.setattr(llm, "generate", generate)
+    for _ in range(2):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=2))
+    assert all(first != second for first, second in zip(*drawn[:2], strict=True))
+
+
+def test_an_interrupted_generation_leaves_nothing_for_the_next(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = Sampling(n=2, max_tokens=6, seed=3)
+    want = setup.engine.generate(stories, sampling)
+    core = setup.engine._llm.llm_engine
+    step, steps = core.step, []
+
+    def interrupted() -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(core, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setup.engine.generate(stories, sampling)
+    assert not core.has_unfinished_requests()
+    found = setup.engine.generate(stories, sampling)
+    assert [[r.sampled_ids for r in g] for g in found] == [[r.sampled_ids for r in g] for g in want]
+
+
+def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setup) -> None:
+    prompt = setup.tokenizer.encode("The capital of France is")
+    sampling = Sampling(n=1, max_tokens=6, temperature=0)
+    [[ours]] = setup.engine.generate([prompt], sampling)
+    [[theirs]] = TransformersEngine(setup.trainer, setup.tokenizer, setup.scale).generate([prompt], sampling)
+    plain = setup.trainer.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
+    assert ours.sampled_ids == theirs.sampled_ids == plain
+    assert ours.context_ids == theirs.context_ids and ours.text == theirs.text
+    assert setup.gap([prompt], [[ours]], 0).logprob_mean < 0.05
+
+
+def test_scores_from_the_pass_that_sampled_them(
+    setup: Setup, examples: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[list[Any]] = []
+    run = setup.engine._run
+
+    def recorded(prompts: Any, params: Any) -> Any:
+        passes.append(run(prompts, params))
+        return passes[-1]
+
+    monkeypatch.setattr(setup.engine, "_run", recorded)
+    groups = setup.engine.generate(examples, Sampling(n=8, max_tokens=48, answer="generated", seed=1))
+    scored = [[rollout for rollout in group if rollout.has_score] for group in groups]
+    assert sum(map(len, scored)) >= 4
+    assert [len(outputs) for outputs in passes] == [2, 0]  # no second pass
+    raw = [list(completion.token_ids) for output in passes[0] for completion in output.outputs]
+    for rollout in (rollout for group in scored for rollout in group):
+        assert [r[:-1] for r in raw].count(rollout.context_ids) >= 1  # generation ended with the score's token
+    for rollout in (rollout for group in scored for rollout in group):
+        assert rollout.written_score in setup.scale.values and rollout.finish == "phrase" and rollout.n_forced == 0
+        assert rollout.context_ids[-1:] == list(setup.scale.tail_ids) and rollout.text.endswith("score is ")
+        assert rollout.sampled_ids == rollout.context_ids[: len(rollout.sampled_ids)]
+    setup.gap(examples, scored, 1.0).require(BF16, 0)
+    for rollout in (rollout for group in groups for rollout in group if not rollout.has_score):
+        assert rollout.score_logprobs is None and rollout.written_score is None
+
+
+def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
+    groups = setup.engine.generate(stories, Sampling(n=3, max_tokens=10, seed=2))
+    for rollout in (rollout for group in groups for rollout in group):
+        assert rollout.finish == "length" and rollout.context_ids == rollout.sampled_ids + list(setup.scale.phrase_ids)
+        assert rollout.score_logprobs is not None and rollout.n_forced == len(setup.scale.phrase_ids)
+    found = setup.gap(stories, groups, 1.0)
+    assert found.tokens == 60 and found.scores == 6
+    found.require(BF16, 0)
+
+
+def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> None:
+    groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=24, answer="cut"))
+    phrase = list(setup.scale.phrase_ids)
+    rollouts = [rollout for group in groups for rollout in group]
+    assert all(rollout.context_ids == [*rollout.sampled_ids, *phrase] for rollout in rollouts)
+    assert any(rollout.finish == "phrase" for rollout in rollouts)
+    setup.gap(examples, groups, 1.0).require(BF16, 0)
+
+
+def test_scores_without_feedback(setup: Setup, examples: list[list[int]]) -> None:
+    groups = setup.engine.generate(examples, Sampling(n=1, max_tokens=1, answer="none"))
+    assert all(r.sampled_ids == [] and r.context_ids == list(setup.scale.phrase_ids) for [r] in groups)
+    assert setup.gap(examples, groups, 1.0).scores == len(examples)
+    setup.gap(examples, groups, 1.0).require(BF16, 0)
+
+
+def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
+    prompt = setup.tokenizer.encode("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n")
+    groups = setup.engine.generate([prompt], Sampling(n=8, max_tokens=40, seed=3))
+    ended = [rollout for rollout in groups[0] if rollout.finish == "eos"]
+    assert ended
+    for rollout in ended:
+        assert rollout.sampled_ids[-1] in setup.engine.eos_ids
+        assert rollout.context_ids == rollout.sampled_ids[:-1] + list(setup.scale.phrase_ids)
+    setup.gap([prompt], groups, 1.0).require(BF16, 0)
+
+
+def test_another_temperature(setup: Setup, examples: list[list[int]]) -> None:
+    """Sampled tokens at the sampling temperature, scores at 1."""
+    groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=40, temperature=0.5, seed=4))
+    setup.gap(examples, groups, 0.5).require(BF16, 0)
+    with pytest.raises(EngineMismatchError):
+        setup.gap(examples, groups, 1.0).require(BF16, 0)
+    own = [(p, r) for p, group in zip(examples, groups, strict=True) for r in group if r.written_score is not None]
+    assert own
+    _, scores = trainer_logprobs_of(setup.trainer, [p for p, _ in own], [r for _, r in own], setup.scale, 0.5)
+    for (_, rollout), score in zip(own, scores, strict=True):
+        assert score is not None
+        assert (torch.tensor(rollout.score_logprobs) - score).abs().max() < 0.25
+
+
+def test_more_prompt_tokens_than_fit_into_a_step(setup: Setup) -> None:
+    """Where vLLM splits a prompt over two steps, seeded sampling on CPU fails."""
+    prompts = [([i + 100, 504, 3947, 281, 260, 4081, 282] * 42)[:290] for i in range(15)]
+    assert sum(map(len, prompts)) > 4096
+    groups = setup.engine.generate(prompts, Sampling(n=1, max_tokens=1, answer="generated"))
+    assert all(len(group[0].sampled_ids) == 1 for group in groups)
+
+
+def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) -> None:
+    sampling = Sampling(n=3, max_tokens=8, seed=5)
+
+    def ids(s: Sampling) -> list[list[list[int]]]:
+        return sampled(setup.engine.generate(stories, s))
+
+    first = ids(sampling)
+    assert ids(sampling) == first
+    assert ids(dataclasses.replace(sampling, seed=6)) != first
+    assert len({tuple(sample) for group in first for sample in group}) == 6
+
+
+def test_sync_and_stale_weights(setup: Setup, stories: list[list[int]]) -> None:
+    stories = [stories[0], (stories[1] * 40)[:290]]  # two blocks of vLLM's prefix cache, which must not outlive a sync
+    sampling = Sampling(n=2, max_tokens=12, temperature=0)
+    before = setup.engine.generate(stories, sampling)
+    saved = {name: tensor.detach().clone() for name, tensor in setup.trainer.named_parameters()}
+    try:
+        with torch.no_grad():
+            for parameter in setup.trainer.model.layers[-4:].parameters():
+                parameter.mul_(0.5)
+        # The engine has a copy: what the trainer does to its weights in place is not in it yet.
+        still = setup.engine.generate(stories, sampling)
+        assert sampled(still) == sampled(before)
+        with pytest.raises(EngineMismatchError, match="step 3"):
+            setup.gap(stories, still, 0).require(RolloutConfig(), 3)
+        setup.engine.sync(setup.trainer.state_dict().items())  # the tied head may come along
+        changed = setup.engine.generate(stories, sampling)
+        assert sampled(changed) != sampled(before)
+        setup.gap(stories, changed, 0).require(BF16, 4)
+    finally:
+        with torch.no_grad():
+            for name, parameter in setup.trainer.named_parameters():
+                parameter.copy_(saved[name])
+        setup.engine.sync(setup.trainer.named_parameters())
+    again = setup.engine.generate(stories, sampling)
+    assert sampled(again) == sampled(before)
+
+
+def test_sync_errors_name_the_weight(setup: Setup) -> None:
+    weights = dict(setup.trainer.named_parameters())
+    try:
+        with pytest.raises(ValueError, match=r"'model\.layers\.99\.x'"):
+            setup.engine.sync([("model.layers.99.x", torch.zeros(1))])
+        with pytest.raises(ValueError, match=r"1 of the model's weights: model\.norm\.weight"):
+            setup.engine.sync((name, weight) for name, weight in weights.items() if name != "model.norm.weight")
+    finally:
+        setup.engine.sync(weights.items())
+
+
+def test_what_cannot_be_done_is_refused_before_work(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.engine, "_run", lambda *_: pytest.fail("work was done before the error"))
+    limit = 300 + 64 + len(setup.scale.phrase_ids) + 1
+    with pytest.raises(ValueError, match=f"prompt 1 has 301 tokens, and a sequence may have {limit}"):
+        setup.engine.generate([stories[0], [5] * 301], Sampling(n=1, max_tokens=64))
+    with pytest.raises(ValueError, match=r"it is 0\.001"):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, temperature=0.001))
+    with pytest.raises(ValueError, match=r"top_p 0\.9"):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, top_p=0.9))
+    monkeypatch.setattr(setup.engine, "_processed", False)  # as an engine made for top_p below 1
+    with pytest.raises(ValueError, match=r"the temperature is 0\.7"):
+        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, top_p=0.9, temperature=0.7))
+
+
+def test_a_folder_without_safetensors(smollm2_tokenizer: Any, setup: Setup, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither"):
+        VllmEngine(tmp_path, smollm2_tokenizer, setup.scale, dtype=torch.bfloat16, max_model_len=128)

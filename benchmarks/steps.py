@@ -22,7 +22,8 @@ from real_fast.attention.interface import pick_backend
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.batching.pack import pad_batch
 from real_fast.config import ObjectiveConfig
-from real_fast.methods.objective import Totals, real_objective
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.real import Real
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
@@ -63,11 +64,11 @@ class OurStep:
         backend = pick_backend(attention, model.device, autocast or model.dtype)
         self.policy = Policy(model, autocast, backend if self.shared else None)
         self.scale, self.groups, self.budget, self.variant = scale, workload.groups, budget, variant
-        totals = Totals.of(self.groups)
+        totals = UpdateCounts.of(self.groups)
         self.objective: Callable[..., Any] = (
             full_logits_objective(scale, totals)
             if variant == "full logits"
-            else real_objective(ObjectiveConfig(), scale, 1.0, totals, every_row=variant == "every row")
+            else Real(Config(), None, scale).loss(totals, compare=variant == "every row")
         )
         self.optimizer = optimizer_for(model) if optimize else None
         self.body_tokens = 0
@@ -102,7 +103,7 @@ class OurStep:
         return loss
 
 
-def full_logits_objective(scale: ScoreScale, totals: Totals) -> Callable[..., Any]:
+def full_logits_objective(scale: ScoreScale, totals: UpdateCounts) -> Callable[..., Any]:
     """REAL's loss by autograd through float32 logits of every token that went through the body."""
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> Any:
@@ -118,7 +119,7 @@ class _Out:
 
 
 def _loss_of_logprobs(
-    logp: torch.Tensor, advantages: torch.Tensor | None, batch: Batch, scale: ScoreScale, totals: Totals
+    logp: torch.Tensor, advantages: torch.Tensor | None, batch: Batch, scale: ScoreScale, totals: UpdateCounts
 ) -> _Out:
     device = logp.device
     values, labels = scale.values_tensor(device).float(), batch.labels
@@ -154,7 +155,7 @@ class ReferenceStep:
     ) -> None:
         self.model, self.scale, self.groups = model, scale, workload.groups
         self.sequences, self.autocast = sequences, autocast
-        self.totals = Totals.of(self.groups)
+        self.totals = UpdateCounts.of(self.groups)
         self.optimizer = optimizer_for(model) if optimize else None
         self.body_tokens = 0
 

@@ -13,7 +13,7 @@ from benchmarks.record import append
 from benchmarks.workload import real_workload
 from real_fast.attention.support import enable
 from real_fast.rollout.transformers_engine import TransformersEngine
-from real_fast.types import Sampling
+from real_fast.types import SamplingParams
 
 K, PROMPTS, TOKENS = 8, 2, 48
 
@@ -29,7 +29,7 @@ class Engine:
 
     def run(self) -> int:
         """Sample, and count the tokens."""
-        rollouts = self.engine.generate(self.prompts, Sampling(self.n, TOKENS, seed=1))
+        rollouts = self.engine.generate(self.prompts, SamplingParams(self.n, TOKENS, seed=1))
         return sum(len(r.sampled_ids) for group in rollouts for r in group)
 
 

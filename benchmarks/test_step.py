@@ -14,7 +14,7 @@ from benchmarks.steps import VARIANTS, OurStep, ReferenceStep, agreement
 from benchmarks.workload import Workload, real_workload
 from real_fast.planning.flops import ModelFlops
 from real_fast.rollout.transformers_engine import TransformersEngine
-from real_fast.types import Sampling
+from real_fast.types import SamplingParams
 
 BUDGET = 4096  # tokens per forward pass of ours
 # Sequences per forward pass that suit the others best on 2 cores (of 1, 2 and 4 tried): larger logits only cost.
@@ -49,7 +49,7 @@ class WithRollouts:
 
     def __init__(self, step: OurStep, engine: TransformersEngine, prompts: list[Any], workload: Workload) -> None:
         self.update, self.engine, self.prompts = step, engine, prompts
-        self.sampling = Sampling(workload.k, round(workload.response_tokens), seed=1)
+        self.sampling = SamplingParams(workload.k, round(workload.response_tokens), seed=1)
 
     @property
     def body_tokens(self) -> int:

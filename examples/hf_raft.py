@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
 
 from real_fast.config import PromptConfig
-from real_fast.data.dataset import load_rows, require_rows
+from real_fast.data.dataset import check_enough_rows, load_rows
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
 from real_kernels import expected_score, score_logprobs
@@ -74,7 +74,7 @@ def examples_from(source: str, tokenizer: Any, scale: ScoreScale, max_tokens: in
     """Token ids up to the phrase's last token, and the label, of each row of a JSONL (see the main README)."""
     builder, rejected = PromptBuilder(PromptConfig(template="short", system=""), tokenizer, scale), []
     rows = load_rows(source, "train", builder, scale, max_tokens, rejected)
-    require_rows(rows, 1, source, rejected)
+    check_enough_rows(rows, 1, source, rejected)
     examples = []
     for row in rows:
         text, label = (row.feedbacks[0], row.feedback_labels[0]) if row.feedbacks else ("", row.label)

@@ -16,7 +16,7 @@ from experiments.settings import Experiment, run_folder
 from real_fast import evaluate
 from real_fast.comparison.find import Evaluation
 from real_fast.errors import ConfigError, DataError, OutputError
-from real_fast.runs.folder import require_writable
+from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import read_jsonl
 
 PROG = "experiments.longer"
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         experiment.data = replace(experiment.data, unseen=[])
         data = folder / f"data-{args.max_tokens}"
         prepare_data(experiment, args.data.expanduser(), folder, data, args.max_tokens)
-        require_writable(results)
+        check_writable(results)
         failed = [
             f"{method}-{seed}"
             for method, seed in experiment.order()

@@ -16,7 +16,7 @@ from real_fast.comparison.find import Evaluation
 from real_fast.comparison.plot import comparison_plot
 from real_fast.errors import OutputError
 from real_fast.evaluation.metrics import correlations
-from real_fast.runs.folder import require_writable
+from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import read_jsonl, write_json
 
 STATISTICS = ("pearson", "spearman", "kendall", "rmse", "n")
@@ -48,7 +48,7 @@ def write(experiment: Experiment, folder: Path, results: Path) -> str:
     found = evaluations(experiment, folder)
     if not found:
         raise OutputError(f"{folder} has no finished run yet: nothing to write")
-    require_writable(results)
+    check_writable(results)
     made = {(e.method, e.seed) for e in found}
     finished = [run for run in experiment.order() if run in made]
     missing = [f"{method}-{seed}" for method, seed in experiment.order() if (method, seed) not in made]

@@ -23,7 +23,7 @@ from real_fast.config import PromptConfig, ScaleConfig, cli
 from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
-from real_fast.runs.folder import require_writable
+from real_fast.runs.folder import check_writable
 from real_fast.score.scale import ScoreScale
 
 PROG = "experiments.run"
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             experiment, folder = opened(args)
             if args.jobs < 1:
                 raise ConfigError(f"--jobs is {args.jobs}: it must be 1 or more")
-            require_writable(folder)
+            check_writable(folder)
             if not args.results_only:
                 with alone_in(folder):
                     require_same(experiment, folder)

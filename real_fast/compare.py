@@ -18,10 +18,10 @@ from real_fast.comparison.bootstrap import Estimate
 from real_fast.comparison.compare import compare
 from real_fast.comparison.find import find_evaluations, pool_seeds
 from real_fast.comparison.plot import comparison_plot
-from real_fast.comparison.table import Line
+from real_fast.comparison.table import ResultRow
 from real_fast.errors import NoEvaluationError, OutputError
 from real_fast.evaluation.metrics import WITH_INTERVALS
-from real_fast.runs.folder import require_writable, writing
+from real_fast.runs.folder import check_writable, writing
 from real_fast.utils.jsonio import replacing
 
 PROG = "real_fast.compare"
@@ -30,7 +30,7 @@ _HEADINGS = {"pearson": "Pearson", "spearman": "Spearman", "kendall": "Kendall",
 _TESTED = ("pearson", "rmse")  # the table has differences of these; the CSV has all
 
 
-def markdown(lines: Sequence[Line], notes: Sequence[str], bootstrap: int, baseline: str | None) -> str:
+def markdown(lines: Sequence[ResultRow], notes: Sequence[str], bootstrap: int, baseline: str | None) -> str:
     """The table, the best of each benchmark in bold, what its numbers mean, and what could not be compared."""
     many = max(line.seeds for line in lines) > 1
     about = ["benchmark", "method", "protocol", *(["seeds"] if many else []), "rows"]
@@ -56,7 +56,7 @@ def markdown(lines: Sequence[Line], notes: Sequence[str], bootstrap: int, baseli
     return "\n".join([text, "", explained, *([""] if notes else []), *(f"- Note: {note}" for note in notes), ""])
 
 
-def csv_text(lines: Sequence[Line]) -> str:
+def csv_text(lines: Sequence[ResultRow]) -> str:
     """A line per benchmark, method and statistic; empty where there is no number."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -76,7 +76,7 @@ def csv_text(lines: Sequence[Line]) -> str:
     return file.getvalue()
 
 
-def _best(lines: Sequence[Line], statistic: str) -> Line | None:
+def _best(lines: Sequence[ResultRow], statistic: str) -> ResultRow | None:
     known = [(v, line) for line in lines if (v := line.estimates[statistic].value) is not None]
     if len(known) < 2:
         return None
@@ -90,7 +90,7 @@ def _interval(e: Estimate, digits: int, bold: bool = False) -> str:
     return value if e.low is None or e.high is None else f"{value} [{e.low:.{digits}f}, {e.high:.{digits}f}]"
 
 
-def _difference(line: Line, statistic: str) -> str:
+def _difference(line: ResultRow, statistic: str) -> str:
     if line.reference == line.method:
         return "reference"
     if statistic not in line.differences:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> str:
         passed_over += apart
     if (held := [name for name in FILES if (folder / name).exists()]) and not args.overwrite:
         raise OutputError(f"output {folder} already holds {held[0]}: take another --output, or --overwrite")
-    require_writable(folder)
+    check_writable(folder)
     with tqdm(total=len(evaluations), desc="resample", unit="evaluation") as bar:
         lines, notes = compare(evaluations, args.baseline, args.bootstrap, args.seed, bar.update)
     text = markdown(lines, [*passed_over, *notes], args.bootstrap, args.baseline)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """What a user can mend: a wrong setting, file or model. The message names it and says what to do."""
@@ -65,3 +68,24 @@ class NoEvaluationError(UserError, ValueError):
 
 class GradeError(UserError, ValueError):
     """A request that cannot be graded; the message says what is missing or wrong."""
+
+
+def run_command(prog: str, command: Callable[[], int], interrupted: str) -> int:
+    """Run a command for people.
+
+    Args:
+        prog: Its name, in front of an error's message.
+        command: Returns the exit status.
+        interrupted: What to say after Ctrl-C.
+
+    Returns:
+        The command's exit status, 2 for a mistake of the user's or of the machine's, 130 for Ctrl-C.
+    """
+    try:
+        return command()
+    except (UserError, FloatingPointError, OSError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130

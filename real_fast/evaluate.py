@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from real_fast import config as configs
 from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, cli
-from real_fast.data.dataset import Rejected, load_rows, require_rows, write_rejected
+from real_fast.data.dataset import Rejected, check_enough_rows, load_rows, write_rejected
 from real_fast.data.splits import limit_by_prompt
 from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
 from real_fast.evaluation.metrics import table
@@ -25,7 +25,7 @@ from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.reports import plots
 from real_fast.rollout.make import load_engine
-from real_fast.runs.folder import require_writable, writing
+from real_fast.runs.folder import check_writable, writing
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
 
@@ -54,7 +54,7 @@ class EvaluateConfig:
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
         scale: The score scale.
         prompt: How a row becomes a prompt.
-        rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
+        rollout: SamplingParams of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
         eval: The protocol, how many feedbacks, how warm, how many resamples.
     """
 
@@ -114,7 +114,7 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
     """
     if (folder / "summary.json").exists() and not overwrite:
         raise OutputError(f"output {folder} already holds a summary.json: take another --output, or --overwrite")
-    require_writable(folder)
+    check_writable(folder)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     rows = load_rows(config.data, config.split, builder, scale, config.prompt.max_tokens, rejected)
     with writing(folder):
         write_rejected(folder / "rejected.jsonl", rejected)
-    require_rows(rows, 1, config.data, rejected)
+    check_enough_rows(rows, 1, config.data, rejected)
     rows = limit_by_prompt(rows, config.max_rows, _LIMIT_SEED)
 
     engine = load_engine(full, tokenizer, scale)

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from real_fast.config import Config, cli
 from real_fast.errors import ConfigError, ModelError, WheelMissing
+from real_fast.methods.registry import method_class
 from real_fast.model.smollm2 import SMOLLM2, prepare
 from real_fast.planning.flops import ModelFlops, UpdateFlops
 from real_fast.planning.memory import ModelSizes, UpdateMemory, largest, update_memory
@@ -37,6 +38,7 @@ class PlanConfig(Config):
         output: Not used; a training run's folder.
         method: The training method.
         seed: Not used.
+        log_level: Not used.
         resume: Not used.
         overwrite: Not used.
         trust_remote_code: Run Python code that comes with the model.
@@ -112,7 +114,8 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
     p = config.prompt_tokens or config.prompt.max_tokens
     r = config.response_tokens or config.rollout.max_tokens + PHRASE_TOKENS
     k, prompts = config.rollout.group_size, config.rollout.prompts_per_step
-    kl = config.samples and config.objective.kl_coef > 0
+    method = method_class(config)
+    kl = method.uses_rollouts and config.objective.kl_coef > 0
 
     def memory(tokens: int, checkpointing: bool, shared: bool) -> UpdateMemory:
         group = p + k * r if shared else k * (p + r)
@@ -146,7 +149,7 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
         train.shared_prompt,
         train.activation_checkpointing,
         kl=kl,
-        iterations=config.objective.num_iterations if config.samples else 1,
+        iterations=config.objective.num_iterations if method.uses_rollouts else 1,
     )
     return Plan(
         sizes=sizes,

@@ -50,13 +50,13 @@ class JudgeTexts:
     reference_answer: str
 
 
-Answer = Literal["forced", "generated", "cut", "none"]
+AnswerMode = Literal["forced", "generated", "cut", "none"]
 
 Finish = Literal["phrase", "eos", "length"]
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to sample.
 
     Attributes:
@@ -75,7 +75,7 @@ class Sampling:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-    answer: Answer = "forced"
+    answer: AnswerMode = "forced"
     seed: int = 0
 
 
@@ -164,10 +164,12 @@ class Batch:
         score_rows: [M] int64, the last context token of each rollout, where the score distribution is read.
         labels: [M] float32.
         group: [M] int64, the group's place in the update.
-        valid: [M] bool, rollouts that have a score.
-        engine_scores: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no score
+        rollout_valid: [M] bool, rollouts that have a score.
+        engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no score
             (K is 0 where no rollout has one).
         outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
+        ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where they are not
+            asked for.
     """
 
     input_ids: torch.Tensor
@@ -180,9 +182,10 @@ class Batch:
     score_rows: torch.Tensor
     labels: torch.Tensor
     group: torch.Tensor
-    valid: torch.Tensor
-    engine_scores: torch.Tensor
+    rollout_valid: torch.Tensor
+    engine_score_logprobs: torch.Tensor
     outcome: torch.Tensor
+    ref_logprobs: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

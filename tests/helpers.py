@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config.schema import ObjectiveConfig
-from real_fast.methods.objective import Totals, real_objective
+from real_fast.methods.objective import UpdateCounts, real_objective
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Group, Rollout
 from real_fast.utils.jsonio import read_jsonl
@@ -50,7 +50,7 @@ def make_groups(seed=0, n=3, k=4, missing=False):
 
 def run_update(policy, groups, budget=LONG, config=None, every_row=False):
     policy.zero_grad()
-    objective = real_objective(config or ObjectiveConfig(), SCALE, 1.0, Totals.of(groups), every_row)
+    objective = real_objective(config or ObjectiveConfig(), SCALE, 1.0, UpdateCounts.of(groups), every_row)
     outputs = []
     for batch in micro_batches(groups, budget, 0, policy.attention is not None):
         out = policy(batch, objective)

@@ -14,7 +14,7 @@ from real_fast.evaluation.metrics import CORRELATIONS
 from real_fast.evaluation.run import evaluate
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Finish, JudgeRow, Rollout, Sampling
+from real_fast.types import Finish, JudgeRow, Rollout, SamplingParams
 
 SCALE = ScoreScale((1.0, 2.0, 4.5), ("1", "2", "4.5"), (11, 12, 13), "Score: ", (5, 6), 1)
 KEYS = {*CORRELATIONS, "n", "n_scored", "no_score", "rmse", "mae", "bias", "ci95", "constant_resamples", "reasons"}
@@ -34,9 +34,9 @@ class ScriptedEngine:
 
     def __init__(self, answers: list[list[Rollout]]) -> None:
         self.answers = answers
-        self.calls: list[tuple[list[list[int]], Sampling]] = []
+        self.calls: list[tuple[list[list[int]], SamplingParams]] = []
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         self.calls.append(([list(p) for p in prompts], sampling))
         return [self.answers[p[0]] for p in prompts]
 

@@ -42,7 +42,7 @@ def enable(model: PreTrainedModel, backend: Backend) -> None:
         raise SharedPromptError(f"model {_name(model)} cannot share prompts: {reason}. {WAY_OUT}")
 
 
-def require_span(model: PreTrainedModel, tokens: int) -> None:
+def check_span(model: PreTrainedModel, tokens: int) -> None:
     """Refuse sequences so long that the model's rotary embedding starts to depend on the longest one in the batch.
 
     Args:

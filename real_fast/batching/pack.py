@@ -76,12 +76,12 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
             [label for g in groups for label in g.labels or [g.label] * len(g.rollouts)], dtype=torch.float32
         ),
         group=torch.tensor([group.index for group, _ in pairs]),
-        valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
-        engine_scores=_engine_scores([rollout for _, rollout in pairs]),
+        rollout_valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
+        engine_score_logprobs=_engine_score_logprobs([rollout for _, rollout in pairs]),
         outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
     )
 
 
-def _engine_scores(rollouts: Sequence[Rollout]) -> torch.Tensor:
+def _engine_score_logprobs(rollouts: Sequence[Rollout]) -> torch.Tensor:
     k = max((len(r.score_logprobs) for r in rollouts if r.score_logprobs is not None), default=0)
     return torch.tensor([[0.0] * k if r.score_logprobs is None else r.score_logprobs for r in rollouts])

@@ -8,7 +8,7 @@ import numpy as np
 
 from real_fast.comparison.bootstrap import Estimate, mean_samples, mean_values, with_intervals
 from real_fast.comparison.find import Evaluation, same_rows
-from real_fast.comparison.table import BenchmarkTable, Line, reference_of
+from real_fast.comparison.table import BenchmarkTable, ResultRow, reference_of
 
 AVERAGE = "average"
 
@@ -19,7 +19,7 @@ def compare(
     bootstrap: int = 1000,
     seed: int = 0,
     progress: Callable[[], object] | None = None,
-) -> tuple[list[Line], list[str]]:
+) -> tuple[list[ResultRow], list[str]]:
     """Compare methods on every benchmark, and on their average where there are several.
 
     All methods of a benchmark are resampled jointly, whole prompts at a time; a difference is that of two methods in
@@ -79,7 +79,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluatio
     return tables, notes
 
 
-def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[Line]:
+def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[ResultRow]:
     """Mean over the benchmarks, of the methods that are on all of them; none for a single benchmark."""
     methods = [m for m in tables[0].methods if all(m in t.methods for t in tables)]
     if len(tables) < 2 or not methods:
@@ -101,5 +101,7 @@ def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[Lin
         rows, seeds = sum(len(t.label) for t in tables), min(len(t.methods[method]) for t in tables)
         found = with_intervals(values[method], samples)
         size = sum(t.predicted[method].size for t in tables)
-        lines.append(Line(AVERAGE, method, "", 0, seeds, rows, size, missing, found, reference, differences, paired))
+        lines.append(
+            ResultRow(AVERAGE, method, "", 0, seeds, rows, size, missing, found, reference, differences, paired)
+        )
     return lines

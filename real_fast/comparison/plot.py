@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from real_fast.comparison.table import Line
+from real_fast.comparison.table import ResultRow
 from real_fast.reports.plots import BLUE, GREY, ORANGE, describe, new_figure, save_figure
 
 
-def comparison_plot(lines: Sequence[Line], path: str | Path) -> None:
+def comparison_plot(lines: Sequence[ResultRow], path: str | Path) -> None:
     """Pearson correlation and RMSE of every method with 95 % intervals, a row of panels for each benchmark.
 
     Args:

@@ -14,7 +14,7 @@ from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, resample
 
 
 @dataclass(frozen=True)
-class Line:
+class ResultRow:
     """A method on a benchmark.
 
     Attributes:
@@ -130,7 +130,7 @@ class BenchmarkTable:
                 )
         return found
 
-    def lines(self, reference: str | None) -> list[Line]:
+    def lines(self, reference: str | None) -> list[ResultRow]:
         """A line per method, with its difference from the reference."""
         found = []
         for method, runs in self.methods.items():
@@ -141,7 +141,7 @@ class BenchmarkTable:
                 values, samples, paired = self.difference(method, str(reference))
                 differences = with_intervals(values, samples, test=True)
             found.append(
-                Line(
+                ResultRow(
                     self.name,
                     method,
                     runs[0].protocol,

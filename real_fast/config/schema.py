@@ -1,6 +1,6 @@
 """Every setting of a run, as dataclasses; ``python -m real_fast.train --help`` is made from the docstrings here.
 
-Checks that need only the config live in :meth:`Config.validate` and run before anything is loaded.
+Checks that need only the config live in :mod:`real_fast.config.validation` and run before anything is loaded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from real_fast.errors import ConfigError
+from real_fast.config.validation import above, at_least, check_config
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -41,7 +41,7 @@ class PromptConfig:
     template: str = "judge"
     system: str = "You are a fair judge assistant. You grade a response strictly by the given rubric."
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 2048
+    max_tokens: int = above(0, 2048)
 
 
 @dataclass
@@ -63,8 +63,8 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "test"
     eval_fraction: float = 0.1
-    max_train: int = 0
-    max_eval: int = 0
+    max_train: int = at_least(0, 0)
+    max_eval: int = at_least(0, 0)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class RolloutConfig:
         prompts_per_step: Judge prompts per update.
         group_size: K, rollouts per prompt.
         max_tokens: Longest feedback, phrase and score included, in tokens.
-        temperature: Sampling temperature; training computes its log-probabilities at the same one.
+        temperature: SamplingParams temperature; training computes its log-probabilities at the same one.
         top_p: Nucleus sampling; below 1 the sampled and the trained distribution differ.
         answer: "forced" appends the phrase where the model did not write it, so every rollout has a score;
             "generated" reads the model's own score and masks out (and counts) rollouts without one.
@@ -88,17 +88,17 @@ class RolloutConfig:
     """
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    prompts_per_step: int = 32
+    prompts_per_step: int = above(0, 32)
     group_size: int = 8
-    max_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_tokens: int = above(0, 512)
+    temperature: float = above(0, 1.0)
+    top_p: float = above(0, 1.0, at_most=1)
     answer: Literal["forced", "generated"] = "forced"
-    check_every: int = 20
+    check_every: int = at_least(0, 20)
     check_logprob: float = 0.1
     check_score: float = 0.05
     gpu_memory_utilization: float = 0.4
-    max_num_seqs: int = 256
+    max_num_seqs: int = above(0, 256)
 
 
 @dataclass
@@ -136,19 +136,14 @@ class ObjectiveConfig:
     exploration: bool = True
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     normalize_std: bool = True
-    advantage_clip: float = 1.0
+    advantage_clip: float = at_least(0, 1.0)
     loss_norm: Literal["sequence_sum", "token_mean"] = "sequence_sum"
     renormalize: bool = False
     reward_from: Literal["trainer", "engine"] = "trainer"
-    kl_coef: float = 0.0
-    kl_every: int = 20
-    num_iterations: int = 1
-    epsilon: float = 0.2
-
-    @property
-    def proximal(self) -> bool:
-        """Whether a token's coefficient depends on its own log-probability, so that the head must recompute."""
-        return self.kl_coef > 0 or self.num_iterations > 1
+    kl_coef: float = at_least(0, 0.0)
+    kl_every: int = at_least(0, 20)
+    num_iterations: int = above(0, 1)
+    epsilon: float = above(0, 0.2, below=1)
 
 
 @dataclass
@@ -164,10 +159,10 @@ class SupervisedConfig:
             there.
     """
 
-    prompts_per_step: int = 16
-    feedbacks_per_prompt: int = 1
+    prompts_per_step: int = above(0, 16)
+    feedbacks_per_prompt: int = above(0, 1)
     feedback: Literal["given", "none"] = "given"
-    squared_error: float = 1.0
+    squared_error: float = above(0, 1.0)
     stages: Literal[1, 2] = 2
 
 
@@ -186,14 +181,14 @@ class OptimConfig:
         max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
     """
 
-    lr: float = 1e-6
+    lr: float = above(0, 1e-6)
     schedule: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int = at_least(0, 0)
     weight_decay: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = at_least(0, 1.0)
 
 
 @dataclass
@@ -206,9 +201,9 @@ class WarmupConfig:
         lr: Learning rate: linear decay to a tenth.
     """
 
-    steps: int = 0
-    batch_size: int = 16
-    lr: float = 1e-5
+    steps: int = at_least(0, 0)
+    batch_size: int = above(0, 16)
+    lr: float = above(0, 1e-5)
 
 
 @dataclass
@@ -226,8 +221,8 @@ class TrainConfig:
         device: "auto" takes CUDA where there is one.
     """
 
-    steps: int = 100
-    micro_batch_tokens: int = 24576
+    steps: int = at_least(0, 100)
+    micro_batch_tokens: int = above(0, 24576)
     shared_prompt: bool = True
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -242,7 +237,7 @@ class EvalConfig:
     Args:
         every: Also evaluate every so many steps; 0 for the start, the end of the warm-up and the end alone.
         n: Feedbacks sampled per row; their expected scores are averaged.
-        temperature: Sampling temperature of the feedback; 0 for greedy.
+        temperature: SamplingParams temperature of the feedback; 0 for greedy.
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
         protocol: How a prediction comes about. "real": the score distribution behind the phrase that the model wrote,
             or as rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and
@@ -251,10 +246,10 @@ class EvalConfig:
         on_start: Evaluate before training; without it, a run that goes on from an evaluated one saves that time.
     """
 
-    every: int = 0
-    n: int = 1
-    temperature: float = 1.0
-    bootstrap: int = 1000
+    every: int = at_least(0, 0)
+    n: int = above(0, 1)
+    temperature: float = at_least(0, 1.0)
+    bootstrap: int = above(0, 1000)
     protocol: Literal["real", "tract", "raft", "decode"] = "real"
     on_start: bool = True
 
@@ -268,8 +263,8 @@ class SaveConfig:
         keep: Keep this many newest checkpoints.
     """
 
-    every: int = 50
-    keep: int = 2
+    every: int = at_least(0, 50)
+    keep: int = above(0, 2)
 
 
 @dataclass
@@ -291,11 +286,12 @@ class Config:
         trust_remote_code: Run Python code that comes with the model.
         report_to: Log to these too, beside metrics.jsonl: tensorboard (into `output`/tensorboard), trackio, wandb; each
             needs its package: pip install "real-fast[wandb]". One name, or a list: [tensorboard, wandb].
+        log_level: Messages on standard error: debug, info, warning or error, and what is more severe.
         run_name: Name of the run there; without it, that of the folder `output`.
         scale: The score scale.
         prompt: How a row becomes a prompt.
         data: Where rows come from.
-        rollout: Sampling of feedback.
+        rollout: SamplingParams of feedback.
         objective: The objective on rollouts.
         supervised: Training on given feedback.
         warmup: Cross-entropy before REAL.
@@ -308,13 +304,14 @@ class Config:
     model: str = ""
     output: str = ""
     init_from: str | None = None
-    method: Literal["sft", "raft", "tract", "binary_rl", "real"] = "real"
+    method: str = "real"
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
     report_to: list[TrackerName] | TrackerName = field(default_factory=list)
     run_name: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -328,23 +325,7 @@ class Config:
     save: SaveConfig = field(default_factory=SaveConfig)
 
     @property
-    def samples(self) -> bool:
-        """Whether the method trains on rollouts; the others train on given feedback."""
-        return self.method in ("real", "binary_rl")
-
-    @property
-    def prompts_per_step(self) -> int:
-        """Rows per update."""
-        return self.rollout.prompts_per_step if self.samples else self.supervised.prompts_per_step
-
-    @property
-    def keeps_reference(self) -> bool:
-        """Whether a frozen copy of the policy is needed, for the KL divergence."""
-        wanted = self.objective.kl_coef > 0 or self.objective.kl_every > 0
-        return self.samples and self.train.steps > 0 and wanted
-
-    @property
-    def start(self) -> str:
+    def initial_weights(self) -> str:
         """Where the weights come from: `init_from`, a finished run's final/ if it is one, else `model`."""
         if self.init_from is None:
             return self.model
@@ -352,77 +333,5 @@ class Config:
         return str(final) if final.is_dir() else self.init_from
 
     def validate(self) -> None:
-        """Raise :class:`ConfigError` for settings that cannot work together."""
-        for key in ("model", "output"):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is not set: give --{key} or put it into the config file")
-        if not self.data.train:
-            raise ConfigError("data.train is not set: give --data.train FILE_OR_HUB_DATASET")
-        if self.rollout.group_size < 1:
-            raise ConfigError(
-                f"rollout.group_size is {self.rollout.group_size}: at least 1 rollout per prompt is needed"
-            )
-        if self.samples and self.rollout.group_size == 1 and self.objective.baseline == "leave_one_out":
-            raise ConfigError(
-                "rollout.group_size is 1, and objective.baseline is leave_one_out, which compares a rollout with the "
-                "others of its prompt: raise rollout.group_size to 2 or more"
-            )
-        if self.supervised.feedback == "none" and self.method != "raft":
-            raise ConfigError(
-                f'supervised.feedback is "none", and method {self.method} needs feedback: only raft goes without'
-            )
-        if self.init_from is not None:
-            folder = Path(self.init_from).expanduser()
-            if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():
-                raise ConfigError(f"init_from {self.init_from} is a run that has no final/ yet: finish it first")
-        if not self.objective.exploration and self.objective.beta == 0:
-            raise ConfigError("objective.exploration is false and objective.beta is 0: nothing is left to train")
-        positive = {
-            "supervised.prompts_per_step": self.supervised.prompts_per_step,
-            "supervised.feedbacks_per_prompt": self.supervised.feedbacks_per_prompt,
-            "supervised.squared_error": self.supervised.squared_error,
-            "rollout.prompts_per_step": self.rollout.prompts_per_step,
-            "rollout.max_tokens": self.rollout.max_tokens,
-            "rollout.temperature": self.rollout.temperature,
-            "rollout.max_num_seqs": self.rollout.max_num_seqs,
-            "objective.num_iterations": self.objective.num_iterations,
-            "prompt.max_tokens": self.prompt.max_tokens,
-            "optim.lr": self.optim.lr,
-            "train.micro_batch_tokens": self.train.micro_batch_tokens,
-            "eval.n": self.eval.n,
-            "eval.bootstrap": self.eval.bootstrap,
-            "save.keep": self.save.keep,
-        }
-        if self.warmup.steps:
-            positive |= {"warmup.batch_size": self.warmup.batch_size, "warmup.lr": self.warmup.lr}
-        for key, value in positive.items():
-            if not value > 0:
-                raise ConfigError(f"{key} is {value}: it must be above 0")
-        nonnegative = {
-            "warmup.steps": self.warmup.steps,
-            "train.steps": self.train.steps,
-            "eval.every": self.eval.every,
-            "eval.temperature": self.eval.temperature,
-            "save.every": self.save.every,
-            "rollout.check_every": self.rollout.check_every,
-            "objective.advantage_clip": self.objective.advantage_clip,
-            "objective.kl_coef": self.objective.kl_coef,
-            "objective.kl_every": self.objective.kl_every,
-            "optim.max_grad_norm": self.optim.max_grad_norm,
-            "optim.lr_warmup_steps": self.optim.lr_warmup_steps,
-            "data.max_train": self.data.max_train,
-            "data.max_eval": self.data.max_eval,
-        }
-        for key, value in nonnegative.items():
-            if not value >= 0:
-                raise ConfigError(f"{key} is {value}: it must be 0 or more")
-        if not 0 < self.rollout.top_p <= 1:
-            raise ConfigError(f"rollout.top_p is {self.rollout.top_p}: it must be above 0 and at most 1")
-        if not 0 < self.objective.epsilon < 1:
-            raise ConfigError(f"objective.epsilon is {self.objective.epsilon}: it must lie between 0 and 1")
-        if not self.data.eval and not 0 < self.data.eval_fraction < 1:
-            raise ConfigError(f"data.eval_fraction is {self.data.eval_fraction}: it must lie between 0 and 1")
-        if len(self.scale.values) < 2 or len(set(self.scale.values)) != len(self.scale.values):
-            raise ConfigError(f"scale.values is {self.scale.values}: at least two different scores are needed")
-        if not self.scale.phrase.strip():
-            raise ConfigError("scale.phrase is empty: it is what the score stands after")
+        """Raise :class:`ConfigError` for settings that cannot work, whatever the method."""
+        check_config(self)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from real_fast.config import Config
+from real_fast.config import DataConfig
 from real_fast.data.readers import Unreadable, read
 from real_fast.data.rows import instruction_key, parse_row
 from real_fast.data.splits import limit_by_prompt, split_by_prompt
@@ -28,7 +28,7 @@ __all__ = [
     "load_rows",
     "load_train_eval",
     "reason_counts",
-    "require_rows",
+    "check_enough_rows",
     "split_by_prompt",
     "write_rejected",
 ]
@@ -163,7 +163,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def require_rows(rows: Sequence[JudgeRow], needed: int, source: str, rejected: Sequence[Rejected]) -> None:
+def check_enough_rows(rows: Sequence[JudgeRow], needed: int, source: str, rejected: Sequence[Rejected]) -> None:
     """Check that enough rows are left.
 
     Raises:
@@ -183,27 +183,34 @@ def _first(rejected: Sequence[Rejected], reason: str) -> str:
     return f"{first.id}:{first.reason.partition(':')[2]}"
 
 
-def load_train_eval(config: Config, builder: PromptBuilder, scale: ScoreScale) -> Dataset:
+def load_train_eval(
+    data: DataConfig, max_prompt_tokens: int, builder: PromptBuilder, scale: ScoreScale, needed: int, key: str
+) -> Dataset:
     """Load the training and evaluation rows of a run.
 
     Without ``data.eval``, part of the training prompts is held out. The limits apply after that.
 
+    Args:
+        data: Where rows come from.
+        max_prompt_tokens: Longest prompt; rows with a longer one are rejected.
+        builder: Makes the prompts.
+        scale: The labels' scale.
+        needed: Training rows that one update needs.
+        key: The setting that says so, for messages.
+
     Raises:
         DataError: A source is missing, or too few rows are left: fewer than one update needs, or none to evaluate.
     """
-    data = config.data
     rejected: list[Rejected] = []
 
-    def load(key: str, source: str, split: str, needed: int) -> list[JudgeRow]:
+    def load(name: str, source: str, split: str, at_least: int) -> list[JudgeRow]:
         try:
-            rows = load_rows(source, split, builder, scale, config.prompt.max_tokens, rejected)
-            require_rows(rows, needed, source, rejected)
+            rows = load_rows(source, split, builder, scale, max_prompt_tokens, rejected)
+            check_enough_rows(rows, at_least, source, rejected)
         except DataError as error:
-            raise DataError(f"{key}: {error}") from error
+            raise DataError(f"{name}: {error}") from error
         return rows
 
-    needed = config.prompts_per_step
-    key = "rollout.prompts_per_step" if config.samples else "supervised.prompts_per_step"
     train = load("data.train", data.train, data.train_split, needed)
     if data.eval:
         held_out = load("data.eval", data.eval, data.eval_split, 1)
@@ -217,5 +224,5 @@ def load_train_eval(config: Config, builder: PromptBuilder, scale: ScoreScale) -
             f"{key} needs {needed}"
         )
     known = {instruction_key(row.instruction) for row in train}
-    overlap = len({key for row in held_out if (key := instruction_key(row.instruction)) in known})
+    overlap = len({own for row in held_out if (own := instruction_key(row.instruction)) in known})
     return Dataset(train, held_out, rejected, overlap)

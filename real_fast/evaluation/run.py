@@ -57,7 +57,7 @@ def evaluate(
 
     Returns:
         `predictions` with id, prompt_id, label, prediction, distribution, off_scale_mass, decoded (see
-        :class:`real_fast.score.protocol.Reading`), feedback (a text, a list of texts for n > 1) and n.
+        :class:`real_fast.score.protocol.Prediction`), feedback (a text, a list of texts for n > 1) and n.
         `summary` with the protocol, the keys of :func:`real_fast.evaluation.metrics.summarize` for the predictions and, under
         ``decoded``, for the written scores; off_scale_mass, label_probability and calibration_error
         (:func:`real_fast.evaluation.metrics.calibration`); mean_length (sampled tokens a feedback; with "tract" those in front of

@@ -19,7 +19,7 @@ class Grade:
         feedback: What the judge wrote, without the phrase and the score; a list for n > 1; None where nothing could be
             sampled.
         score: The prediction, in the scale's unit, usually between two scores; None where there is none.
-        distribution: {score text: probability}, as :class:`real_fast.score.protocol.Reading` has it.
+        distribution: {score text: probability}, as :class:`real_fast.score.protocol.Prediction` has it.
         off_scale_mass: The model's probability outside the score tokens, where the score stands.
         decoded: Mean of the scores that the judge wrote itself, None where it wrote none.
         error: Why there is no score; None where there is one.
@@ -38,7 +38,7 @@ def request(instruction: str, response: str, rubric: Rubric, reference_answer: s
     return {"instruction": instruction, "response": response, "rubric": rubric, "reference_answer": reference_answer}
 
 
-def require_graded(grade: Grade) -> Grade:
+def raise_if_ungraded(grade: Grade) -> Grade:
     """The grade, or :class:`GradeError` where nothing could be sampled."""
     if grade.error and grade.feedback is None:
         raise GradeError(grade.error)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, PromptError, RowError
-from real_fast.judging.grade import Grade, request, require_graded
+from real_fast.judging.grade import Grade, raise_if_ungraded, request
 from real_fast.judging.prometheus_eval import PrometheusNames
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
@@ -25,7 +25,7 @@ from real_fast.rollout.make import load_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.score.protocol import ProtocolName, read, sampling
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 from real_fast.utils.seeds import call_seed
 
 _T = TypeVar("_T")
@@ -48,7 +48,7 @@ class Judge(PrometheusNames):
         scale: The scores, or scores and phrase.
         engine: "auto" takes vLLM where it can be imported; a loaded model is sampled with Transformers.
         n: Feedbacks sampled per response; their score distributions are averaged.
-        temperature: Sampling temperature of the feedback; 0 for greedy.
+        temperature: SamplingParams temperature of the feedback; 0 for greedy.
         protocol: How the score is read: see :mod:`real_fast.score.protocol`. None for the folder's, or "real".
         prompt: How a request becomes a prompt. A mapping, such as ``{"max_tokens": 4096}``, changes some settings and
             leaves the folder's others; a PromptConfig stands in place of all of them.
@@ -136,7 +136,7 @@ class Judge(PrometheusNames):
         Raises:
             GradeError: The request cannot be graded. (A feedback without a score is a :class:`Grade` with an `error`.)
         """
-        return require_graded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
+        return raise_if_ungraded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
 
     def grade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
         """Grade many responses, one :class:`Grade` per row, in order.
@@ -185,10 +185,10 @@ class Judge(PrometheusNames):
             raise RuntimeError(_CLOSED) from error
         return await future
 
-    def _sampling(self, seed: int) -> Sampling:
+    def _sampling(self, seed: int) -> SamplingParams:
         return sampling(self.config.eval, self.config.rollout, seed)
 
-    def _grade(self, rows: Sequence[Any], how: Sampling) -> list[Grade]:
+    def _grade(self, rows: Sequence[Any], how: SamplingParams) -> list[Grade]:
         """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
         with self._lock:
             if self._engine is None:
@@ -218,7 +218,9 @@ class Judge(PrometheusNames):
             raise RowError(f"prompt is too long: {len(ids)} tokens, prompt.max_tokens is {limit}")
         return ids
 
-    def _sample(self, engine: RolloutEngine, prompts: list[list[int]], how: Sampling) -> list[list[Rollout] | str]:
+    def _sample(
+        self, engine: RolloutEngine, prompts: list[list[int]], how: SamplingParams
+    ) -> list[list[Rollout] | str]:
         """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
         try:
             return list(engine.generate(prompts, how))

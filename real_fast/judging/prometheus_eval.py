@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from real_fast.errors import ConfigError
-from real_fast.judging.grade import Grade, Rubric, request, require_graded
-from real_fast.types import Sampling
+from real_fast.judging.grade import Grade, Rubric, raise_if_ungraded, request
+from real_fast.types import SamplingParams
 
 # There, `params` go to vLLM whole; these are the ones under which a score distribution means the same.
 _PARAMS = ("temperature", "top_p", "max_tokens", "n", "seed")
@@ -25,10 +25,10 @@ class PrometheusNames(ABC):
     """
 
     @abstractmethod
-    def _sampling(self, seed: int) -> Sampling: ...
+    def _sampling(self, seed: int) -> SamplingParams: ...
 
     @abstractmethod
-    def _grade(self, rows: Sequence[Any], how: Sampling) -> list[Grade]: ...
+    def _grade(self, rows: Sequence[Any], how: SamplingParams) -> list[Grade]: ...
 
     def single_absolute_grade(
         self,
@@ -52,7 +52,7 @@ class PrometheusNames(ABC):
             ConfigError: A key of `params` that is not understood, or a value that cannot be.
         """
         row = request(instruction, response, rubric, reference_answer)
-        grade = require_graded(self._grade([row], self._with(params))[0])
+        grade = raise_if_ungraded(self._grade([row], self._with(params))[0])
         if grade.error:
             warnings.warn(grade.error, stacklevel=2)
         return grade.feedback, grade.score
@@ -93,7 +93,7 @@ class PrometheusNames(ABC):
                 warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=2)
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
-    def _with(self, params: Mapping[str, Any] | None) -> Sampling:
+    def _with(self, params: Mapping[str, Any] | None) -> SamplingParams:
         given = {k: v for k, v in (params or {}).items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
         if unknown := sorted(set(given) - set(_PARAMS)):
             raise ConfigError(

@@ -1,48 +1,39 @@
-"""Which loss a method trains on."""
+"""The methods by name: a row each. To add one, write its file and its row, and the conformance suite takes it up."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
+from difflib import get_close_matches
 
 from real_fast.config import Config
-from real_fast.methods.objective import Loss, LossOutput, Totals, binary_objective, real_objective
-from real_fast.methods.proximal import proximal_objective, with_kl
-from real_fast.methods.supervised import RAFT, SFT, Terms, supervised_objective
-from real_fast.score.scale import ScoreScale
+from real_fast.errors import ConfigError
+from real_fast.methods.base import Method
+from real_fast.methods.binary_rl import BinaryRL
+from real_fast.methods.raft import Raft
+from real_fast.methods.real import Real
+from real_fast.methods.sft import Sft
+from real_fast.methods.tract import Tract
+
+METHODS: dict[str, type[Method]] = {
+    Sft.name: Sft,
+    Raft.name: Raft,
+    Tract.name: Tract,
+    BinaryRL.name: BinaryRL,
+    Real.name: Real,
+}
 
 
-def method_loss(
-    config: Config,
-    scale: ScoreScale,
-    totals: Totals,
-    every_row: bool,
-    reference: torch.Tensor | None = None,
-    first: LossOutput | None = None,
-) -> Loss:
-    """The method's loss of one micro-batch.
+def method_class(config: Config) -> type[Method]:
+    """The class of ``config.method``. Raises :class:`ConfigError` for one that does not exist."""
+    if config.method in METHODS:
+        return METHODS[config.method]
+    close = get_close_matches(config.method, METHODS, n=1)
+    hint = f"did you mean {close[0]}? There are" if close else "there are"
+    raise ConfigError(f"method is {config.method!r}: {hint} {', '.join(METHODS)}")
 
-    Args:
-        config: Settings: method, objective, supervised.squared_error, rollout.temperature.
-        scale: The score scale.
-        totals: Counts over the update.
-        every_row: Compute the log-probability of rows with coefficient 0 too.
-        reference: [N] the reference's log-probabilities of this micro-batch's sampled tokens, where they are wanted.
-        first: What the first iteration on these rollouts returned; None in the first.
-    """
-    options, temperature = config.objective, config.rollout.temperature
-    if not config.samples:
-        tract = Terms(feedback=1.0, squared_error=config.supervised.squared_error)
-        terms = {"sft": SFT, "raft": RAFT, "tract": tract}[config.method]
-        return supervised_objective(terms, scale, totals, options.renormalize)
-    binary = config.method == "binary_rl"
-    if options.proximal:
-        held = reference if options.kl_coef else None
-        method: Literal["real", "binary_rl"] = "binary_rl" if binary else "real"
-        loss = proximal_objective(method, options, scale, temperature, totals, every_row, held, first)
-    else:
-        loss = (binary_objective if binary else real_objective)(options, scale, temperature, totals, every_row)
-    if reference is None or options.kl_coef or first is not None:
-        return loss
-    return with_kl(loss, reference, temperature)
+
+def check_config(config: Config) -> type[Method]:
+    """Check a run's settings, the method's own included, and return its class. Raises :class:`ConfigError`."""
+    config.validate()
+    method = method_class(config)
+    method.check(config)
+    return method

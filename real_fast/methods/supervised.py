@@ -1,4 +1,4 @@
-"""Training on given feedback: sft, raft and tract differ by which terms of one loss they have, and by nothing else."""
+"""Training on feedback that comes with the data: sft, raft and tract differ by the weights of one loss."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset, Rejected
 from real_fast.errors import DataError
-from real_fast.methods.objective import Loss, LossOutput, Totals, wide
+from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts, compute_dtype
+from real_fast.methods.policy_gradient import check_feedback_given
+from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow, Rollout
 from real_fast.utils.seeds import random_stream
-from real_kernels import expected_score, label_weights, score_logprobs, weighted_logprob
+from real_kernels import HeadOptions, expected_score, label_weights, score_logprobs, weighted_logprob
 
 
 @dataclass(frozen=True)
-class Terms:
+class LossWeights:
     """Weights of the loss's terms.
 
     Attributes:
@@ -33,11 +35,46 @@ class Terms:
     squared_error: float = 0.0
 
 
-SFT = Terms(feedback=1.0, score=1.0)
-RAFT = Terms(squared_error=1.0)
+class Supervised(Method):
+    """A method on given feedback. Arguments as of :class:`Method`."""
+
+    uses_rollouts = False
+
+    @property
+    def weights(self) -> LossWeights:
+        """What the loss is made of."""
+        raise NotImplementedError
+
+    @classmethod
+    def prompts_per_step(cls, config: Config) -> tuple[str, int]:
+        """Rows per update."""
+        return "supervised.prompts_per_step", config.supervised.prompts_per_step
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Feedback is what these methods are trained on."""
+        check_feedback_given(cls, config)
+
+    def use_rows(self, data: Dataset) -> None:
+        """Keep the training rows that have feedback."""
+        if self.config.supervised.feedback == "given":
+            drop_rows_without_feedback(data, self.config.data.train, self.name, self.config.supervised.prompts_per_step)
+
+    def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
+        """The rows with their own feedback."""
+        supervised, groups = self.config.supervised, []
+        for n, row in enumerate(rows):
+            most = supervised.feedbacks_per_prompt if supervised.feedback == "given" else 0
+            picked = pick_feedback(row, most, self.config.seed, rows_seen + n)
+            groups.append(supervised_group(row, picked, n, self.tokenizer, self.scale))
+        return groups
+
+    def loss(self, counts: UpdateCounts, old: LossOutput | None = None, compare: bool = False) -> Loss:
+        """Cross-entropy and squared error by :attr:`weights`."""
+        return supervised_loss(self.weights, self.scale, counts, self.config.objective.renormalize)
 
 
-def given_feedback(row: JudgeRow, indices: Sequence[int], place: int, tokenizer: Any, scale: ScoreScale) -> Group:
+def supervised_group(row: JudgeRow, indices: Sequence[int], place: int, tokenizer: Any, scale: ScoreScale) -> Group:
     """A row with some of its own feedback texts as one group, which shares the prompt; every token counts.
 
     Args:
@@ -68,60 +105,63 @@ def pick_feedback(row: JudgeRow, most: int, seed: int, position: int) -> list[in
     return sorted(order[:most])
 
 
-def with_feedback(data: Dataset, config: Config) -> None:
-    """Keep the training rows that the method can use; the others go to the rejected ones, with the reason.
+def drop_rows_without_feedback(data: Dataset, source: str, method: str, needed: int) -> None:
+    """Move training rows without feedback to the rejected ones.
+
+    Args:
+        data: The run's rows.
+        source: Where its training rows come from, for the messages.
+        method: The method's name, for the messages.
+        needed: Rows of one update.
 
     Raises:
-        DataError: Fewer rows with feedback than one update needs.
+        DataError: Fewer rows with feedback than `needed`.
     """
-    if config.supervised.feedback == "none":
-        return
-    reason = f"no feedback: method {config.method} is trained on it"
+    reason = f"no feedback: method {method} is trained on it"
     without = [row for row in data.train if not row.feedbacks]
-    data.rejected += [Rejected(config.data.train, 0, row.id, reason, vars(row)) for row in without]
+    data.rejected += [Rejected(source, 0, row.id, reason, vars(row)) for row in without]
     data.train = [row for row in data.train if row.feedbacks]
-    if len(data.train) < config.supervised.prompts_per_step:
+    if len(data.train) < needed:
         raise DataError(
             f"data.train: {len(data.train)} rows have feedback and {len(without)} have none, and "
-            f"supervised.prompts_per_step needs {config.supervised.prompts_per_step}: method {config.method} is "
+            f"supervised.prompts_per_step needs {needed}: method {method} is "
             "trained on feedback (real needs none, nor does raft with supervised.feedback none)"
         )
 
 
-def supervised_objective(terms: Terms, scale: ScoreScale, totals: Totals, renormalize: bool = False) -> Loss:
+def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCounts, renormalize: bool = False) -> Loss:
     """The loss of one micro-batch of given feedback.
 
     Cross-entropy is a mean over all tokens of the update that it counts; the squared error a mean over its answers.
 
     Args:
-        terms: Which terms.
+        weights: Of the weights.
         scale: The score scale.
-        totals: Counts over the update.
+        counts: Counts over the update.
         renormalize: y_hat from the softmax over the score tokens alone.
     """
-    count = totals.tokens * bool(terms.feedback) + totals.rollouts * bool(terms.score)
+    count = counts.tokens * bool(weights.feedback) + counts.rollouts * bool(weights.score)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
-        device, dtype, validate = hidden.device, wide(hidden), not hidden.is_cuda
+        device, dtype = hidden.device, compute_dtype(hidden)
+        head = HeadOptions(validate=not hidden.is_cuda)
         values, labels = scale.values_tensor(device).to(dtype), batch.labels.to(dtype)
-        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=validate)
+        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), head=head)
         y_hat = expected_score(logp, values, renormalize)
         logprobs = torch.full(batch.targets.shape, float("nan"), device=device, dtype=dtype)
         total, parts = torch.zeros((), device=device, dtype=dtype), {}
-        if terms.feedback:
-            coefficients = torch.full(batch.targets.shape, -terms.feedback / count, device=device, dtype=dtype)
-            text, logprobs = weighted_logprob(
-                hidden[batch.rows], weight, batch.targets, coefficients, validate=validate
-            )
+        if weights.feedback:
+            coefficients = torch.full(batch.targets.shape, -weights.feedback / count, device=device, dtype=dtype)
+            text, logprobs = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, head=head)
             total, parts["feedback"] = total + text, text.detach()
-        if terms.score:
-            q = label_weights(labels, values, validate=validate)
-            score = -terms.score * (q * logp).sum() / count
+        if weights.score:
+            q = label_weights(labels, values, validate=head.validate)
+            score = -weights.score * (q * logp).sum() / count
             total, parts["score"] = total + score, score.detach()
-        if terms.squared_error:
-            squared = terms.squared_error * ((y_hat - labels) ** 2).sum() / totals.rollouts
+        if weights.squared_error:
+            squared = weights.squared_error * ((y_hat - labels) ** 2).sum() / counts.rollouts
             total, parts["squared_error"] = total + squared, squared.detach()
-        computed = torch.full(batch.targets.shape, bool(terms.feedback), device=device)
+        computed = torch.full(batch.targets.shape, bool(weights.feedback), device=device)
         return LossOutput(total, logp.detach(), y_hat.detach(), logprobs, computed, parts)
 
     return loss

@@ -6,8 +6,8 @@ The feedback that the first model writes becomes a dataset, OUTPUT/self_generate
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,48 +18,83 @@ from tqdm import tqdm
 
 from real_fast.config import Config, DataConfig
 from real_fast.errors import DataError, OutputError
-from real_fast.runs import trackers
+from real_fast.methods.base import Stages, Trained
+from real_fast.methods.supervised import LossWeights, Supervised
 from real_fast.runs.folder import move_aside
-from real_fast.types import JudgeRow, Rollout, Sampling
+from real_fast.runs.trackers import check_installed
+from real_fast.types import JudgeRow, Rollout, SamplingParams
 from real_fast.utils.jsonio import write_json, write_jsonl
+from real_fast.utils.seeds import step_seed
 
+logger = logging.getLogger(__name__)
 _ROWS_PER_CALL = 32
 
 
-def run(config: Config) -> bool:
-    """Both stages; with ``resume``, what is complete is kept. Returns False where a signal ended it before its end.
+class Tract(Supervised):
+    """Cross-entropy of the feedback and squared error of the expected score, in two stages."""
 
-    OUTPUT/stage1 holds the first run; OUTPUT itself is the second, so that OUTPUT/final is the judge.
-    """
-    from real_fast.train import Trainer
+    name = "tract"
 
-    folder = Path(config.output).expanduser()
-    trackers.require(config)  # before an earlier run is moved aside
-    if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
-        move_aside(folder)
-    generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
-    if generated.is_file() and not config.resume:
-        raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
-    name = config.run_name or folder.resolve().name
-    single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
-    if not generated.is_file():
-        first = Trainer(
-            _sampling_next(_resumed(replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")))
-        )
-        if not first.run():
-            return False
-        print("TRACT, stage 1 is done: its model now writes the feedback for stage 2", flush=True)
-        rows = first.data.train
-        started = time.perf_counter()
-        rollouts = _sample(first, rows)
-        _add_seconds(folder / "stage1" / "summary.json", "self_generated", time.perf_counter() - started)
-        write_jsonl(held_out, (record(row, row.feedbacks) for row in first.data.eval))
-        _write(generated, rows, rollouts, first.scale.phrase, config.supervised.prompts_per_step)
-        first.engine.close()
-        del first
-    data = DataConfig(train=str(generated), eval=str(held_out))
-    second = replace(single, data=data, run_name=f"{name}-stage2")
-    return Trainer(_resumed(second)).run()
+    @property
+    def weights(self) -> LossWeights:
+        """The squared error's weight is a setting."""
+        return LossWeights(feedback=1.0, squared_error=self.config.supervised.squared_error)
+
+    @classmethod
+    def stages(cls, config: Config) -> Stages:
+        """Both stages; with ``resume``, what is complete is kept.
+
+        OUTPUT/stage1 holds the first run; OUTPUT itself is the second, so that OUTPUT/final is the judge.
+
+        Raises:
+            OutputError: The output holds a run, and neither ``resume`` nor ``overwrite`` is set.
+            DataError: The first model finished too little feedback.
+        """
+        if config.supervised.stages == 1:
+            yield config
+            return
+        folder = Path(config.output).expanduser()
+        check_installed(config)  # before an earlier run is moved aside
+        if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
+            move_aside(folder)
+        generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
+        if generated.is_file() and not config.resume:
+            raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
+        name = config.run_name or folder.resolve().name
+        single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
+        if not generated.is_file():
+            first = replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")
+            stage = yield _sampling_next(_resumed(first))
+            logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
+            started = time.perf_counter()
+            rollouts = sample_feedback(stage, config)
+            _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
+            write_jsonl(held_out, (record(row, row.feedbacks) for row in stage.data.eval))
+            needed = config.supervised.prompts_per_step
+            _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed)
+            stage.engine.close()
+            del stage
+        data = DataConfig(train=str(generated), eval=str(held_out))
+        yield _resumed(replace(single, data=data, run_name=f"{name}-stage2"))
+
+
+def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:
+    """What the trained model of a stage writes about its training rows."""
+    rows, rollouts = stage.data.train, []
+    with tqdm(total=len(rows), desc="self-generated feedback", unit="row") as bar:
+        for at in range(0, len(rows), _ROWS_PER_CALL):
+            some = rows[at : at + _ROWS_PER_CALL]
+            params = SamplingParams(
+                n=config.supervised.feedbacks_per_prompt,
+                max_tokens=config.rollout.max_tokens,
+                temperature=config.rollout.temperature,
+                top_p=config.rollout.top_p,
+                answer="forced",
+                seed=step_seed(config.seed, at),
+            )
+            rollouts += stage.engine.generate([row.prompt_ids for row in some], params)
+            bar.update(len(some))
+    return rollouts
 
 
 def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
@@ -80,26 +115,6 @@ def _sampling_next(config: Config) -> Config:
     if config.resume and finished.is_file():
         os.replace(finished, finished.with_name("summary.superseded.json"))
     return config
-
-
-def _sample(trainer: Any, rows: Sequence[JudgeRow]) -> list[list[Rollout]]:
-    config = trainer.config
-    trainer.sync()
-    rollouts: list[list[Rollout]] = []
-    with tqdm(total=len(rows), desc="self-generated feedback", unit="row") as bar:
-        for at in range(0, len(rows), _ROWS_PER_CALL):
-            some = rows[at : at + _ROWS_PER_CALL]
-            sampling = Sampling(
-                n=config.supervised.feedbacks_per_prompt,
-                max_tokens=config.rollout.max_tokens,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                answer="forced",
-                seed=config.seed * 1_000_003 + at,
-            )
-            rollouts += trainer.engine.generate([row.prompt_ids for row in some], sampling)
-            bar.update(len(some))
-    return rollouts
 
 
 def _write(
@@ -126,7 +141,7 @@ def _write(
             f"rollout.max_tokens (see {rejected}); {usable} rows are left and an update needs {needed}: train stage 1 "
             "longer or raise rollout.max_tokens, and --resume"
         )
-    print(f"{kept} feedbacks written to {path}; {cut} were cut off at rollout.max_tokens or empty", file=sys.stderr)
+    logger.info("%d feedbacks written to %s; %d were cut off at rollout.max_tokens or empty", kept, path, cut)
     write_jsonl(path, records)
 
 

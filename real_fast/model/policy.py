@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from real_fast.attention.interface import Backend, prepare, prepared_mask
-from real_fast.attention.support import enable, require_span
+from real_fast.attention.support import check_span, enable
 from real_fast.model.load import body_of
 from real_fast.types import Batch
 
@@ -53,7 +53,7 @@ class Policy(nn.Module):
             if self.attention is None:
                 raise ValueError("a packed batch needs Policy(..., attention=...)")
             device = batch.input_ids.device
-            require_span(self.model, batch.layout.longest)
+            check_span(self.model, batch.layout.longest)
             inputs = {
                 "attention_mask": prepared_mask(device),
                 "shared_prompt": prepare(batch.layout, self.attention, device),

@@ -14,12 +14,12 @@ from real_fast.errors import CheckpointError
 from real_fast.model.policy import Policy
 from real_fast.runs.checkpoint import load_tensors, save_tensors
 from real_fast.types import Batch
-from real_kernels import linear_logprob
+from real_kernels import HeadOptions, linear_logprob
 
 FOLDER = "reference"
 
 
-class Reference:
+class RefPolicy:
     """A frozen copy of a policy in the precision that it computes in.
 
     It is written into the run's folder before the first update and read from there on resume, so that nothing that
@@ -27,7 +27,7 @@ class Reference:
 
     Args:
         policy: The policy, as it is now.
-        temperature: Sampling temperature of the feedback.
+        temperature: SamplingParams temperature of the feedback.
         resident: Keep the copy on the policy's device; otherwise it waits in the host's memory between uses, which are
             before an update's forward passes, so that it adds nothing to the update's peak.
     """
@@ -44,7 +44,9 @@ class Reference:
 
         def of_targets(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
             rows = hidden[batch.rows]
-            return linear_logprob(rows, weight, batch.targets, temperature=self.temperature, validate=False)
+            return linear_logprob(
+                rows, weight, batch.targets, head=HeadOptions(temperature=self.temperature, validate=False)
+            )
 
         self.policy.to(self.device)
         found = [self.policy(batch, of_targets) for batch in batches]

@@ -5,72 +5,94 @@ from __future__ import annotations
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from real_fast.attention.interface import describe
+from real_fast.config import Config
+from real_fast.data.dataset import Dataset
+from real_fast.model.policy import Policy
 from real_fast.reports import health, html, plots
+from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.folder import RunFolder
+from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
 from real_fast.utils.machine import machine
-
-if TYPE_CHECKING:
-    from real_fast.train import Trainer
 
 PHASES = ("before", "warmup", "after")
 
 
-def start(trainer: Trainer) -> None:
-    """Say what is about to run."""
-    config, data = trainer.config, trainer.data
-    device = (
-        torch.cuda.get_device_name() if trainer.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    attention = trainer.policy.attention
+def start(
+    config: Config, data: Dataset, scale: ScoreScale, policy: Policy, engine: str, resumed_after: int | None
+) -> None:
+    """Say what is about to run.
+
+    Args:
+        config: The settings.
+        data: The rows.
+        scale: The score scale.
+        policy: The model.
+        engine: Name of the rollout engine.
+        resumed_after: The update that a resumed run goes on after.
+    """
+    device, attention = policy.model.device, policy.attention
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     prompts = f"shared prompts by {describe(attention)}" if attention else "a prompt per rollout"
     overlap = f"; {data.overlap} evaluation prompts are also in the training data" if data.overlap else ""
     print(
-        f"model {config.model} on {device}, rollouts by {trainer.engine.name}, {prompts}\n"
+        f"model {config.model} on {where}, rollouts by {engine}, {prompts}\n"
         f"{len(data.train)} training rows, {len(data.eval)} evaluation rows, {len(data.rejected)} rejected{overlap}\n"
-        f"scores {', '.join(trainer.scale.texts)} after {trainer.scale.phrase!r}; output {trainer.folder.path}"
-        + (f"; resuming after step {trainer.state.step}" if trainer.found else ""),
+        f"scores {', '.join(scale.texts)} after {scale.phrase!r}; output {Path(config.output).expanduser()}"
+        + ("" if resumed_after is None else f"; resuming after step {resumed_after}"),
         flush=True,
     )
-    if config.method == "raft" and config.supervised.feedback == "none" and config.eval.protocol != "raft":
-        print(
-            f"eval.protocol is {config.eval.protocol}: the evaluations let the model write feedback, which it does not "
-            "learn here; raft reads the score right behind the phrase",
-            file=sys.stderr,
-        )
 
 
-def finish(trainer: Trainer) -> None:
-    """Write the summary, the predictions and the plots, and print before and after."""
-    folder, state = trainer.folder, trainer.state
+def advance(bar: Any, record: dict[str, Any]) -> None:
+    """Move a progress bar by an update and show its metrics."""
+    shown = ("reward", "score/rmse") if "reward" in record else ("loss", "score/rmse")
+    bar.set_postfix({name.rpartition("/")[2]: f"{record[name]:.3f}" for name in shown})
+    bar.update()
+
+
+def finish(
+    folder: RunFolder, config: Config, state: TrainState, data: Dataset, engine: str, device: torch.device
+) -> None:
+    """Write the summary, the predictions and the plots, and print before and after.
+
+    Args:
+        folder: The run's; evaluations and metrics are read from it.
+        config: The settings.
+        state: Steps, tokens and seconds.
+        data: The rows.
+        engine: Name of the rollout engine.
+        device: Where it ran.
+    """
     names = [name for name in PHASES if folder.evaluation(name) is not None]
     evaluations = {name: folder.evaluation(name) for name in names}
     predictions = {name: folder.predictions(name) for name in names}
     metrics = folder.metrics()
     write_jsonl(folder.path / "predictions.jsonl", predictions["after"])
-    real = [m for m in metrics if m["phase"] == trainer.config.method]
+    real = [m for m in metrics if m["phase"] == config.method]
     tokens, rollout_seconds = state.sampled_tokens, state.seconds.get("rollout", 0.0)
     summary: dict[str, Any] = {
-        "model": trainer.config.model,
-        "method": trainer.config.method,
-        "engine": trainer.engine.name,
-        "seed": trainer.config.seed,
+        "model": config.model,
+        "method": config.method,
+        "engine": engine,
+        "seed": config.seed,
         "steps": state.step,
         "skipped_steps": state.skipped_steps,
-        "train_rows": len(trainer.data.train),
-        "rejected_rows": len(trainer.data.rejected),
+        "train_rows": len(data.train),
+        "rejected_rows": len(data.rejected),
         "eval": {name: evaluations.get(name) for name in PHASES},
         "reward": {"first": _mean(real[:3], "reward"), "last": _mean(real[-3:], "reward")},
         "kl": next((m["kl"] for m in reversed(real) if m.get("kl") is not None), None),
         "seconds": {k: round(v, 2) for k, v in state.seconds.items()},
         "sampled_tokens": tokens,
         "rollout_tokens_per_second": tokens / rollout_seconds if tokens and rollout_seconds else None,
-        "peak_memory_gib": peak_memory(trainer.device),
-        "machine": machine(trainer.device),
+        "peak_memory_gib": peak_memory(device),
+        "machine": machine(device),
     }
     draw(folder.path, metrics, predictions)
     health.health_curves(real, folder.path / "health.png")

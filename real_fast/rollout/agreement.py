@@ -50,7 +50,7 @@ class EngineGap:
             logged["sampling/score_difference/max"] = self.score_max
         return logged
 
-    def require(self, config: RolloutConfig, step: int) -> None:
+    def raise_if_above(self, config: RolloutConfig, step: int) -> None:
         """Raise :class:`EngineMismatchError` where a mean difference is above its limit or not a number."""
         logprob_fine = not self.tokens or self.logprob_mean <= config.check_logprob
         score_fine = not self.scores or self.score_mean <= config.check_score

@@ -7,7 +7,7 @@ from typing import Any
 
 from real_fast.score.phrase import Parsed
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 
 
 def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
@@ -18,7 +18,9 @@ def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
     )
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], sampling: Sampling, scale: ScoreScale, limit: int | None) -> None:
+def check_lengths(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, scale: ScoreScale, limit: int | None
+) -> None:
     """Refuse prompts that cannot be sampled from, before any work is done.
 
     Args:
@@ -52,8 +54,8 @@ def build_rollout(
     if len(ids) != len(logprobs):
         raise RuntimeError(f"the engine returned {len(ids)} sampled ids and {len(logprobs)} log-probabilities")
     return Rollout(
-        sampled_ids=list(ids[: parsed.keep]),
-        sampled_logprobs=list(logprobs[: parsed.keep]),
+        sampled_ids=list(ids[: parsed.num_actions]),
+        sampled_logprobs=list(logprobs[: parsed.num_actions]),
         context_ids=parsed.context_ids,
         n_forced=parsed.n_forced,
         finish=parsed.finish,

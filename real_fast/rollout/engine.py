@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 
 
 class RolloutEngine(Protocol):
@@ -15,7 +15,7 @@ class RolloutEngine(Protocol):
 
     name: str
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt (token ids); one list per prompt, in order."""
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

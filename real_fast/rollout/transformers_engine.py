@@ -18,7 +18,7 @@ from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Answer, Rollout, Sampling
+from real_fast.types import AnswerMode, Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
 
 # Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
@@ -79,7 +79,7 @@ class TransformersEngine:
         # A token spells a byte or more: the newest phrase and what was sampled behind it lie within this many tokens.
         self._window = len(self.finder.phrase.encode()) + len(scale.tail_ids) + 8
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt.
 
         A sample is a function of the weights and (``sampling.seed``, the prompt's place, its own place); which other
@@ -175,7 +175,7 @@ class TransformersEngine:
         out = functional_call(self.model, self._weights, (), inputs, tie_weights=False)
         return out.logits[:, -1].float(), out.past_key_values
 
-    def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: Sampling) -> list[_Sequence]:
+    def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: SamplingParams) -> list[_Sequence]:
         device = self.model.device
         longest = max(map(len, prompts.values()))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -208,7 +208,7 @@ class TransformersEngine:
             position = position + 1
 
     def _step(
-        self, slots: list[_Sequence], logits: torch.Tensor, prompts: dict[int, Sequence[int]], sampling: Sampling
+        self, slots: list[_Sequence], logits: torch.Tensor, prompts: dict[int, Sequence[int]], sampling: SamplingParams
     ) -> None:
         """Take every sequence one token further, given its next-token logits."""
         score_ids = self.scale.ids_tensor(logits.device)
@@ -230,7 +230,13 @@ class TransformersEngine:
                 sequence.score_logprobs, sequence.done = score, True
 
     def _sampled(
-        self, s: _Sequence, token: int, logprob: float, score: list[float], prompt: Sequence[int], sampling: Sampling
+        self,
+        s: _Sequence,
+        token: int,
+        logprob: float,
+        score: list[float],
+        prompt: Sequence[int],
+        sampling: SamplingParams,
     ) -> None:
         """Add a sampled token; when it is the last one, see where the score comes from."""
         s.ids.append(token)
@@ -256,7 +262,7 @@ class TransformersEngine:
             logits, _ = self._forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
             s.score_logprobs, s.done = logits.log_softmax(-1)[0, list(self.scale.score_ids)].tolist(), True
 
-    def _answered(self, ids: list[int], answer: Answer) -> bool:
+    def _answered(self, ids: list[int], answer: AnswerMode) -> bool:
         """Whether the token at the score's place was sampled, or (unless generated) another one instead of the tail."""
         near = self.tokenizer.decode(
             ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -17,7 +17,7 @@ from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
 from real_fast.rollout.process_state import process_state_kept
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
 
 
@@ -43,7 +43,7 @@ class VllmEngine:
         scale: The score scale.
         dtype: Of weights and computation.
         max_model_len: Longest sequence: prompt, sampled tokens, phrase and score.
-        seed: vLLM's own; samples depend on :class:`Sampling`'s alone.
+        seed: vLLM's own; samples depend on :class:`SamplingParams`'s alone.
         max_num_seqs: Sequences decoded at a time.
         gpu_memory_utilization: Share of a GPU's memory for weights and cache. On CPU the cache has
             ``VLLM_CPU_KVCACHE_SPACE`` GiB (2 by default).
@@ -110,7 +110,7 @@ class VllmEngine:
                 **(whole_prompts if on_cpu else {}),
             )
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt.
 
         Samples are a function of ``sampling.seed`` and the prompt's place, as far as vLLM's batching leaves the numbers
@@ -236,7 +236,7 @@ class VllmEngine:
     def _score(self, step: Any) -> list[float]:
         return [float(step[token].logprob) for token in self.scale.score_ids]
 
-    def _check_sampling(self, sampling: Sampling) -> None:
+    def _check_sampling(self, sampling: SamplingParams) -> None:
         if 0 < sampling.temperature < 0.01:
             raise ValueError(f"vLLM samples at temperature 0 or from 0.01 up, and it is {sampling.temperature}")
         if self._processed and sampling.temperature > 0 and sampling.top_p < 1:

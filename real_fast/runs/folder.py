@@ -29,7 +29,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
 
-def require_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class RunFolder:
             raise OutputError(
                 f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
             )
-        require_writable(self.path)
+        check_writable(self.path)
         self.resumed = started and not config.overwrite
 
     def claim(self, config: Config) -> None:
@@ -77,7 +77,7 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def require_space(self, parameters: int, keep: int, reference: bool = False) -> None:
+    def check_space(self, parameters: int, keep: int, reference: bool = False) -> None:
         """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
 
         Args:

@@ -215,7 +215,7 @@ def names(config: Config) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
-def require(config: Config) -> None:
+def check_installed(config: Config) -> None:
     """Import what `report_to` asks for, before anything slow starts. Raises :class:`ConfigError` as :func:`package`."""
     for tracker in names(config):
         package(tracker)

@@ -1,4 +1,4 @@
-"""Rollouts: prompts in; token ids, their log-probabilities and the score's log-probabilities out."""
+"""Finding the phrase in sampled tokens, and taking a sample apart: actions, forced tokens, the place of the score."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Answer, Finish
+from real_fast.types import AnswerMode, Finish
 
 
 @dataclass
 class Parsed:
-    """A sampled text taken apart; see :func:`parse_sample`. `keep` sampled tokens count as actions."""
+    """A sampled text taken apart; see :func:`parse_sample`. The first `num_actions` sampled tokens count as actions."""
 
-    keep: int
+    num_actions: int
     context_ids: list[int]
     n_forced: int
     finish: Finish
@@ -75,14 +75,14 @@ class PhraseFinder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: Answer) -> Parsed:
+def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: AnswerMode) -> Parsed:
     """Take a sampled sequence apart into actions, forced tokens and the place of the score.
 
     Args:
         ids: Sampled ids as the engine returned them, possibly with the score and more behind the phrase.
         eos_ids: Ids that end a generation.
         finder: Finds the phrase.
-        answer: See :class:`Sampling`.
+        answer: See :class:`SamplingParams`.
 
     Returns:
         What counts. In ``score_position`` stands the index in `ids` of the token sampled where the score belongs, if
@@ -115,8 +115,8 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
         place = len(context) if len(context) < len(ids) and list(ids[: len(context)]) == context else None
         found: Finish = finish if end is None else "phrase"
         return Parsed(cut, context, len(scale.phrase_ids), found, True, place, written)
-    keep = len(ids) if stop is None else stop + 1
+    num_actions = len(ids) if stop is None else stop + 1
     if answer == "forced":
         forced = list(scale.phrase_ids)
-        return Parsed(keep, body + forced, len(forced), finish, True, None)
-    return Parsed(keep, body, 0, finish, False, None)
+        return Parsed(num_actions, body + forced, len(forced), finish, True, None)
+    return Parsed(num_actions, body, 0, finish, False, None)

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Answer, Rollout, Sampling
+from real_fast.types import AnswerMode, Rollout, SamplingParams
 
 ProtocolName = Literal["real", "tract", "raft", "decode"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class Prediction:
     """What the feedbacks on one response say of its score.
 
     Attributes:
@@ -49,16 +49,16 @@ class Reading:
     decoded: float | None
 
 
-def answer_mode(protocol: ProtocolName, answer: Answer) -> Answer:
+def answer_mode(protocol: ProtocolName, answer: AnswerMode) -> AnswerMode:
     """How a protocol's rollouts are sampled; `answer` is ``rollout.answer``, which only "real" leaves a choice."""
-    modes: dict[ProtocolName, Answer] = {"real": answer, "tract": "cut", "raft": "none", "decode": "generated"}
+    modes: dict[ProtocolName, AnswerMode] = {"real": answer, "tract": "cut", "raft": "none", "decode": "generated"}
     return modes[protocol]
 
 
-def sampling(config: EvalConfig, rollout: RolloutConfig, seed: int) -> Sampling:
+def sampling(config: EvalConfig, rollout: RolloutConfig, seed: int) -> SamplingParams:
     """How an evaluation samples: `config` has the protocol, n and the temperature, `rollout` the rest."""
     bare = config.protocol == "raft"  # one token is sampled and thrown away; a second one would give the same score
-    return Sampling(
+    return SamplingParams(
         n=1 if bare else config.n,
         max_tokens=1 if bare else rollout.max_tokens,
         temperature=config.temperature,
@@ -76,7 +76,7 @@ def probabilities(rollout: Rollout) -> NDArray[np.float64] | None:
     return p if np.isfinite(p).all() else None
 
 
-def read(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName, renormalize: bool) -> Reading:
+def read(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName, renormalize: bool) -> Prediction:
     """Read the prediction from the rollouts of one prompt.
 
     Args:
@@ -92,11 +92,11 @@ def read(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName,
     off_scale = max(0.0, 1.0 - float(np.mean([p.sum() for p in found]))) if found else None
     if protocol == "decode":
         share = [written.count(value) / len(written) for value in scale.values] if written else None
-        return Reading(decoded, _named(scale, share), off_scale, decoded)
+        return Prediction(decoded, _named(scale, share), off_scale, decoded)
     if not found:
-        return Reading(None, None, None, decoded)
+        return Prediction(None, None, None, decoded)
     p = np.mean([p / p.sum() for p in found] if renormalize else found, axis=0)
-    return Reading(float(p @ np.asarray(scale.values)), _named(scale, p.tolist()), off_scale, decoded)
+    return Prediction(float(p @ np.asarray(scale.values)), _named(scale, p.tolist()), off_scale, decoded)
 
 
 def _named(scale: ScoreScale, p: Sequence[float] | None) -> dict[str, float] | None:

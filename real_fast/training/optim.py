@@ -8,6 +8,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from real_fast.config import OptimConfig
+from real_fast.distributed.world import OneProcess, World
+
+ALONE = OneProcess()
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -35,20 +38,23 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
     return scheduler
 
 
-def clip_and_step(model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> tuple[float, bool]:
+def clip_and_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float, world: World = ALONE
+) -> tuple[float, bool]:
     """Clip, step and clear the gradient; leave weights and moments alone where the gradient is not finite.
 
     Args:
         model: Holds the gradients.
         optimizer: Its optimiser.
         max_grad_norm: Largest norm; 0 for no clipping.
+        world: All its processes take the step, or none does.
 
     Returns:
         The gradient's norm before clipping, and whether a step was taken.
     """
     trained = [p for p in model.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))
-    finite = bool(torch.isfinite(norm))
+    finite = world.all(bool(torch.isfinite(norm)))
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

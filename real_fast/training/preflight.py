@@ -6,28 +6,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from real_fast.batching.micro_batches import REMEDY
-from real_fast.config import Config
+from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError
+from real_fast.methods.base import Method
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 
 
-def longest_sequence(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> int:
+def check_rows_fit(rows: Sequence[JudgeRow], method: Method, config: Config, tokenizer: Any, scale: ScoreScale) -> int:
+    """Check a run's rows, for the method and for the warm-up, and return the tokens of the longest sequence.
+
+    Raises:
+        BatchError: A group may not fit into ``train.micro_batch_tokens``.
+    """
+    train, supervised = config.train, config.supervised
+    given = supervised.feedback == "given"
+    if method.uses_rollouts:
+        check_rollouts_fit(rows, scale, config.rollout, train)
+        longest = longest_with_rollout(rows, scale, config.rollout)
+    else:
+        advice = "lower supervised.feedbacks_per_prompt"
+        longest = check_supervised_fits(rows, given, supervised.feedbacks_per_prompt, train, tokenizer, scale, advice)
+    # Methods on given feedback have been checked with as much of it or more.
+    if config.warmup.steps and (method.uses_rollouts or not given):
+        with_feedback = [row for row in rows if row.feedbacks]
+        advice = "shorten the feedback, or set warmup.steps to 0"
+        longest = max(longest, check_supervised_fits(with_feedback, True, 1, train, tokenizer, scale, advice))
+    return longest
+
+
+def longest_with_rollout(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig) -> int:
     """Tokens of the longest prompt with the longest possible rollout behind it."""
-    return max(len(row.prompt_ids) for row in rows) + config.rollout.max_tokens + len(scale.phrase_ids)
+    return max(len(row.prompt_ids) for row in rows) + rollout.max_tokens + len(scale.phrase_ids)
 
 
-def require_room(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) -> None:
-    """Refuse, before the work starts, settings under which a group may not fit into a micro-batch.
+def check_rollouts_fit(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig, train: TrainConfig) -> None:
+    """Refuse settings under which a group of rollouts may not fit into a micro-batch.
 
     Raises:
         BatchError: The longest prompt with its K longest possible rollouts exceeds ``train.micro_batch_tokens``.
     """
-    whole = longest_sequence(rows, scale, config)
-    response = config.rollout.max_tokens + len(scale.phrase_ids)
-    prompt = whole - response
-    k, budget = config.rollout.group_size, config.train.micro_batch_tokens
-    need = prompt + k * response if config.train.shared_prompt else k * (prompt + response)
+    response = rollout.max_tokens + len(scale.phrase_ids)
+    prompt = longest_with_rollout(rows, scale, rollout) - response
+    k, budget = rollout.group_size, train.micro_batch_tokens
+    need = prompt + k * response if train.shared_prompt else k * (prompt + response)
     if need > budget:
         raise BatchError(
             f"train.micro_batch_tokens is {budget}, and a group of {k} rollouts of the longest prompt ({prompt} "
@@ -35,17 +57,25 @@ def require_room(rows: Sequence[JudgeRow], scale: ScoreScale, config: Config) ->
         )
 
 
-def require_given_room(
-    rows: Sequence[JudgeRow], config: Config, tokenizer: Any, scale: ScoreScale, warmup: bool = False
+def check_supervised_fits(
+    rows: Sequence[JudgeRow],
+    given: bool,
+    most: int,
+    train: TrainConfig,
+    tokenizer: Any,
+    scale: ScoreScale,
+    advice: str,
 ) -> int:
-    """Refuse, before the work starts, settings under which a row's answers may not fit into a micro-batch.
+    """Refuse settings under which a row's own answers may not fit into a micro-batch.
 
     Args:
         rows: Training rows.
-        config: The run's settings.
+        given: Whether answers hold the row's feedback, or the phrase alone.
+        most: Answers of one row in one update.
+        train: micro_batch_tokens and shared_prompt.
         tokenizer: The model's tokenizer.
         scale: The score scale.
-        warmup: Whether it is for the warm-up, which takes one feedback at a time, any of those that there are.
+        advice: What else than more micro_batch_tokens would help.
 
     Returns:
         Tokens of the longest prompt and answer together.
@@ -53,26 +83,21 @@ def require_given_room(
     Raises:
         BatchError: The message names the row.
     """
-    most, budget = 1 if warmup else config.supervised.feedbacks_per_prompt, config.train.micro_batch_tokens
-    advice = "shorten the feedback, or set warmup.steps to 0" if warmup else "lower supervised.feedbacks_per_prompt"
-    given = warmup or config.supervised.feedback != "none"
     longest = 0
     for row in rows:
-        if warmup and not row.feedbacks:
-            continue
-        lengths = sorted(_lengths(row.feedbacks if given else [], tokenizer, scale))[-most:]
+        lengths = sorted(_answer_lengths(row.feedbacks if given else [], tokenizer, scale))[-most:]
         prompt = len(row.prompt_ids)
         longest = max(longest, prompt + lengths[-1])
-        need = prompt + sum(lengths) if config.train.shared_prompt else len(lengths) * (prompt + lengths[-1])
-        if need > budget:
+        need = prompt + sum(lengths) if train.shared_prompt else len(lengths) * (prompt + lengths[-1])
+        if need > train.micro_batch_tokens:
             raise BatchError(
-                f"train.micro_batch_tokens is {budget}, and row {row.id!r} needs {need} ({prompt} of the prompt, "
-                f"{len(lengths)} answers of up to {lengths[-1]}): raise it, or {advice}"
+                f"train.micro_batch_tokens is {train.micro_batch_tokens}, and row {row.id!r} needs {need} ({prompt} of "
+                f"the prompt, {len(lengths)} answers of up to {lengths[-1]}): raise it, or {advice}"
             )
     return longest
 
 
-def _lengths(feedbacks: Sequence[str], tokenizer: Any, scale: ScoreScale) -> list[int]:
+def _answer_lengths(feedbacks: Sequence[str], tokenizer: Any, scale: ScoreScale) -> list[int]:
     """Tokens of each answer, the phrase included; of the phrase alone where there is no feedback."""
     if not feedbacks:
         return [len(scale.phrase_ids)]

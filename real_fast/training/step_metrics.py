@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from real_fast.evaluation.metrics import correlations
-from real_fast.methods.objective import LossOutput
+from real_fast.methods.base import LossOutput
 from real_fast.rollout.agreement import EngineGap, compare
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
@@ -29,6 +29,7 @@ class StepMetrics:
         self.rollouts = [r for g in groups for r in g.rollouts]
         self.batches: list[tuple[Batch, LossOutput]] = []
         self.further: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.engine_gap: EngineGap | None = None
 
     @property
     def sampled_tokens(self) -> int:
@@ -45,15 +46,21 @@ class StepMetrics:
         """Whether every micro-batch's loss is a number."""
         return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
 
-    def add(self, batch: Batch, out: LossOutput) -> None:
-        """Keep a micro-batch's small tensors; nothing is copied to the host yet."""
-        out.loss = out.loss.detach()
-        self.batches.append((batch, out))
+    def add(self, batch: Batch, out: LossOutput, iteration: int) -> LossOutput:
+        """Keep a micro-batch's small tensors; nothing is copied to the host yet.
 
-    def add_further(self, out: LossOutput) -> None:
-        """Keep what is reported of an iteration after the first: probability ratios, and where the clip was active."""
+        Of iterations after the first, probability ratios and where the clip was active are kept.
+
+        Returns:
+            What the first iteration returned for this micro-batch.
+        """
+        if iteration == 0:
+            out.loss = out.loss.detach()
+            self.batches.append((batch, out))
+            return out
         assert out.ratio is not None and out.clipped is not None
         self.further.append((out.ratio, out.clipped))
+        return next(first for own, first in self.batches if own is batch)
 
     def gather(self, name: str) -> torch.Tensor:
         """A field of every output, of the rollouts (or rows) in micro-batch order, on the CPU."""
@@ -63,7 +70,7 @@ class StepMetrics:
         """The same for a field of the batches."""
         return torch.cat([getattr(batch, name) for batch, _ in self.batches]).cpu()
 
-    def engine_gap(self) -> EngineGap:
+    def compare_engine(self) -> EngineGap:
         """Engine against trainer on the rollouts of this update, over the rows that went through the head."""
         seen: Counter[int] = Counter()
         rollouts = []
@@ -71,13 +78,14 @@ class StepMetrics:
             rollouts.append(self.groups[g].rollouts[seen[g]])
             seen[g] += 1
         lengths = [len(r.sampled_ids) for r in rollouts]
-        return compare(
+        self.engine_gap = compare(
             rollouts,
             self.gather("logprobs").split(lengths),
             [s if r.has_score else None for r, s in zip(rollouts, self.gather("score_logprobs"), strict=True)],
             self.scale,
             self.gather("computed").bool().split(lengths),
         )
+        return self.engine_gap
 
     def part(self, name: str) -> float:
         """One part of the update's loss."""
@@ -124,7 +132,7 @@ class StepMetrics:
 
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
-        valid = self.of_batches("valid")
+        valid = self.of_batches("rollout_valid")
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
         distribution = self.gather("score_logprobs")[valid].exp()
@@ -164,6 +172,7 @@ class StepMetrics:
             "body/tokens": tokens,
             "body/padding": padding / tokens,
             "body/prompt_tokens_saved": self.num_tokens - (tokens - padding),
+            **(self.engine_gap.metrics() if self.engine_gap else {}),
         }
 
 

@@ -15,3 +15,8 @@ def random_stream(seed: int, *places: int) -> Random:
 def call_seed(seed: int, at: int) -> int:
     """31-bit seed of the call whose first row is `at`: an engine numbers the prompts of each call from 0."""
     return int(np.random.SeedSequence([seed % 2**32, at]).generate_state(1)[0]) >> 1
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Seed of the rollouts of an update: a function of the run's seed and the step, so that a resume repeats them."""
+    return seed * 1_000_003 + step

@@ -18,7 +18,7 @@ from real_fast.comparison.bootstrap import drawn_seeds
 from real_fast.comparison.compare import AVERAGE, compare
 from real_fast.comparison.find import Evaluation, find_evaluations, pool_seeds
 from real_fast.comparison.plot import comparison_plot
-from real_fast.comparison.table import Line
+from real_fast.comparison.table import ResultRow
 from real_fast.errors import NoEvaluationError
 from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, summarize
 from real_fast.utils.jsonio import write_json, write_jsonl
@@ -43,7 +43,7 @@ def evaluation(method: str, rows: list[dict[str, Any]], benchmark: str = "b.json
     return Evaluation(method, benchmark, "real", 1, rows, Path(method) / "predictions.jsonl", Path(method))
 
 
-def by(lines: list[Line], method: str, benchmark: str = "b.jsonl") -> Line:
+def by(lines: list[ResultRow], method: str, benchmark: str = "b.jsonl") -> ResultRow:
     [line] = [line for line in lines if (line.method, line.benchmark) == (method, benchmark)]
     return line
 

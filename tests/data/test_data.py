@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from real_fast.config import Config, PromptConfig
-from real_fast.data.dataset import Rejected, load_rows, load_train_eval, reason_counts, require_rows, write_rejected
+from real_fast.data.dataset import (
+    Rejected,
+    check_enough_rows,
+    load_rows,
+    load_train_eval,
+    reason_counts,
+    write_rejected,
+)
 from real_fast.data.rows import cut_score, number, parse_texts
 from real_fast.data.splits import limit_by_prompt, split_by_prompt
 from real_fast.errors import DataError
@@ -297,12 +304,12 @@ def test_a_template_that_fails_on_a_record_rejects_it(
 def test_too_few_rows_is_an_error_that_counts_the_reasons(loader: Loader) -> None:
     path = loader.write(GOOD, GOOD | {"score": 9}, GOOD | {"score": 7, "id": "x"}, b"oops\n")
     rows = loader.source(path)
-    require_rows(rows, 1, str(path), loader.rejected)
+    check_enough_rows(rows, 1, str(path), loader.rejected)
     assert reason_counts(loader.rejected) == {"label is off the scale": 2, "not JSON": 1}
     with pytest.raises(DataError, match=r"1 usable rows, and at least 2 .* 2 rejected: label is off .*jsonl:2: 9 is"):
-        require_rows(rows, 2, str(path), loader.rejected)
+        check_enough_rows(rows, 2, str(path), loader.rejected)
     with pytest.raises(DataError, match=r"0 usable rows.*none was rejected"):
-        require_rows([], 1, "empty.jsonl", loader.rejected)
+        check_enough_rows([], 1, "empty.jsonl", loader.rejected)
 
 
 # Sources

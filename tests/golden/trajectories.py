@@ -215,6 +215,8 @@ def differences(want: dict[str, Any], got: dict[str, Any], relative: float = 1e-
                 found.append(f"{where}: {len(a)} entries, now {len(b)}")
             for place, pair in enumerate(zip(a, b, strict=False)):
                 compare(f"{where}[{place}]", *pair, a[0] if ".norm_and_wave." in where else 0.0)
+        elif exact and ".norm_and_wave." in where:
+            pass  # the hash says more
         elif isinstance(a, float) and isinstance(b, float) and not exact:
             if not math.isclose(a, b, rel_tol=relative, abs_tol=relative * scale):
                 found.append(f"{where}: {a!r}, now {b!r}")

@@ -27,7 +27,7 @@ from real_fast.data.rows import parse_row
 from real_fast.errors import ConfigError
 from real_fast.evaluation.run import evaluate
 from real_fast.judging.lines import grade_lines
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 
 Tiny = Callable[..., Any]
 ROW = {"instruction": "Name a fruit.", "response": "An apple.", "rubric": "Is it a fruit?", "reference_answer": "Plum."}
@@ -64,11 +64,11 @@ class FakeEngine:
 
     def __init__(self, rollouts: list[Rollout], fails_at: int = -1, seconds: float = 0.0) -> None:
         self.rollouts, self.fails_at, self.seconds = rollouts, fails_at, seconds
-        self.calls: list[tuple[list[list[int]], Sampling]] = []
+        self.calls: list[tuple[list[list[int]], SamplingParams]] = []
         self.inside = self.most_inside = 0
         self.closed = False
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         self.calls.append(([list(p) for p in prompts], sampling))
         self.inside += 1
         self.most_inside = max(self.most_inside, self.inside)
@@ -246,7 +246,7 @@ def test_a_failed_call_keeps_nothing_while_the_others_are_sampled(with_engine: A
     alive: weakref.WeakSet[Cache] = weakref.WeakSet()
 
     class Greedy(FakeEngine):
-        def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+        def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
             assert not alive
             cache = Cache()
             alive.add(cache)

@@ -10,8 +10,8 @@ import torch
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
 from real_fast.methods import tract
-from real_fast.methods.objective import Totals, binary_objective, draw_scores, outcome_reward, real_objective
-from real_fast.methods.supervised import RAFT, SFT, Terms, given_feedback, pick_feedback, supervised_objective
+from real_fast.methods.objective import UpdateCounts, binary_objective, draw_scores, outcome_reward, real_objective
+from real_fast.methods.supervised import RAFT, SFT, LossWeights, pick_feedback, supervised_group, supervised_loss
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.train import main
@@ -56,7 +56,7 @@ def assert_same(loss, grads, want, want_grads):
         torch.testing.assert_close(grad, want_grads[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("terms", [SFT, RAFT, Terms(feedback=1.0, squared_error=0.5)])
+@pytest.mark.parametrize("terms", [SFT, RAFT, LossWeights(feedback=1.0, squared_error=0.5)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("most", [0, 1, 3])
 def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared, most):
@@ -64,7 +64,7 @@ def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared,
     policy = Policy(tiny_llama().double(), attention="sdpa" if shared else None)
     rows = judged_rows()
     groups = [
-        given_feedback(row, list(range(len(row.feedbacks)))[:most], n, Words(), SCALE) for n, row in enumerate(rows)
+        supervised_group(row, list(range(len(row.feedbacks)))[:most], n, Words(), SCALE) for n, row in enumerate(rows)
     ]
     cross, score, squared, tokens, answers = 0.0, 0.0, 0.0, 0, 0
     for row in rows:
@@ -82,16 +82,16 @@ def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared,
             score -= (1 - share) * found[low] + share * found[low + 1]
             squared += ((found.exp() * torch.tensor(SCALE.values)).sum() - label) ** 2
             answers += 1
-    tokens = max(tokens, 1)  # as Totals counts them
+    tokens = max(tokens, 1)  # as UpdateCounts counts them
     count = tokens * bool(terms.feedback) + answers * bool(terms.score)
     want = terms.squared_error * squared / answers
     if count:
         want = want + (terms.feedback * cross + terms.score * score) / count
     want_grads = gradients(policy, want)
-    totals, loss, parts = Totals.of(groups), 0.0, 0.0
+    totals, loss, parts = UpdateCounts.of(groups), 0.0, 0.0
     policy.zero_grad()
     for batch in micro_batches(groups, 40, 0, shared):  # several micro-batches
-        out = policy(batch, supervised_objective(terms, SCALE, totals))
+        out = policy(batch, supervised_loss(terms, SCALE, totals))
         out.loss.backward()
         loss, parts = loss + out.loss.detach(), parts + sum(out.parts.values())
     grads = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -127,7 +127,7 @@ def test_binary_loss_against_full_logits(tiny_llama, changes):
     policy.zero_grad()
     loss = 0.0
     for batch in micro_batches(groups, 60, 0, shared_prompt=True):
-        out = policy(batch, binary_objective(config, SCALE, 1.0, Totals.of(groups), every_row=False))
+        out = policy(batch, binary_objective(config, SCALE, 1.0, UpdateCounts.of(groups), every_row=False))
         out.loss.backward()
         loss += out.loss.detach()
     assert_same(loss, {name: p.grad for name, p in policy.named_parameters()}, want.detach(), want_grads)
@@ -171,7 +171,7 @@ def test_exploration_and_refinement_add_up(tiny_llama):
     found = []
     for changes in ({}, {"beta": 0.0}, {"exploration": False}):
         (batch,) = micro_batches(groups, LONG, 0, shared_prompt=True)
-        out = policy(batch, real_objective(ObjectiveConfig(**changes), SCALE, 1.0, Totals.of(groups), False))
+        out = policy(batch, real_objective(ObjectiveConfig(**changes), SCALE, 1.0, UpdateCounts.of(groups), False))
         found.append((out, gradients(policy, out.loss)))
     (whole, g), (explored, g_explored), (refined, g_refined) = found
     torch.testing.assert_close(whole.loss, explored.loss + refined.loss)
@@ -302,5 +302,5 @@ def test_scale_of_the_row_is_the_scale_of_the_loss():
     """Labels between scores and at both ends, as noisy raters give them."""
     scale = ScoreScale((1.0, 3.0, 5.0), ("1", "3", "5"), (50, 51, 52), "score: ", (60, 61), 1)
     row = JudgeRow("a", "a", "", "", "", "", 10 / 3, ["x"], [10 / 3], [9, 8, 7])
-    group = given_feedback(row, [0], 0, Words(), scale)
+    group = supervised_group(row, [0], 0, Words(), scale)
     assert group.labels == [10 / 3]

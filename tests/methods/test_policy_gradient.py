@@ -11,7 +11,7 @@ import torch
 
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
-from real_fast.methods.objective import Totals, binary_objective, real_objective
+from real_fast.methods.objective import UpdateCounts, binary_objective, real_objective
 from real_fast.methods.proximal import clipped_surrogate, k3, proximal_objective, with_kl
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import Reference
@@ -170,7 +170,7 @@ def test_later_iteration_against_full_logits(tiny_llama, method, changes):
     policy, groups = Policy(tiny_llama().double(), attention="sdpa"), judged_groups()
     config = ObjectiveConfig(kl_coef=0.3, num_iterations=2, epsilon=0.03, **changes)
     first_policy, reference_policy = moved(policy, 0.02, 1), moved(policy, 0.03, 2)
-    totals, held = Totals.of(groups), references(reference_policy, groups)
+    totals, held = UpdateCounts.of(groups), references(reference_policy, groups)
 
     def make(first):
         return lambda i: proximal_objective(
@@ -202,7 +202,7 @@ def test_later_iteration_against_full_logits(tiny_llama, method, changes):
 def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, changes, every_row):
     policy, groups = Policy(tiny_llama().double(), attention="sdpa"), judged_groups()
     groups[0].rollouts[0].score_logprobs = [-0.1, -4.0, -5.0]
-    config, totals = ObjectiveConfig(num_iterations=2, **changes), Totals.of(groups)
+    config, totals = ObjectiveConfig(num_iterations=2, **changes), UpdateCounts.of(groups)
     fused = (real_objective if method == "real" else binary_objective)(config, SCALE, TEMPERATURE, totals, every_row)
     ours = proximal_objective(method, config, SCALE, TEMPERATURE, totals, every_row)
     want, want_grads, fused_out = run(policy, groups, lambda i: fused)
@@ -213,7 +213,7 @@ def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, c
     batches = micro_batches(groups, 60, 0, True)
     for a, b, batch in zip(out, fused_out, batches, strict=True):
         for name in ("rewards", "advantages", "expected_score", "score_logprobs"):
-            torch.testing.assert_close(getattr(a, name)[batch.valid], getattr(b, name)[batch.valid])
+            torch.testing.assert_close(getattr(a, name)[batch.rollout_valid], getattr(b, name)[batch.rollout_valid])
         assert torch.equal(a.computed, b.computed)
         torch.testing.assert_close(a.logprobs, b.logprobs, equal_nan=True)
         assert a.parts.keys() == b.parts.keys()
@@ -230,7 +230,7 @@ def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, c
 def test_the_kl_pulls_towards_the_reference(tiny_llama):
     """Of all that is sampled, for REAL's two halves too: refinement alone has no rows of its own."""
     policy, groups = Policy(tiny_llama().double(), attention="sdpa"), judged_groups()
-    held, totals = references(moved(policy, 0.05, 1), groups), Totals.of(groups)
+    held, totals = references(moved(policy, 0.05, 1), groups), UpdateCounts.of(groups)
     config = ObjectiveConfig(kl_coef=1e3, exploration=False)
     optimizer, found = torch.optim.SGD(policy.parameters(), lr=1e-5), []
     for _ in range(8):
@@ -249,7 +249,7 @@ def test_measuring_the_kl_changes_nothing_to_the_last_bit(tiny_llama, method, ex
     for group in groups[:2]:  # all advantages 0: rows that the loss leaves out
         for r in group.rollouts:
             r.outcome = None if r.outcome is None else 3
-    config, totals = ObjectiveConfig(exploration=exploration), Totals.of(groups)
+    config, totals = ObjectiveConfig(exploration=exploration), UpdateCounts.of(groups)
     fused = (real_objective if method == "real" else binary_objective)(config, SCALE, TEMPERATURE, totals, False)
     other = moved(policy, 0.02, 1)
     held = references(other, groups)

@@ -15,7 +15,7 @@ from real_fast import train
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.errors import CheckpointError
 from real_fast.model.policy import Policy
-from real_fast.model.ref_policy import Reference
+from real_fast.model.ref_policy import RefPolicy
 from real_fast.train import Trainer, main
 from real_kernels import linear_logprob
 from tests.helpers import flags, make_groups, metric_lines, same_weights
@@ -36,7 +36,7 @@ def steps(output, method="real"):
 def test_the_copy_computes_what_the_policy_computes(tiny_llama, tied, half):
     """To the last bit, in 16 bits too, with weights that 16 bits cannot hold."""
     policy = Policy(tiny_llama(tied=tied), half, "sdpa").train()
-    reference = Reference(policy, 0.7, resident=True)
+    reference = RefPolicy(policy, 0.7, resident=True)
 
     def of_targets(hidden, weight, batch):
         return linear_logprob(hidden[batch.rows], weight, batch.targets, temperature=0.7)
@@ -60,15 +60,15 @@ def test_the_copy_computes_what_the_policy_computes(tiny_llama, tied, half):
 
 def test_saved_and_loaded_again(tiny_llama, tmp_path):
     policy = Policy(tiny_llama(tied=True), torch.bfloat16, "sdpa")
-    reference = Reference(policy, 1.0, resident=False)
+    reference = RefPolicy(policy, 1.0, resident=False)
     reference.save(tmp_path)
     (want,) = reference.logprobs(batches())
-    other = Reference(Policy(tiny_llama(tied=True, seed=5), torch.bfloat16, "sdpa"), 1.0, resident=False)
+    other = RefPolicy(Policy(tiny_llama(tied=True, seed=5), torch.bfloat16, "sdpa"), 1.0, resident=False)
     assert not torch.equal(other.logprobs(batches())[0], want)
     other.load(tmp_path)
     assert torch.equal(other.logprobs(batches())[0], want)
     with pytest.raises(CheckpointError, match="another model"):
-        Reference(Policy(tiny_llama(hidden_size=64)), 1.0, resident=False).load(tmp_path)
+        RefPolicy(Policy(tiny_llama(hidden_size=64)), 1.0, resident=False).load(tmp_path)
     with pytest.raises(CheckpointError, match=r"objective\.kl_every 0"):
         reference.load(tmp_path / "nowhere")
 
@@ -147,13 +147,13 @@ def test_a_resume_without_a_reference_says_so(tiny_judge, whole, tmp_path, capsy
 
 @pytest.mark.parametrize(("every", "measured"), [("2", [2, 4, 5]), ("20", [5]), ("0", [])])
 def test_measured_now_and_then_and_the_same_weights(tiny_judge, tmp_path, every, measured, monkeypatch):
-    made, original = [], Reference.__init__
+    made, original = [], RefPolicy.__init__
 
     def counted(self, policy, temperature, resident):
         made.append(resident)
         original(self, policy, temperature, resident)
 
-    monkeypatch.setattr(Reference, "__init__", counted)
+    monkeypatch.setattr(RefPolicy, "__init__", counted)
     output, never = tmp_path / "run", tmp_path / "never"
     assert main(flags(tiny_judge, output, "--objective.kl_every", every)) == 0
     assert [m["step"] for m in steps(output) if "kl" in m] == measured

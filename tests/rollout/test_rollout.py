@@ -15,7 +15,7 @@ import torch
 
 from real_fast.config import Config, EvalConfig, RolloutConfig
 from real_fast.errors import ConfigError, EngineMismatchError, ModelError
-from real_fast.methods.supervised import given_feedback
+from real_fast.methods.supervised import supervised_group
 from real_fast.rollout import select
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
 from real_fast.rollout.assemble import eos_ids
@@ -24,7 +24,7 @@ from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.protocol import sampling
 from real_fast.score.scale import ScoreScale
-from real_fast.types import JudgeRow, Rollout, Sampling
+from real_fast.types import JudgeRow, Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
 
 PHRASE = "So the overall score is "
@@ -96,7 +96,7 @@ def test_phrase_written_by_the_model(smollm2_tokenizer: Any, scale: ScoreScale, 
         assert parsed.context_ids == ids[:-1]
         # With forced answers the tail stands there whatever was sampled, so it is no action.
         assert parsed.n_forced == (len(scale.tail_ids) if answer == "forced" else 0)
-        assert parsed.keep == len(ids) - 1 - parsed.n_forced
+        assert parsed.num_actions == len(ids) - 1 - parsed.n_forced
         assert (parsed.finish, parsed.has_score, parsed.written_score) == ("phrase", True, 4.0)
         assert parsed.score_position == len(ids) - 1
 
@@ -105,7 +105,7 @@ def test_phrase_in_the_middle_cuts_what_follows(smollm2_tokenizer: Any, finder: 
     head = smollm2_tokenizer.encode(f"Fine. {PHRASE}4")
     parsed = parse_sample(head + smollm2_tokenizer.encode(" and more"), EOS, finder, "forced")
     assert parsed.context_ids == head[:-1]
-    assert parsed.score_position == len(head) - 1 and parsed.keep <= len(head) - 1
+    assert parsed.score_position == len(head) - 1 and parsed.num_actions <= len(head) - 1
 
 
 @pytest.mark.parametrize(("ending", "finish"), [([2], "eos"), ([], "length")])
@@ -157,7 +157,7 @@ def test_actions_do_not_depend_on_what_is_sampled_behind_the_phrase(
     """Counting the tail as an action only where it was sampled right would bias the policy gradient."""
     head = smollm2_tokenizer.encode(f"Fine. {PHRASE.rstrip()}")
     parsed = parse_sample(head + smollm2_tokenizer.encode(tail), EOS, finder, "forced")
-    assert parsed.keep == len(head) and parsed.finish == "phrase"
+    assert parsed.num_actions == len(head) and parsed.finish == "phrase"
     assert parsed.context_ids == head + list(finder.scale.tail_ids) and parsed.n_forced == len(finder.scale.tail_ids)
 
 
@@ -222,7 +222,7 @@ def test_greedy_tokens_are_those_of_generate(smollm2: Path, smollm2_tokenizer: A
     short = smollm2_tokenizer.encode("The capital of France is")
     longer = smollm2_tokenizer.encode("Here are the days of the week: Monday, Tuesday,")  # the other row gets padding
     engine = TransformersEngine(model, smollm2_tokenizer, scale)
-    groups = engine.generate([short, longer], Sampling(n=1, max_tokens=8, temperature=0))
+    groups = engine.generate([short, longer], SamplingParams(n=1, max_tokens=8, temperature=0))
     for prompt, (rollout,) in zip((short, longer), groups, strict=True):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
         assert rollout.sampled_ids == expected
@@ -240,7 +240,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(
     max_num_seqs: int,
 ) -> None:
     engine = TransformersEngine(tiny, smollm2_tokenizer, scale, max_num_seqs=max_num_seqs)
-    groups = engine.generate(prompts, Sampling(n=3, max_tokens=7, temperature=temperature, seed=1))
+    groups = engine.generate(prompts, SamplingParams(n=3, max_tokens=7, temperature=temperature, seed=1))
     assert [len(group) for group in groups] == [3] * len(prompts)
     found = gap(tiny, prompts, groups, scale, temperature)
     assert found.tokens == 7 * 12 and found.scores == 12
@@ -254,7 +254,9 @@ def test_sequences_that_end_early_leave_the_batch(tiny_llama: Tiny, smollm2_toke
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda _m, _a, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
     prompts = [smollm2_tokenizer.encode(text) for text in ("Grade it.", "One two three four five six", "Yes")]
-    groups = TransformersEngine(model, smollm2_tokenizer, scale).generate(prompts, Sampling(n=8, max_tokens=20, seed=2))
+    groups = TransformersEngine(model, smollm2_tokenizer, scale).generate(
+        prompts, SamplingParams(n=8, max_tokens=20, seed=2)
+    )
     assert sizes[0] == 3 and sizes[1] == 24 and sizes[-1] < 12  # prompts once; then fewer and fewer
     rollouts = [rollout for group in groups for rollout in group]
     assert len({len(rollout.sampled_ids) for rollout in rollouts}) > 4
@@ -270,7 +272,7 @@ def test_a_score_the_model_reached_itself(tiny_llama: Tiny, smollm2_tokenizer: A
     model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, f"Fine. {PHRASE}4")
     for answer in ("forced", "generated"):
         engine = TransformersEngine(model, smollm2_tokenizer, scale)
-        [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0, answer=answer))
+        [[rollout]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=30, temperature=0, answer=answer))
         assert rollout.context_ids == ids[:-1] and rollout.written_score == 4.0
         assert rollout.n_forced == (len(scale.tail_ids) if answer == "forced" else 0)
         assert rollout.finish == "phrase" and rollout.text == f"Fine. {PHRASE}"
@@ -282,18 +284,20 @@ def test_generation_stops_at_the_score(tiny_llama: Tiny, smollm2_tokenizer: Any,
     model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, f"Fine. {PHRASE}4 and more words that nobody reads")
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    TransformersEngine(model, smollm2_tokenizer, scale).generate([prompt], Sampling(n=2, max_tokens=40, temperature=0))
+    TransformersEngine(model, smollm2_tokenizer, scale).generate(
+        [prompt], SamplingParams(n=2, max_tokens=40, temperature=0)
+    )
     assert len(calls) == ids.index(scale.score_ids[3]) + 1
 
 
 def test_a_wrong_tail_is_put_right(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
     model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, "Fine. So the overall score is: good")
     engine = TransformersEngine(model, smollm2_tokenizer, scale)
-    [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0))
+    [[rollout]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=30, temperature=0))
     assert rollout.text == f"Fine. {PHRASE}" and rollout.n_forced == len(scale.tail_ids)
     assert rollout.context_ids[: -rollout.n_forced] == ids[: len(ids) - 2]
     assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
-    [[open_]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0, answer="generated"))
+    [[open_]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=30, temperature=0, answer="generated"))
     assert open_.score_logprobs is None and not open_.has_score and open_.written_score is None
     assert open_.context_ids == ids and open_.sampled_ids == [*ids, 2]
 
@@ -304,7 +308,7 @@ def test_the_score_behind_a_cut_feedback(
 ) -> None:
     model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, text)
     engine = TransformersEngine(model, smollm2_tokenizer, scale)
-    [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0, answer="cut"))
+    [[rollout]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=30, temperature=0, answer="cut"))
     feedback = smollm2_tokenizer.encode("Fine.")
     assert rollout.sampled_ids == feedback == ids[: len(feedback)]
     assert rollout.context_ids == [*feedback, *scale.phrase_ids] and rollout.n_forced == len(scale.phrase_ids)
@@ -323,7 +327,9 @@ def test_the_score_without_feedback(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
         and rollout.text == smollm2_tokenizer.decode(scale.phrase_ids)
     )
     row = JudgeRow("r", "p", "i", "r", "", "", 3.0, [], [], prompt)
-    trained = given_feedback(row, [], 0, smollm2_tokenizer, scale).rollouts[0]  # by raft with supervised.feedback none
+    trained = supervised_group(row, [], 0, smollm2_tokenizer, scale).rollouts[
+        0
+    ]  # by raft with supervised.feedback none
     assert (trained.context_ids, trained.n_forced) == (rollout.context_ids, rollout.n_forced)
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *scale.phrase_ids]])).logits[0, -1]
@@ -336,7 +342,7 @@ def test_a_phrase_seen_late_still_gets_the_right_score(
     model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, f"Fine. {PHRASE}4 and more")
     engine = TransformersEngine(model, smollm2_tokenizer, scale)
     monkeypatch.setattr(engine, "_answered", lambda *_: False)
-    [[rollout]] = engine.generate([prompt], Sampling(n=1, max_tokens=30, temperature=0))
+    [[rollout]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=30, temperature=0))
     assert rollout.context_ids == ids[: ids.index(scale.score_ids[3])]
     assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
 
@@ -345,7 +351,7 @@ def test_generated_without_a_score_has_none(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]
 ) -> None:
     engine = TransformersEngine(tiny, smollm2_tokenizer, scale)
-    for rollout in engine.generate(prompts[:1], Sampling(n=4, max_tokens=5, answer="generated"))[0]:
+    for rollout in engine.generate(prompts[:1], SamplingParams(n=4, max_tokens=5, answer="generated"))[0]:
         assert rollout.score_logprobs is None and not rollout.has_score
         assert rollout.n_forced == 0 and rollout.context_ids == rollout.sampled_ids
 
@@ -353,9 +359,9 @@ def test_generated_without_a_score_has_none(
 def test_samples_follow_from_seed_and_places(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]
 ) -> None:
-    sampling = Sampling(n=4, max_tokens=6, seed=11)
+    sampling = SamplingParams(n=4, max_tokens=6, seed=11)
 
-    def ids(settings: Sampling, chosen: list[list[int]], max_num_seqs: int = 256) -> list[list[list[int]]]:
+    def ids(settings: SamplingParams, chosen: list[list[int]], max_num_seqs: int = 256) -> list[list[list[int]]]:
         engine = TransformersEngine(tiny, smollm2_tokenizer, scale, max_num_seqs=max_num_seqs)
         return [[rollout.sampled_ids for rollout in group] for group in engine.generate(chosen, settings)]
 
@@ -383,7 +389,7 @@ def test_model_is_left_as_it_was(tiny_llama: Tiny, smollm2_tokenizer: Any, scale
     model.gradient_checkpointing_enable()
     modes = [module.training for module in model.modules()]
     engine = TransformersEngine(model, smollm2_tokenizer, scale, dtype=torch.bfloat16)
-    [[rollout]] = engine.generate([[5, 6, 7]], Sampling(n=1, max_tokens=4))
+    [[rollout]] = engine.generate([[5, 6, 7]], SamplingParams(n=1, max_tokens=4))
     assert len(rollout.sampled_ids) == 4
     assert [module.training for module in model.modules()] == modes
     assert model.is_gradient_checkpointing and torch.is_grad_enabled()
@@ -400,7 +406,7 @@ def test_another_dtype_for_the_time_of_a_generation(
     for module in (model.model.embed_tokens, model.model.norm, model.model.layers[1].self_attn.k_proj):
         module.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
     engine = TransformersEngine(model, smollm2_tokenizer, scale, dtype=torch.bfloat16)
-    groups = engine.generate(prompts, Sampling(n=2, max_tokens=4))
+    groups = engine.generate(prompts, SamplingParams(n=2, max_tokens=4))
     assert set(seen) == {torch.bfloat16}
     assert [(weight.data_ptr(), weight.dtype) for weight in model.parameters()] == weights
     found = gap(model, prompts, groups, scale, 1.0)
@@ -418,7 +424,7 @@ def test_quantised_weights_are_left_as_they_are(tiny_llama: Tiny, smollm2_tokeni
         cast = {name: weight.dtype for name, weight in engine._weights.items()}
     assert not {f"model.norm.{name}" for name in packed} & set(cast)
     assert cast["model.norm.weight"] == torch.bfloat16 and len(cast) == len(list(model.parameters())) - 2
-    [[rollout]] = engine.generate([[5, 6, 7]], Sampling(n=1, max_tokens=3))
+    [[rollout]] = engine.generate([[5, 6, 7]], SamplingParams(n=1, max_tokens=3))
     assert len(rollout.sampled_ids) == 3
 
 
@@ -427,7 +433,7 @@ def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreSc
     engine = TransformersEngine(
         tiny_llama(vocab_size=49152, tied=True, initializer_range=0.3), smollm2_tokenizer, scale
     )
-    sampling = Sampling(n=2, max_tokens=5, seed=4)
+    sampling = SamplingParams(n=2, max_tokens=5, seed=4)
     before = engine.generate(prompts[:2], sampling)
     first = {name: tensor.detach().clone() for name, tensor in trainer.named_parameters()}
     assert "lm_head.weight" not in first
@@ -471,12 +477,12 @@ def test_prompts_that_cannot_be_sampled_from(tiny_llama: Tiny, smollm2_tokenizer
     model.register_forward_pre_hook(lambda *_: pytest.fail("work was done before the error"))
     engine = TransformersEngine(model, smollm2_tokenizer, scale)
     with pytest.raises(ValueError, match="prompt 1 has 48 tokens"):
-        engine.generate([[5], [5] * 48], Sampling(n=1, max_tokens=10))
+        engine.generate([[5], [5] * 48], SamplingParams(n=1, max_tokens=10))
     with pytest.raises(ValueError, match="prompt 0 has no tokens"):
-        engine.generate([[]], Sampling(n=1, max_tokens=10))
+        engine.generate([[]], SamplingParams(n=1, max_tokens=10))
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
-        engine.generate([[5]], Sampling(n=1, max_tokens=10))
+        engine.generate([[5]], SamplingParams(n=1, max_tokens=10))
 
 
 def test_logits_that_are_not_finite(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
@@ -484,7 +490,7 @@ def test_logits_that_are_not_finite(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="prompt 0"):
-        TransformersEngine(model, smollm2_tokenizer, scale).generate([[5, 6]], Sampling(n=1, max_tokens=3))
+        TransformersEngine(model, smollm2_tokenizer, scale).generate([[5, 6]], SamplingParams(n=1, max_tokens=3))
 
 
 # Engine against trainer
@@ -494,7 +500,9 @@ def test_logprobs_are_never_taken_a_token_early(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, prompts: list[list[int]]
 ) -> None:
     """The reference slices a token early: its first value is the last prompt token's, and the last one is lost."""
-    groups = TransformersEngine(tiny, smollm2_tokenizer, scale).generate(prompts, Sampling(n=2, max_tokens=6, seed=3))
+    groups = TransformersEngine(tiny, smollm2_tokenizer, scale).generate(
+        prompts, SamplingParams(n=2, max_tokens=6, seed=3)
+    )
     each, rollouts = flat(prompts, groups)
     naive, early, score_rows = [], [], []
     for prompt, rollout in zip(each, rollouts, strict=True):

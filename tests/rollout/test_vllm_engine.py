@@ -21,7 +21,7 @@ from real_fast.rollout.make import make_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine
 from real_fast.score.scale import ScoreScale
-from real_fast.types import Rollout, Sampling
+from real_fast.types import Rollout, SamplingParams
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -79,7 +79,7 @@ def setup(smollm2: Path, smollm2_tokenizer: Any) -> Iterator[Setup]:
     yield Setup(engine, trainer, smollm2_tokenizer, scale, before, after)
     engine.close()
     with pytest.raises(RuntimeError, match="closed"):
-        engine.generate([[1]], Sampling(n=1, max_tokens=1))
+        engine.generate([[1]], SamplingParams(n=1, max_tokens=1))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_process_is_left_as_it_was(setup: Setup) -> None:
 
 def test_generating_uses_up_no_random_numbers_of_ours(setup: Setup, stories: list[list[int]]) -> None:
     before = process_state()
-    setup.engine.generate(stories, Sampling(n=1, max_tokens=2))
+    setup.engine.generate(stories, SamplingParams(n=1, max_tokens=2))
     assert process_state() == before
 
 
@@ -121,14 +121,14 @@ def test_what_other_threads_draw_meanwhile_is_not_drawn_again(
 
     monkeypatch.setattr(llm, "generate", generate)
     for _ in range(2):
-        setup.engine.generate(stories, Sampling(n=1, max_tokens=2))
+        setup.engine.generate(stories, SamplingParams(n=1, max_tokens=2))
     assert all(first != second for first, second in zip(*drawn[:2], strict=True))
 
 
 def test_an_interrupted_generation_leaves_nothing_for_the_next(
     setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampling = Sampling(n=2, max_tokens=6, seed=3)
+    sampling = SamplingParams(n=2, max_tokens=6, seed=3)
     want = setup.engine.generate(stories, sampling)
     core = setup.engine._llm.llm_engine
     step, steps = core.step, []
@@ -149,7 +149,7 @@ def test_an_interrupted_generation_leaves_nothing_for_the_next(
 
 def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setup) -> None:
     prompt = setup.tokenizer.encode("The capital of France is")
-    sampling = Sampling(n=1, max_tokens=6, temperature=0)
+    sampling = SamplingParams(n=1, max_tokens=6, temperature=0)
     [[ours]] = setup.engine.generate([prompt], sampling)
     [[theirs]] = TransformersEngine(setup.trainer, setup.tokenizer, setup.scale).generate([prompt], sampling)
     plain = setup.trainer.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
@@ -158,7 +158,7 @@ def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setu
 
 
 def test_rounding_stays_below_the_bound_and_one_stale_layer_does_not(setup: Setup, stories: list[list[int]]) -> None:
-    groups = setup.engine.generate(stories, Sampling(n=2, max_tokens=24))
+    groups = setup.engine.generate(stories, SamplingParams(n=2, max_tokens=24))
     setup.gap(stories, groups, 1).require(BF16, 0)
     last = setup.trainer.model.layers[-1]
     saved = {name: parameter.detach().clone() for name, parameter in last.named_parameters()}
@@ -185,7 +185,7 @@ def test_scores_from_the_pass_that_sampled_them(
         return passes[-1]
 
     monkeypatch.setattr(setup.engine, "_run", recorded)
-    groups = setup.engine.generate(examples, Sampling(n=8, max_tokens=48, answer="generated", seed=1))
+    groups = setup.engine.generate(examples, SamplingParams(n=8, max_tokens=48, answer="generated", seed=1))
     scored = [[rollout for rollout in group if rollout.has_score] for group in groups]
     assert sum(map(len, scored)) >= 4
     assert [len(outputs) for outputs in passes] == [2, 0]  # no second pass
@@ -202,7 +202,7 @@ def test_scores_from_the_pass_that_sampled_them(
 
 
 def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
-    groups = setup.engine.generate(stories, Sampling(n=3, max_tokens=10, seed=2))
+    groups = setup.engine.generate(stories, SamplingParams(n=3, max_tokens=10, seed=2))
     for rollout in (rollout for group in groups for rollout in group):
         assert rollout.finish == "length" and rollout.context_ids == rollout.sampled_ids + list(setup.scale.phrase_ids)
         assert rollout.score_logprobs is not None and rollout.n_forced == len(setup.scale.phrase_ids)
@@ -212,7 +212,7 @@ def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
 
 
 def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> None:
-    groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=24, answer="cut"))
+    groups = setup.engine.generate(examples, SamplingParams(n=4, max_tokens=24, answer="cut"))
     phrase = list(setup.scale.phrase_ids)
     rollouts = [rollout for group in groups for rollout in group]
     assert all(rollout.context_ids == [*rollout.sampled_ids, *phrase] for rollout in rollouts)
@@ -221,7 +221,7 @@ def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> 
 
 
 def test_scores_without_feedback(setup: Setup, examples: list[list[int]]) -> None:
-    groups = setup.engine.generate(examples, Sampling(n=1, max_tokens=1, answer="none"))
+    groups = setup.engine.generate(examples, SamplingParams(n=1, max_tokens=1, answer="none"))
     assert all(r.sampled_ids == [] and r.context_ids == list(setup.scale.phrase_ids) for [r] in groups)
     assert setup.gap(examples, groups, 1.0).scores == len(examples)
     setup.gap(examples, groups, 1.0).require(BF16, 0)
@@ -229,7 +229,7 @@ def test_scores_without_feedback(setup: Setup, examples: list[list[int]]) -> Non
 
 def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
     prompt = setup.tokenizer.encode("<|im_start|>user\nSay yes.<|im_end|>\n<|im_start|>assistant\n")
-    groups = setup.engine.generate([prompt], Sampling(n=8, max_tokens=40, seed=3))
+    groups = setup.engine.generate([prompt], SamplingParams(n=8, max_tokens=40, seed=3))
     ended = [rollout for rollout in groups[0] if rollout.finish == "eos"]
     assert ended
     for rollout in ended:
@@ -240,7 +240,7 @@ def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
 
 def test_another_temperature(setup: Setup, examples: list[list[int]]) -> None:
     """Sampled tokens at the sampling temperature, scores at 1."""
-    groups = setup.engine.generate(examples, Sampling(n=4, max_tokens=40, temperature=0.5, seed=4))
+    groups = setup.engine.generate(examples, SamplingParams(n=4, max_tokens=40, temperature=0.5, seed=4))
     setup.gap(examples, groups, 0.5).require(BF16, 0)
     with pytest.raises(EngineMismatchError):
         setup.gap(examples, groups, 1.0).require(BF16, 0)
@@ -256,14 +256,14 @@ def test_more_prompt_tokens_than_fit_into_a_step(setup: Setup) -> None:
     """Where vLLM splits a prompt over two steps, seeded sampling on CPU fails."""
     prompts = [([i + 100, 504, 3947, 281, 260, 4081, 282] * 42)[:290] for i in range(15)]
     assert sum(map(len, prompts)) > 4096
-    groups = setup.engine.generate(prompts, Sampling(n=1, max_tokens=1, answer="generated"))
+    groups = setup.engine.generate(prompts, SamplingParams(n=1, max_tokens=1, answer="generated"))
     assert all(len(group[0].sampled_ids) == 1 for group in groups)
 
 
 def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) -> None:
-    sampling = Sampling(n=3, max_tokens=8, seed=5)
+    sampling = SamplingParams(n=3, max_tokens=8, seed=5)
 
-    def ids(s: Sampling) -> list[list[list[int]]]:
+    def ids(s: SamplingParams) -> list[list[list[int]]]:
         return sampled(setup.engine.generate(stories, s))
 
     first = ids(sampling)
@@ -274,7 +274,7 @@ def test_samples_follow_from_the_seed(setup: Setup, stories: list[list[int]]) ->
 
 def test_sync_and_stale_weights(setup: Setup, stories: list[list[int]]) -> None:
     stories = [stories[0], (stories[1] * 40)[:290]]  # two blocks of vLLM's prefix cache, which must not outlive a sync
-    sampling = Sampling(n=2, max_tokens=12, temperature=0)
+    sampling = SamplingParams(n=2, max_tokens=12, temperature=0)
     before = setup.engine.generate(stories, sampling)
     saved = {name: tensor.detach().clone() for name, tensor in setup.trainer.named_parameters()}
     try:
@@ -316,14 +316,14 @@ def test_what_cannot_be_done_is_refused_before_work(
     monkeypatch.setattr(setup.engine, "_run", lambda *_: pytest.fail("work was done before the error"))
     limit = 300 + 64 + len(setup.scale.phrase_ids) + 1
     with pytest.raises(ValueError, match=f"prompt 1 has 301 tokens, and a sequence may have {limit}"):
-        setup.engine.generate([stories[0], [5] * 301], Sampling(n=1, max_tokens=64))
+        setup.engine.generate([stories[0], [5] * 301], SamplingParams(n=1, max_tokens=64))
     with pytest.raises(ValueError, match=r"it is 0\.001"):
-        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, temperature=0.001))
+        setup.engine.generate(stories, SamplingParams(n=1, max_tokens=4, temperature=0.001))
     with pytest.raises(ValueError, match=r"top_p 0\.9"):
-        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, top_p=0.9))
+        setup.engine.generate(stories, SamplingParams(n=1, max_tokens=4, top_p=0.9))
     monkeypatch.setattr(setup.engine, "_processed", False)  # as an engine made for top_p below 1
     with pytest.raises(ValueError, match=r"the temperature is 0\.7"):
-        setup.engine.generate(stories, Sampling(n=1, max_tokens=4, top_p=0.9, temperature=0.7))
+        setup.engine.generate(stories, SamplingParams(n=1, max_tokens=4, top_p=0.9, temperature=0.7))
 
 
 def test_a_folder_without_safetensors(smollm2_tokenizer: Any, setup: Setup, tmp_path: Path) -> None:

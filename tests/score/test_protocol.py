@@ -12,9 +12,9 @@ from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.evaluation.metrics import table
 from real_fast.evaluation.run import evaluate
 from real_fast.score.phrase import PhraseFinder, parse_sample
-from real_fast.score.protocol import ProtocolName, Reading, answer_mode, read
+from real_fast.score.protocol import Prediction, ProtocolName, answer_mode, read
 from real_fast.score.scale import ScoreScale
-from real_fast.types import JudgeRow, Rollout, Sampling
+from real_fast.types import JudgeRow, Rollout, SamplingParams
 
 PHRASE = "So the overall score is "
 EOS = frozenset({2})
@@ -26,7 +26,7 @@ def rollout(p: Sequence[float] | None, written: float | None = None) -> Rollout:
     return Rollout([7], [-1.0], [7], 0, "phrase", logprobs, written, "f")
 
 
-# Reading
+# Prediction
 
 
 def test_the_same_rollouts_by_three_protocols() -> None:
@@ -45,8 +45,8 @@ def test_the_same_rollouts_by_three_protocols() -> None:
 
 def test_nothing_written_is_no_decoded_prediction() -> None:
     assert read([rollout([0.1, 0.9, 0.0])], SCALE, "decode", False).prediction is None
-    assert read([rollout(None, 2.0)], SCALE, "decode", False) == Reading(2.0, {"1": 0, "2": 1, "4.5": 0}, None, 2.0)
-    assert read([rollout(None, 2.0)], SCALE, "real", False) == Reading(None, None, None, 2.0)
+    assert read([rollout(None, 2.0)], SCALE, "decode", False) == Prediction(2.0, {"1": 0, "2": 1, "4.5": 0}, None, 2.0)
+    assert read([rollout(None, 2.0)], SCALE, "real", False) == Prediction(None, None, None, 2.0)
 
 
 def test_only_real_leaves_the_answer_open() -> None:
@@ -68,7 +68,7 @@ class FixedEngine:
         self.answers = answers
         self.answer: str = ""
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Rollout]]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         self.answer = sampling.answer
         return [self.answers[p[0]] for p in prompts]
 
@@ -107,7 +107,7 @@ def cut(ids: list[int], finder: PhraseFinder) -> tuple[list[int], int | None, fl
     parsed = parse_sample(ids, EOS, finder, "cut")
     phrase = list(finder.scale.phrase_ids)
     assert parsed.has_score and parsed.n_forced == len(phrase)
-    assert parsed.context_ids == [*ids[: parsed.keep], *phrase]
+    assert parsed.context_ids == [*ids[: parsed.num_actions], *phrase]
     return parsed.context_ids, parsed.score_position, parsed.written_score, parsed.finish
 
 

@@ -9,8 +9,8 @@ from real_fast.batching.micro_batches import balanced_bins, micro_batches
 from real_fast.batching.pack import pack_batch, pad_batch
 from real_fast.config import ObjectiveConfig
 from real_fast.errors import BatchError
-from real_fast.methods.objective import Totals
-from real_fast.methods.supervised import SFT, given_feedback, supervised_objective
+from real_fast.methods.objective import UpdateCounts
+from real_fast.methods.supervised import SFT, supervised_group, supervised_loss
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.training.step_metrics import StepMetrics
@@ -157,7 +157,7 @@ def test_a_packed_row_spelled_out():
         assert batch.targets[mine].tolist() == r.sampled_ids
         assert batch.rows[mine].tolist() == [prompt_end, *range(start, start + n)][:n]
         assert int(batch.score_rows[i]) == (start + len(r.context_ids) - 1 if r.context_ids else prompt_end)
-    assert batch.valid.tolist() == [r.has_score for r, *_ in rollouts]
+    assert batch.rollout_valid.tolist() == [r.has_score for r, *_ in rollouts]
 
 
 def test_balanced_bins():
@@ -200,10 +200,13 @@ def test_step_metrics_and_engine_gap(tiny_llama):
     assert result["body/prompt_tokens_saved"] == separate - result["body/tokens"]
     assert result["score/no_score"] == 3 and result["completions/clipped_ratio"] == pytest.approx(0.25)
     assert metrics.num_tokens == separate
-    rewards = metrics.gather("rewards")[metrics.of_batches("valid")]
+    rewards = metrics.gather("rewards")[metrics.of_batches("rollout_valid")]
     assert result["reward_std"] == pytest.approx(float(rewards.std()))
-    y_hat = metrics.gather("expected_score")[metrics.of_batches("valid")]
-    for name, values in (("score", y_hat), ("label", metrics.of_batches("labels")[metrics.of_batches("valid")])):
+    y_hat = metrics.gather("expected_score")[metrics.of_batches("rollout_valid")]
+    for name, values in (
+        ("score", y_hat),
+        ("label", metrics.of_batches("labels")[metrics.of_batches("rollout_valid")]),
+    ):
         nearest = [min(SCALE.texts, key=lambda text: abs(float(text) - float(v))) for v in values]
         shares = [result[f"{name}/share/{text}"] for text in SCALE.texts]
         assert shares == pytest.approx([nearest.count(text) / len(nearest) for text in SCALE.texts])
@@ -216,9 +219,9 @@ def test_cross_entropy_on_given_feedback(tiny_llama, smollm2_tokenizer):
     scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
     policy = Policy(tiny_llama(vocab_size=49152, hidden_size=16).double())
     row = JudgeRow("a", "a", "i", "r", "", "", 2.5, ["Two are wrong.", "Fine."], [2.5, 4.0], [7, 8, 9])
-    groups = [given_feedback(row, [i], i, smollm2_tokenizer, scale) for i in (0, 1)]
+    groups = [supervised_group(row, [i], i, smollm2_tokenizer, scale) for i in (0, 1)]
     (batch,) = micro_batches(groups, LONG, 0, shared_prompt=False)
-    out = policy(batch, supervised_objective(SFT, scale, Totals.of(groups)))
+    out = policy(batch, supervised_loss(SFT, scale, UpdateCounts.of(groups)))
     total, count = 0.0, 0
     for text, label in (("Two are wrong.", 2.5), ("Fine.", 4.0)):
         ids = smollm2_tokenizer.encode(f"{text} So the overall score is ", add_special_tokens=False)

@@ -1,0 +1,75 @@
+"""What can be checked of settings alone: bounds, which stand beside each setting, and combinations that cannot work."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from real_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from real_fast.config.schema import Config
+
+
+def above(low: float, default: Any, below: float | None = None, at_most: float | None = None) -> Any:
+    """A dataclass field that must be above `low` (and below, or at most, another number)."""
+    return dataclasses.field(default=default, metadata={"above": low, "below": below, "at_most": at_most})
+
+
+def at_least(low: float, default: Any) -> Any:
+    """A dataclass field that must be `low` or more."""
+    return dataclasses.field(default=default, metadata={"at_least": low})
+
+
+def check_bounds(settings: Any, prefix: str = "") -> None:
+    """Check every field, nested ones included, against the bounds beside it.
+
+    Raises:
+        ConfigError: The message names the key, its value and the bound; NaN is within none.
+    """
+    for field in dataclasses.fields(settings):
+        key, value = prefix + field.name, getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, f"{key}.")
+        elif problem := _problem(value, field.metadata):
+            raise ConfigError(f"{key} is {value}: it must {problem}")
+
+
+def _problem(value: Any, bounds: Any) -> str | None:
+    low, high, most = bounds.get("above"), bounds.get("below"), bounds.get("at_most")
+    if low is not None and high is not None:
+        return None if low < value < high else f"lie between {low} and {high}"
+    if low is not None and most is not None:
+        return None if low < value <= most else f"be above {low} and at most {most}"
+    if low is not None:
+        return None if value > low else f"be above {low}"
+    if (least := bounds.get("at_least")) is not None:
+        return None if value >= least else f"be {least} or more"
+    return None
+
+
+def check_config(config: Config) -> None:
+    """Check a run's settings. What only one method asks for, its own ``check`` says.
+
+    Raises:
+        ConfigError: A setting that is missing or out of bounds, or settings that cannot work together.
+    """
+    for key in ("model", "output"):
+        if not getattr(config, key):
+            raise ConfigError(f"{key} is not set: give --{key} or put it into the config file")
+    if not config.data.train:
+        raise ConfigError("data.train is not set: give --data.train FILE_OR_HUB_DATASET")
+    if config.rollout.group_size < 1:
+        raise ConfigError(f"rollout.group_size is {config.rollout.group_size}: at least 1 rollout per prompt is needed")
+    if config.init_from is not None:
+        folder = Path(config.init_from).expanduser()
+        if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():
+            raise ConfigError(f"init_from {config.init_from} is a run that has no final/ yet: finish it first")
+    check_bounds(config)
+    if not config.data.eval and not 0 < config.data.eval_fraction < 1:
+        raise ConfigError(f"data.eval_fraction is {config.data.eval_fraction}: it must lie between 0 and 1")
+    if len(config.scale.values) < 2 or len(set(config.scale.values)) != len(config.scale.values):
+        raise ConfigError(f"scale.values is {config.scale.values}: at least two different scores are needed")
+    if not config.scale.phrase.strip():
+        raise ConfigError("scale.phrase is empty: it is what the score stands after")

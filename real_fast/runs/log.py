@@ -1,0 +1,39 @@
+"""Messages of a run, on standard error, with levels; what a run measures goes to metrics.jsonl instead."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Literal
+
+Level = Literal["debug", "info", "warning", "error"]
+_ROOT = "real_fast"
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to whatever ``sys.stderr`` is at the time of the message."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+class _Plain(logging.Formatter):
+    """The message alone; its level in front where it is not an ordinary one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def set_up(level: Level = "info") -> None:
+    """Show messages of this level and above on standard error: for the commands."""
+    logger = logging.getLogger(_ROOT)
+    logger.setLevel(level.upper())
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        handler = _Stderr()
+        handler.setFormatter(_Plain())
+        logger.addHandler(handler)

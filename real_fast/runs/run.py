@@ -1,0 +1,52 @@
+"""A run as its trainer sees it: a folder that is its own, and a log that goes to the folder and to the trackers."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from real_fast.config import Config
+from real_fast.runs.folder import RunFolder
+from real_fast.runs.trackers import Trackers
+
+
+class Run:
+    """As a context, it tells the trackers how it ended.
+
+    Args:
+        folder: The run's folder.
+        trackers: Where its curves go.
+    """
+
+    def __init__(self, folder: RunFolder, trackers: Trackers) -> None:
+        self.folder = folder
+        self.trackers = trackers
+
+    def claim(self, config: Config, resumed_step: int | None) -> None:
+        """Start to write into the folder; what a resumed run makes again is set aside.
+
+        Args:
+            config: The settings, which are written there.
+            resumed_step: The update that the run goes on after; None for a run from its start.
+        """
+        self.folder.claim(config)
+        self.folder.rewind(-1 if resumed_step is None else resumed_step)
+        self.trackers.catch_up(self.folder.metrics())
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, which the trackers get too."""
+        self.folder.log(record)
+        self.trackers.log(record)
+
+    def complete(self) -> None:
+        """The run has come to its end."""
+        self.trackers.complete = True
+
+    def __enter__(self) -> Run:
+        self.trackers.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.trackers.__exit__(kind, error, trace)

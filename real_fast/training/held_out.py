@@ -1,0 +1,68 @@
+"""Evaluations of a run on its held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from real_fast.config import Config
+from real_fast.evaluation.run import evaluate
+from real_fast.rollout.engine import RolloutEngine
+from real_fast.runs.run import Run
+from real_fast.score.scale import ScoreScale
+from real_fast.types import JudgeRow
+
+
+def evaluate_held_out(
+    name: str,
+    step: int,
+    run: Run,
+    engine: RolloutEngine,
+    rows: list[JudgeRow],
+    scale: ScoreScale,
+    config: Config,
+    check_stop: Callable[[], None],
+) -> None:
+    """Evaluate and write the result into the run's folder and log.
+
+    Args:
+        name: Of the evaluation: before, warmup, step-NNNNNN, after.
+        step: Updates done.
+        run: Gets the result.
+        engine: Has the policy's weights.
+        rows: Held-out rows.
+        scale: The score scale.
+        config: Of it, eval, rollout, objective.renormalize and the seed.
+        check_stop: Called after every few rows; raises to stop.
+    """
+
+    def progress(done: int) -> None:
+        bar.update(done)
+        check_stop()
+
+    with tqdm(total=len(rows), desc=f"evaluate ({name})", unit="row") as bar:
+        result = evaluate(
+            engine,
+            rows,
+            scale,
+            config.eval,
+            config.rollout,
+            config.seed,
+            progress=progress,
+            renormalize=config.objective.renormalize,
+        )
+    run.folder.save_evaluation(name, result.summary, result.predictions)
+    run.log(record_of(name, step, result.summary))
+
+
+def log_known(name: str, step: int, run: Run, summary: dict[str, Any]) -> None:
+    """An evaluation that an interrupted run has made is kept; its line in the log may be missing."""
+    if not any(line.get("name") == name for line in run.folder.metrics()):
+        run.log(record_of(name, step, summary))
+
+
+def record_of(name: str, step: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    return {"phase": "eval", "name": name, "step": step, "eval": summary}

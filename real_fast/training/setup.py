@@ -1,0 +1,130 @@
+"""Builds the parts of a run, in the order in which what can be wrong is cheapest to find out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from real_fast.attention.interface import pick_backend
+from real_fast.attention.support import check_span
+from real_fast.config import Config
+from real_fast.data.dataset import Dataset, load_train_eval, write_rejected
+from real_fast.data.sampler import PromptSampler
+from real_fast.distributed.world import OneProcess, World
+from real_fast.methods.base import Method
+from real_fast.methods.registry import check_config
+from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
+from real_fast.model.policy import Policy
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.rollout.make import make_engine
+from real_fast.runs import checkpoint, trackers
+from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.folder import RunFolder
+from real_fast.runs.run import Run
+from real_fast.score.scale import ScoreScale
+from real_fast.training.groups import GroupSource
+from real_fast.training.optim import build_optimizer, build_scheduler
+from real_fast.training.preflight import check_rows_fit
+from real_fast.training.timer import Timer
+from real_fast.training.update import Updater
+from real_fast.training.warmup import Pairs, rows_with_feedback
+
+
+@dataclass
+class Parts:
+    """What a trainer is made of.
+
+    Attributes:
+        world: The run's processes.
+        state: Where the run is.
+        timer: Seconds by phase.
+        tokenizer: The model's tokenizer.
+        scale: The score scale.
+        data: Training and evaluation rows, and those that were rejected.
+        sft_rows: What the warm-up trains on.
+        method: The training method.
+        policy: The model that is trained.
+        updater: Micro-batches, optimiser and schedule.
+        groups: The groups of one update after another.
+        run: The run's folder and trackers.
+        resume_from: The checkpoint that the run goes on from, None for a run from its start.
+    """
+
+    world: World
+    state: TrainState
+    timer: Timer
+    tokenizer: Any
+    scale: ScoreScale
+    data: Dataset
+    sft_rows: Pairs
+    method: Method
+    policy: Policy
+    updater: Updater
+    groups: GroupSource
+    run: Run
+    resume_from: Path | None
+
+
+def build(config: Config) -> Parts:
+    """Check the settings, load rows, model and engine, and take over the run's folder.
+
+    Raises:
+        UserError: Something that is missing, wrong or does not fit together; nothing of an earlier run was touched.
+    """
+    method_class = check_config(config)
+    trackers.check_installed(config)
+    world, state = OneProcess(), TrainState()
+    timer = Timer(state.seconds)
+    with timer("load"):
+        folder = RunFolder(config)
+        checkpoints = checkpoint.complete(folder.checkpoints) if folder.resumed else []
+        resume_from = checkpoints[-1] if checkpoints else None
+        tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
+        scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
+        method = method_class(config, tokenizer, scale)
+        key, prompts_per_step = method_class.prompts_per_step(config)
+        builder = PromptBuilder(config.prompt, tokenizer, scale)
+        data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, prompts_per_step, key)
+        method.use_rows(data)
+        longest = check_rows_fit(data.train, method, config, tokenizer, scale)
+        sft_rows = rows_with_feedback(data.train, config.warmup, config.data.train)
+
+        torch.manual_seed(config.seed)
+        policy = load_policy(config, str(resume_from or config.initial_weights))
+        model = policy.model
+        folder.check_space(model.num_parameters(), config.save.keep, method.keeps_ref_policy)
+        if policy.attention:
+            check_span(model, longest)
+        optimizer = build_optimizer(model, config.optim)
+        scheduler = build_scheduler(optimizer, config.optim, config.train.steps * method.iterations)
+        if resume_from:
+            state = checkpoint.load(resume_from, model, optimizer, scheduler)
+            timer.run = state.seconds
+            method.resume(policy, folder.path)
+        engine = make_engine(config, model, tokenizer, scale, resolve_model(config.initial_weights))
+    updater = Updater(
+        policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
+    )
+    sampler = PromptSampler(data.train, prompts_per_step, config.seed)
+    resumed_step = state.step if resume_from else None
+    run = Run(folder, trackers.Trackers(config, folder, resumed_step))
+    run.claim(config, resumed_step)
+    write_rejected(folder.path / "rejected.jsonl", data.rejected)
+    groups = GroupSource(method, sampler, engine, timer)
+    return Parts(
+        world, state, timer, tokenizer, scale, data, sft_rows, method, policy, updater, groups, run, resume_from
+    )
+
+
+def load_policy(config: Config, source: str) -> Policy:
+    """The model in float32, its matrix products in ``train.precision``, ready for shared prompts where they are on."""
+    device, train = pick_device(config.train.device), config.train
+    model = load_model(source, device, torch.float32, config.trust_remote_code)
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    half = torch.bfloat16 if train.precision == "bf16" else None
+    attention = pick_backend(train.attention, device, half or model.dtype)
+    return Policy(model, half, attention if train.shared_prompt else None)

@@ -1,0 +1,85 @@
+"""The mechanics of an update: micro-batches, accumulated gradients, and a step that everybody takes or nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from real_fast.batching.micro_batches import micro_batches
+from real_fast.config import OptimConfig, TrainConfig
+from real_fast.distributed.world import World
+from real_fast.model.policy import Policy
+from real_fast.runs.checkpoint import TrainState
+from real_fast.training.optim import clip_and_step
+from real_fast.training.timer import Timer
+from real_fast.types import Batch, Group
+
+
+class Updater:
+    """Owns the optimiser and its schedule.
+
+    Args:
+        policy: What is trained.
+        optimizer: Its optimiser.
+        scheduler: The learning rate's schedule, in optimiser steps.
+        optim: Of it, max_grad_norm.
+        train: Of it, micro_batch_tokens and shared_prompt.
+        pad_id: Token id for padding.
+        world: The run's processes.
+        timer: Times packing and the optimiser.
+        state: Counts skipped steps.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LambdaLR,
+        optim: OptimConfig,
+        train: TrainConfig,
+        pad_id: int,
+        world: World,
+        timer: Timer,
+        state: TrainState,
+    ) -> None:
+        self.policy = policy
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.optim = optim
+        self.train = train
+        self.pad_id = pad_id
+        self.world = world
+        self.timer = timer
+        self.state = state
+        self._first: dict[str, Any] = {}
+
+    def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
+        """The groups of an update, spread over micro-batches on the policy's device."""
+        with self.timer("pack", within="update"):
+            batches = micro_batches(groups, self.train.micro_batch_tokens, self.pad_id, self.train.shared_prompt)
+        if self.world.max(len(batches)) != len(batches):
+            raise RuntimeError("processes with different numbers of micro-batches are not supported yet")
+        self._first = {}
+        return [batch.to(self.policy.model.device) for batch in batches]
+
+    @contextmanager
+    def accumulate(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch; sharded gradients would be reduced in here."""
+        yield
+
+    def step(self) -> None:
+        """Clip, step (or skip, and count it, where the gradient is not finite), go on in the schedule."""
+        with self.timer("optimizer"):
+            lr = self.scheduler.get_last_lr()[0]
+            norm, stepped = clip_and_step(self.policy, self.optimizer, self.optim.max_grad_norm, self.world)
+            self.scheduler.step()
+        self.state.skipped_steps += not stepped
+        self._first = self._first or {"grad_norm": norm, "learning_rate": lr}
+
+    def metrics(self) -> dict[str, Any]:
+        """Gradient norm and learning rate of the update's first optimiser step, and steps skipped so far."""
+        return {**self._first, "skipped_steps": self.state.skipped_steps}

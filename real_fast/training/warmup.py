@@ -1,0 +1,95 @@
+"""The warm-up on feedback: cross-entropy before the method starts, so that a small model knows the format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from real_fast.config import OptimConfig, WarmupConfig
+from real_fast.data.sampler import PromptSampler
+from real_fast.errors import DataError
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.sft import SFT
+from real_fast.methods.supervised import supervised_group, supervised_loss
+from real_fast.score.scale import ScoreScale
+from real_fast.training.optim import build_optimizer, clip_and_step
+from real_fast.training.update import Updater
+from real_fast.types import JudgeRow
+
+Pairs = Sequence[tuple[JudgeRow, int]]
+
+
+def rows_with_feedback(rows: Sequence[JudgeRow], warmup: WarmupConfig, source: str) -> Pairs:
+    """Training rows for the warm-up, one entry per feedback text.
+
+    Raises:
+        DataError: There is to be a warm-up, and no row has feedback.
+    """
+    pairs = [(row, i) for row in rows for i in range(len(row.feedbacks))]
+    if warmup.steps and not pairs:
+        raise DataError(
+            f"warmup.steps is {warmup.steps}, and no row of {source} has feedback: "
+            "set warmup.steps to 0, or give feedback with the rows"
+        )
+    return pairs
+
+
+def warm_up(
+    updater: Updater,
+    pairs: Pairs,
+    warmup: WarmupConfig,
+    seed: int,
+    tokenizer: Any,
+    scale: ScoreScale,
+    log: Callable[[dict[str, Any]], None],
+    check_stop: Callable[[], None],
+) -> None:
+    """Train with an optimiser of its own, whose learning rate decays to a tenth.
+
+    Args:
+        updater: Makes micro-batches and knows the policy, the clipping and the timer.
+        pairs: As :func:`rows_with_feedback` gives them.
+        warmup: steps, batch_size and lr.
+        seed: Of the order of the rows.
+        tokenizer: The model's tokenizer.
+        scale: The score scale.
+        log: Called with the metrics of every step.
+        check_stop: Called before every step; raises to stop.
+    """
+    policy = updater.policy
+    optimizer = build_optimizer(policy, OptimConfig(lr=warmup.lr))
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=warmup.steps)
+    order = PromptSampler(pairs, warmup.batch_size, seed)
+    for step in tqdm(range(warmup.steps), desc="warm-up (cross-entropy)", unit="step"):
+        check_stop()
+        policy.train()
+        with updater.timer("warmup"):
+            started = time.perf_counter()
+            picked = order.batch(step * warmup.batch_size)
+            groups = [supervised_group(row, [i], n, tokenizer, scale) for n, (row, i) in enumerate(picked)]
+            counts = updater.world.sum(UpdateCounts.of(groups))
+            loss = score_loss = 0.0
+            for batch in updater.micro_batches(groups):
+                out = policy(batch, supervised_loss(SFT, scale, counts))
+                out.loss.backward()
+                loss += float(out.loss.detach())
+                score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
+            lr = decay.get_last_lr()[0]
+            norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
+            decay.step()
+        log(
+            {
+                "phase": "warmup",
+                "step": step + 1,
+                "loss": loss,
+                "score_loss": score_loss,
+                "grad_norm": norm,
+                "skipped": not stepped,
+                "learning_rate": lr,
+                "step_time": time.perf_counter() - started,
+            }
+        )

@@ -19,7 +19,7 @@ from real_fast.comparison.compare import compare
 from real_fast.comparison.find import find_evaluations, pool_seeds
 from real_fast.comparison.plot import comparison_plot
 from real_fast.comparison.table import ResultRow
-from real_fast.errors import NoEvaluationError, OutputError
+from real_fast.errors import OutputError, run_command
 from real_fast.evaluation.metrics import WITH_INTERVALS
 from real_fast.runs.folder import check_writable, writing
 from real_fast.utils.jsonio import replacing
@@ -141,15 +141,12 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
-    try:
-        text = run(args)
-    except (NoEvaluationError, OutputError, ValueError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: no comparison was written", file=sys.stderr)
-        return 130
-    print(text)
+    # ValueError: a file of an evaluation that is not JSON
+    return run_command(PROG, lambda: _main(args), "stopped: no comparison was written", known=(ValueError,))
+
+
+def _main(args: argparse.Namespace) -> int:
+    print(run(args))
     print(f"written to {args.output}", file=sys.stderr)
     return 0
 

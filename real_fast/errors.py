@@ -70,20 +70,24 @@ class GradeError(UserError, ValueError):
     """A request that cannot be graded; the message says what is missing or wrong."""
 
 
-def run_command(prog: str, command: Callable[[], int], interrupted: str) -> int:
+def run_command(
+    prog: str, command: Callable[[], int], interrupted: str, known: tuple[type[Exception], ...] = ()
+) -> int:
     """Run a command for people.
 
     Args:
         prog: Its name, in front of an error's message.
         command: Returns the exit status.
         interrupted: What to say after Ctrl-C.
+        known: Further errors that are the user's or the machine's.
 
     Returns:
         The command's exit status, 2 for a mistake of the user's or of the machine's, 130 for Ctrl-C.
     """
+    expected: tuple[type[Exception], ...] = (UserError, FloatingPointError, OSError, *known)
     try:
         return command()
-    except (UserError, FloatingPointError, OSError) as error:
+    except expected as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

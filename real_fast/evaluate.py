@@ -17,7 +17,11 @@ from real_fast import config as configs
 from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, cli
 from real_fast.data.dataset import Rejected, check_enough_rows, load_rows, write_rejected
 from real_fast.data.splits import limit_by_prompt
-from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
+from real_fast.errors import (
+    ConfigError,
+    OutputError,
+    run_command,
+)
 from real_fast.evaluation.metrics import table
 from real_fast.evaluation.run import evaluate
 from real_fast.model import judge_settings
@@ -25,12 +29,12 @@ from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.reports import plots
 from real_fast.rollout.make import load_engine
+from real_fast.runs import log
 from real_fast.runs.folder import check_writable, writing
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
 
 PROG = "real_fast.evaluate"
-KNOWN_ERRORS = (ConfigError, DataError, FloatingPointError, ModelError, OutputError, PromptError, ScaleError)
 # As in training: which rows max_rows takes does not depend on the run's seed.
 _LIMIT_SEED = 0
 
@@ -118,7 +122,7 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
-    """Evaluate as configured, write the files and return the summary. Raises one of `KNOWN_ERRORS`."""
+    """Evaluate as configured, write the files and return the summary. Raises :class:`UserError`."""
     full = config.full()
     folder = Path(config.output).expanduser()
     prepare_output(folder, config.overwrite)
@@ -161,15 +165,13 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for Ctrl-C."""
-    try:
-        config = parse(list(sys.argv[1:] if argv is None else argv))
-        summary = run(config)
-    except KNOWN_ERRORS as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the end: no evaluation was written", file=sys.stderr)
-        return 130
+    log.set_up()
+    return run_command(PROG, lambda: _main(argv), "stopped before the end: no evaluation was written")
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    config = parse(list(sys.argv[1:] if argv is None else argv))
+    summary = run(config)
     print(table(summary))
     if summary["rejected"]:
         print(f"{summary['rejected']} records were not used: see {config.output}/rejected.jsonl")

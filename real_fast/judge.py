@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.data.readers import jsonl_records, open_binary
-from real_fast.errors import ConfigError, DataError, ModelError, PromptError, ScaleError
+from real_fast.errors import ConfigError, DataError, UserError, run_command
 from real_fast.judging.judge import Judge
 from real_fast.judging.lines import RAW, Grader, grade_lines
 from real_fast.model import judge_settings
+from real_fast.runs import log
 from real_fast.utils.seeds import call_seed
 
 PROG = "real_fast.judge"
-KNOWN_ERRORS = (ConfigError, DataError, ModelError, PromptError, ScaleError)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class JudgeConfig:
         default_factory=lambda: RolloutConfig(gpu_memory_utilization=judge_settings.GPU_SHARE)
     )
 
-    def require(self) -> None:
+    def check(self) -> None:
         """Raise :class:`ConfigError` for settings that cannot work; the judge checks the others."""
         if not self.model:
             raise ConfigError("model is not set: give --model or put it into the config file")
@@ -187,25 +187,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 where any row has a score (how many have none is said on stderr), 1 where none has or nobody reads the results
         any more, 2 for a mistake of the user's, 130 for Ctrl-C.
     """
+    log.set_up()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(PROG, lambda: _main(arguments), "stopped; every batch that was finished has been written")
+
+
+def _main(argv: list[str]) -> int:
+    config: JudgeConfig = judge_settings.parse(JudgeConfig, PROG, "Grade rows.", argv)
+    config.check()
     try:
-        config: JudgeConfig = judge_settings.parse(
-            JudgeConfig, PROG, "Grade rows.", list(sys.argv[1:] if argv is None else argv)
-        )
-        config.require()
         with results_alone() as out, ExitStack() as judges, _source(config.data) as source:
             rows, failed, example = run(config, source, out, lambda: judges.enter_context(config.judge()))
-    except KNOWN_ERRORS as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         print("stopped: nobody reads the results any more", file=sys.stderr)
         return 1
+    except UserError:
+        raise
     except (OSError, EOFError, zlib.error) as error:
-        print(f"{PROG}: error: reading the rows or writing the results failed: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; every batch that was finished has been written", file=sys.stderr)
-        return 130
+        raise DataError(f"reading the rows or writing the results failed: {error}") from error
     print(f"{rows - failed} of {rows} rows graded" + (f"; first without: {example}" if failed else ""), file=sys.stderr)
     return 1 if rows and failed == rows else 0
 

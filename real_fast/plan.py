@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from real_fast.config import Config, cli
-from real_fast.errors import ConfigError, ModelError, WheelMissing
+from real_fast.errors import ConfigError, ModelError, UserError, WheelMissing, run_command
 from real_fast.methods.registry import method_class
 from real_fast.model.smollm2 import SMOLLM2, prepare
 from real_fast.planning.flops import ModelFlops, UpdateFlops
@@ -245,19 +245,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, value in [_split(argument)]
     ]
     config = cli.parse(PlanConfig, "real_fast.plan", "Will a run fit, and how much work is it?", given)
+    return run_command("real_fast.plan", lambda: _main(config), "stopped")
+
+
+def _main(config: PlanConfig) -> int:
+    if not config.model:
+        raise ConfigError("model is not set: --model NAME")
+    model_config = load_config(config.model, config.trust_remote_code)
     try:
-        if not config.model:
-            raise ConfigError("model is not set: --model NAME")
-        model_config = load_config(config.model, config.trust_remote_code)
-        try:
-            plan = make_plan(config, model_config)
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ModelError(f"model {config.model} cannot be planned: {error}") from error
-    except (ConfigError, ModelError) as error:
-        print(f"real_fast.plan: error: {error}", file=sys.stderr)
-        return 2
+        plan = make_plan(config, model_config)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise ModelError(f"model {config.model} cannot be planned: {error}") from error
     print(report(config, plan))
     return 0 if plan.fits(config.gpu_memory) else 1
 

@@ -71,7 +71,7 @@ class Trainer:
                     self.evaluate(f"step-{self.state.step:06d}")  # after the checkpoint, which a stop would need
                 if self.state.step >= steps:
                     break
-                self.step(bar)
+                report.advance(bar, self.step())
                 if self.save_is_due():
                     self.save()
                 self.stop.check()
@@ -98,7 +98,7 @@ class Trainer:
             self.method.begin(self.policy, self.run.folder.path)
         self.save()  # after the reference policy, so that every checkpoint has one
 
-    def step(self, bar: Any = None) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         """One update: sample (or take given feedback), forward and backward, optimiser, sync. Returns its metrics."""
         self.timer.start_update()
         groups = self.groups.next(self.state)
@@ -119,8 +119,6 @@ class Trainer:
             **self.timer.metrics(metrics.sampled_tokens if self.method.uses_rollouts else None),
         }
         self.run.log(record)
-        if bar is not None:
-            report.advance(bar, record)
         return record
 
     def update(self, groups: Sequence[Group], metrics: StepMetrics) -> None:

@@ -165,10 +165,10 @@ class Batch:
         labels: [M] float32.
         group: [M] int64, the group's place in the update.
         rollout_valid: [M] bool, rollouts that have a score.
-        engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no score
-            (K is 0 where no rollout has one).
+        engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no
+            score (K is 0 where no rollout has one).
         outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
-        ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where they are not
+        ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where not
             asked for.
     """
 

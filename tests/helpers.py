@@ -6,8 +6,10 @@ import torch
 from safetensors.torch import load_file
 
 from real_fast.batching.micro_batches import micro_batches
+from real_fast.config import Config, RolloutConfig
 from real_fast.config.schema import ObjectiveConfig
-from real_fast.methods.objective import UpdateCounts, real_objective
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.registry import METHODS
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Group, Rollout
 from real_fast.utils.jsonio import read_jsonl
@@ -48,12 +50,20 @@ def make_groups(seed=0, n=3, k=4, missing=False):
     return groups
 
 
-def run_update(policy, groups, budget=LONG, config=None, every_row=False):
+def make_method(name="real", objective=None, temperature=1.0, scale=SCALE):
+    """A method without a tokenizer, for tests of its loss."""
+    config = Config(
+        method=name, objective=objective or ObjectiveConfig(), rollout=RolloutConfig(temperature=temperature)
+    )
+    return METHODS[name](config, None, scale)
+
+
+def run_update(policy, groups, budget=LONG, config=None, compare=False):
     policy.zero_grad()
-    objective = real_objective(config or ObjectiveConfig(), SCALE, 1.0, UpdateCounts.of(groups), every_row)
+    loss_of = make_method("real", config).loss(UpdateCounts.of(groups), compare=compare)
     outputs = []
     for batch in micro_batches(groups, budget, 0, policy.attention is not None):
-        out = policy(batch, objective)
+        out = policy(batch, loss_of)
         out.loss.backward()
         outputs.append((batch, out))
     loss = sum(out.loss.detach() for _, out in outputs)

@@ -154,7 +154,7 @@ def test_stale_weights_stop_the_run(tiny_judge, tmp_path, monkeypatch, capsys):
     original = Trainer.step
 
     def perturbed(self):
-        generate = self.engine.generate
+        generate = self.groups.engine.generate
 
         def stale(prompts, sampling):
             rollouts = generate(prompts, sampling)
@@ -162,7 +162,7 @@ def test_stale_weights_stop_the_run(tiny_judge, tmp_path, monkeypatch, capsys):
                 parameter.data += 0.05 * torch.randn_like(parameter)
             return rollouts
 
-        self.engine.generate = stale
+        self.groups.engine.generate = stale
         return original(self)
 
     monkeypatch.setattr(Trainer, "step", perturbed)
@@ -272,16 +272,16 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(tiny_judge, tmp_path, 
         if self.state.step != 1:
             return original(self)
         weight = self.policy.model.model.norm.weight
-        kept, generate = weight.data.clone(), self.engine.generate
+        kept, generate = weight.data.clone(), self.groups.engine.generate
 
         def sampled_then_poisoned(prompts, sampling):
             rollouts = generate(prompts, sampling)
             weight.data.fill_(float("nan"))
             return rollouts
 
-        self.engine.generate = sampled_then_poisoned
+        self.groups.engine.generate = sampled_then_poisoned
         record = original(self)
-        self.engine.generate = generate
+        self.groups.engine.generate = generate
         weight.data.copy_(kept)
         return record
 

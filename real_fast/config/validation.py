@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from real_fast.errors import ConfigError
-
-if TYPE_CHECKING:
-    from real_fast.config.schema import Config
 
 
 def above(low: float, default: Any, below: float | None = None, at_most: float | None = None) -> Any:
@@ -49,8 +46,8 @@ def _problem(value: Any, bounds: Any) -> str | None:
     return None
 
 
-def check_config(config: Config) -> None:
-    """Check a run's settings. What only one method asks for, its own ``check`` says.
+def check_config(config: Any) -> None:
+    """Check a run's settings, a :class:`real_fast.config.Config`; what one method asks for, its own ``check`` says.
 
     Raises:
         ConfigError: A setting that is missing or out of bounds, or settings that cannot work together.

@@ -19,20 +19,6 @@ from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 from real_fast.utils.jsonio import write_jsonl
 
-__all__ = [
-    "DataError",
-    "Dataset",
-    "JudgeRow",
-    "Rejected",
-    "limit_by_prompt",
-    "load_rows",
-    "load_train_eval",
-    "reason_counts",
-    "check_enough_rows",
-    "split_by_prompt",
-    "write_rejected",
-]
-
 # Splits and limits do not depend on the run's seed: runs with several seeds hold out the same prompts.
 _SPLIT_SEED = 0
 _BATCH = 1024  # rows tokenized at a time

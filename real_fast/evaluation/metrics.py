@@ -152,7 +152,7 @@ def calibration(distribution: ArrayLike, values: ArrayLike, labels: ArrayLike, b
 
 
 def table(summary: dict[str, Any]) -> str:
-    """A summary of :func:`real_fast.evaluation.run.evaluate` for people: RAIL and decoded side by side, with intervals."""
+    """A summary of :func:`real_fast.evaluation.run.evaluate` for people: RAIL and decoded, with intervals."""
 
     def cell(result: dict[str, Any], name: str) -> str:
         value, interval = result[name], result["ci95"].get(name)

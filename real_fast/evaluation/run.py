@@ -40,8 +40,8 @@ def evaluate(
 ) -> EvalResult:
     """Sample ``config.n`` feedbacks a row and predict its score by ``config.protocol``.
 
-    The prediction is the protocol's (:mod:`real_fast.score.protocol`): RAIL's expected score y_hat = sum_k k * p_k (arXiv
-    2603.17145), p the softmax over the whole vocabulary at the score's position, averaged over the feedbacks that have
+    The prediction is the protocol's (:mod:`real_fast.score.protocol`): RAIL's expected score
+    y_hat = sum_k k * p_k (arXiv 2603.17145), p the softmax over the whole vocabulary at the score's position, averaged over the feedbacks that have
     one; or, with "decode", the mean of the scores that the model wrote itself, which stands beside it in either case.
     Where there is none, the prediction is None, never a made-up number.
 
@@ -58,9 +58,9 @@ def evaluate(
     Returns:
         `predictions` with id, prompt_id, label, prediction, distribution, off_scale_mass, decoded (see
         :class:`real_fast.score.protocol.Prediction`), feedback (a text, a list of texts for n > 1) and n.
-        `summary` with the protocol, the keys of :func:`real_fast.evaluation.metrics.summarize` for the predictions and, under
+        `summary` with the protocol, the keys of :func:`summarize` for the predictions and, under
         ``decoded``, for the written scores; off_scale_mass, label_probability and calibration_error
-        (:func:`real_fast.evaluation.metrics.calibration`); mean_length (sampled tokens a feedback; with "tract" those in front of
+        (:func:`calibration`); mean_length (sampled tokens a feedback; with "tract" those in front of
         the phrase), truncated (share of feedbacks cut at max_tokens), not_finite (feedbacks whose probabilities are
         NaN, which count as without a score), tokens_per_second and seconds of the sampling.
 

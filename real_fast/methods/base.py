@@ -130,8 +130,8 @@ class Method(ABC):
     def prompts_per_step(cls, config: Config) -> tuple[str, int]:
         """Rows per update, with the name of the setting that says so."""
 
-    @classmethod
-    def check(cls, config: Config) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check(cls, config: Config) -> None:
         """Raise :class:`ConfigError` for settings that the method cannot work with."""
 
     @classmethod

@@ -132,7 +132,7 @@ class PolicyGradient(Method):
         return [Group(n, row.prompt_ids, row.label, r) for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))]
 
     def prepare(self, batches: Sequence[Batch], step: int) -> None:
-        """Give the batches the reference policy's log-probabilities, where the update trains on, or measures, the KL."""
+        """Give the batches the reference policy's log-probabilities, where an update trains on, or measures, KL."""
         done, every = step + 1, self.options.kl_every
         due = every and (done % every == 0 or done == self.config.train.steps)
         if self.ref_policy is not None and (self.options.kl_coef or due):

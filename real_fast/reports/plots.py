@@ -29,7 +29,7 @@ def training_curves(
 
     Args:
         metrics: Lines of metrics.jsonl: ``step``, ``reward``, ``score/rmse``, ``score/mae``, ``score/pearson`` (each
-            may be None or missing), and ``eval`` (a summary of :func:`real_fast.evaluation.run.evaluate`) where there was
+            may be None or missing), and ``eval`` (an evaluation's summary) where there was
             one; of two at one step, such as before and after the warm-up, the later one is drawn.
         path: PNG file.
         warmup_metrics: Lines of the warm-up: ``step`` and ``loss``.

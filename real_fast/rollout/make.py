@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
 from real_fast.score.scale import ScoreScale
+
+logger = logging.getLogger(__name__)
 
 
 def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path) -> RolloutEngine:
@@ -81,7 +83,7 @@ def _takes_vllm(config: Config, device: str) -> bool:
         return True
     if wanted == "vllm":
         raise ConfigError(f"rollout.engine is vllm, but {obstacle}")
-    print(f"Rollouts are sampled with Transformers: {obstacle}", file=sys.stderr)
+    logger.info("Rollouts are sampled with Transformers: %s", obstacle)
     return False
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +18,8 @@ import yaml
 from real_fast.config import Config, cli
 from real_fast.errors import OutputError
 from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -143,7 +145,7 @@ class RunFolder:
         new = _flat(asdict(config))
         for key in sorted(old.keys() & new.keys() - {"output", "overwrite", "resume"}):
             if old[key] != new[key]:
-                print(f"resuming with {key} = {new[key]!r}, which was {old[key]!r}", file=sys.stderr)
+                logger.warning("resuming with %s = %r, which was %r", key, new[key], old[key])
 
 
 def move_aside(folder: Path) -> None:
@@ -152,7 +154,7 @@ def move_aside(folder: Path) -> None:
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     os.replace(folder, old)
-    print(f"moved the earlier run to {old}", file=sys.stderr)
+    logger.info("moved the earlier run to %s", old)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

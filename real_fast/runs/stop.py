@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 from types import FrameType
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -37,4 +39,4 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)
+        logger.info("stopping after this step, with a checkpoint; once more to stop at once")

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import secrets
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from real_fast.config import Config
 from real_fast.errors import ConfigError
 from real_fast.runs.folder import RunFolder
 from real_fast.utils.jsonio import clean, write_json
+
+logger = logging.getLogger(__name__)
 
 # With a name that each must have: a folder called wandb in the working directory can be imported too.
 _PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "trackio": ("trackio", "init")}
@@ -184,10 +186,12 @@ class Trackers:
                 tracker.log(values, step)
             except Exception as error:  # each tracker has its own kinds, and none is worth the run
                 del self._active[name]
-                print(
-                    f"{name} failed ({_said(error)}) and is left out from step {step} on; metrics.jsonl has all of it, "
-                    "and a --resume logs what is missing",
-                    file=sys.stderr,
+                logger.warning(
+                    "%s failed (%s) and is left out from step %d on; metrics.jsonl has all of it, and a --resume logs "
+                    "what is missing",
+                    name,
+                    _said(error),
+                    step,
                 )
             else:
                 sent[kind] = step
@@ -206,7 +210,7 @@ class Trackers:
             try:
                 tracker.finish(status)
             except (Exception, KeyboardInterrupt) as failure:  # Ctrl-C: somebody does not want to wait for an upload
-                print(f"{name} was not finished ({_said(failure)}); metrics.jsonl has all of it", file=sys.stderr)
+                logger.warning("%s was not finished (%s); metrics.jsonl has all of it", name, _said(failure))
 
 
 def names(config: Config) -> list[str]:

@@ -10,15 +10,18 @@ import torch
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
 from real_fast.methods import tract
-from real_fast.methods.objective import UpdateCounts, binary_objective, draw_scores, outcome_reward, real_objective
-from real_fast.methods.supervised import RAFT, SFT, LossWeights, pick_feedback, supervised_group, supervised_loss
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.binary_rl import draw_scores, outcome_reward
+from real_fast.methods.raft import RAFT
+from real_fast.methods.sft import SFT
+from real_fast.methods.supervised import LossWeights, pick_feedback, supervised_group, supervised_loss
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.train import main
 from real_fast.types import Group, JudgeRow, Rollout
 from real_fast.utils.jsonio import read_jsonl
 from real_fast.utils.seeds import random_stream
-from tests.helpers import SCALE, SUPERVISED, flags, make_groups
+from tests.helpers import SCALE, SUPERVISED, flags, make_groups, make_method
 from tests.real_kernels.naive import naive_advantages
 
 LONG = 10**6
@@ -127,7 +130,7 @@ def test_binary_loss_against_full_logits(tiny_llama, changes):
     policy.zero_grad()
     loss = 0.0
     for batch in micro_batches(groups, 60, 0, shared_prompt=True):
-        out = policy(batch, binary_objective(config, SCALE, 1.0, UpdateCounts.of(groups), every_row=False))
+        out = policy(batch, make_method("binary_rl", config).loss(UpdateCounts.of(groups)))
         out.loss.backward()
         loss += out.loss.detach()
     assert_same(loss, {name: p.grad for name, p in policy.named_parameters()}, want.detach(), want_grads)
@@ -171,7 +174,7 @@ def test_exploration_and_refinement_add_up(tiny_llama):
     found = []
     for changes in ({}, {"beta": 0.0}, {"exploration": False}):
         (batch,) = micro_batches(groups, LONG, 0, shared_prompt=True)
-        out = policy(batch, real_objective(ObjectiveConfig(**changes), SCALE, 1.0, UpdateCounts.of(groups), False))
+        out = policy(batch, make_method("real", ObjectiveConfig(**changes)).loss(UpdateCounts.of(groups)))
         found.append((out, gradients(policy, out.loss)))
     (whole, g), (explored, g_explored), (refined, g_refined) = found
     torch.testing.assert_close(whole.loss, explored.loss + refined.loss)
@@ -228,13 +231,13 @@ def test_tract_in_two_stages_and_real_from_there(tiny_judge, tmp_path, capsys, m
     assert "rollout.max_tokens" in capsys.readouterr().err
     assert len(read_jsonl(output / "self_generated.rejected.jsonl")) == 20
 
-    def finished(trainer, rows, sample=tract._sample):
-        rollouts = sample(trainer, rows)
+    def finished(stage, config, sample=tract.sample_feedback):
+        rollouts = sample(stage, config)
         for group in rollouts[1:]:
             group[0].finish = "eos"
         return rollouts
 
-    monkeypatch.setattr(tract, "_sample", finished)
+    monkeypatch.setattr(tract, "sample_feedback", finished)
     assert main(flags(tiny_judge, output, *more, "--resume")) == 0
     rows = read_jsonl(output / "self_generated.jsonl")
     given = {r["id"]: r for r in rows}

@@ -11,11 +11,11 @@ import torch
 
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
-from real_fast.methods.objective import UpdateCounts, binary_objective, real_objective
-from real_fast.methods.proximal import clipped_surrogate, k3, proximal_objective, with_kl
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.policy_gradient import clipped_surrogate, k3
 from real_fast.model.policy import Policy
-from real_fast.model.ref_policy import Reference
-from tests.helpers import SCALE, make_groups
+from real_fast.model.ref_policy import RefPolicy
+from tests.helpers import SCALE, make_groups, make_method
 from tests.real_kernels.naive import interpolate, naive_advantages
 
 TEMPERATURE = 0.8
@@ -40,11 +40,12 @@ def moved(policy, by, seed):
     return other
 
 
-def run(policy, groups, make, budget=60):
-    """Loss, gradients and outputs over micro-batches; `make` builds the loss of the i-th."""
+def run(policy, groups, make, budget=60, held=None):
+    """Loss, gradients and outputs over micro-batches; `make` builds the loss of the i-th, `held` are a reference's."""
     policy.zero_grad()
     outputs = []
     for i, batch in enumerate(micro_batches(groups, budget, 0, True)):
+        batch.ref_logprobs = None if held is None else held[i]
         out = policy(batch, make(i))
         out.loss.backward()
         outputs.append(out)
@@ -111,7 +112,7 @@ def oracle(policy, first, reference, groups, method, config):
 
 
 def references(policy, groups, budget=60):
-    return Reference(policy, TEMPERATURE, resident=True).logprobs(micro_batches(groups, budget, 0, True))
+    return RefPolicy(policy, TEMPERATURE, resident=True).logprobs(micro_batches(groups, budget, 0, True))
 
 
 def assert_same(grads, want):
@@ -172,13 +173,9 @@ def test_later_iteration_against_full_logits(tiny_llama, method, changes):
     first_policy, reference_policy = moved(policy, 0.02, 1), moved(policy, 0.03, 2)
     totals, held = UpdateCounts.of(groups), references(reference_policy, groups)
 
-    def make(first):
-        return lambda i: proximal_objective(
-            method, config, SCALE, TEMPERATURE, totals, False, held[i], first[i] if first else None
-        )
-
-    _, _, first = run(first_policy, groups, make(None))
-    loss, grads, outputs = run(policy, groups, make(first))
+    own = make_method(method, config, TEMPERATURE)
+    _, _, first = run(first_policy, groups, lambda i: own.loss(totals), held=held)
+    loss, grads, outputs = run(policy, groups, lambda i: own.loss(totals, first[i]), held=held)
     want, want_grads, cut = oracle(policy, first_policy, reference_policy, groups, method, config)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=1e-7)
     assert_same(grads, want_grads)
@@ -198,13 +195,13 @@ def test_later_iteration_against_full_logits(tiny_llama, method, changes):
     ],
 )
 @pytest.mark.parametrize("method", ["real", "binary_rl"])
-@pytest.mark.parametrize("every_row", [False, True])
-def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, changes, every_row):
+@pytest.mark.parametrize("compare", [False, True])
+def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, changes, compare):
     policy, groups = Policy(tiny_llama().double(), attention="sdpa"), judged_groups()
     groups[0].rollouts[0].score_logprobs = [-0.1, -4.0, -5.0]
     config, totals = ObjectiveConfig(num_iterations=2, **changes), UpdateCounts.of(groups)
-    fused = (real_objective if method == "real" else binary_objective)(config, SCALE, TEMPERATURE, totals, every_row)
-    ours = proximal_objective(method, config, SCALE, TEMPERATURE, totals, every_row)
+    own = make_method(method, config, TEMPERATURE)
+    fused, ours = own.fused(totals, compare), own.loss(totals, None, compare)
     want, want_grads, fused_out = run(policy, groups, lambda i: fused)
     loss, grads, out = run(policy, groups, lambda i: ours)
     torch.testing.assert_close(loss, want)
@@ -219,9 +216,7 @@ def test_first_iteration_has_the_fused_objectives_gradient(tiny_llama, method, c
         assert a.parts.keys() == b.parts.keys()
         assert all(torch.allclose(a.parts[name], b.parts[name]) for name in a.parts)
     # With the same weights, the second iteration's ratio is 1 and its gradient the first one's.
-    again = run(
-        policy, groups, lambda i: proximal_objective(method, config, SCALE, TEMPERATURE, totals, False, None, out[i])
-    )
+    again = run(policy, groups, lambda i: own.loss(totals, out[i]))
     for name, grad in again[1].items():
         torch.testing.assert_close(grad, want_grads[name], rtol=1e-9, atol=1e-12)
     assert all(bool((o.ratio == 1).all()) and not o.clipped.any() for o in again[2])
@@ -232,11 +227,10 @@ def test_the_kl_pulls_towards_the_reference(tiny_llama):
     policy, groups = Policy(tiny_llama().double(), attention="sdpa"), judged_groups()
     held, totals = references(moved(policy, 0.05, 1), groups), UpdateCounts.of(groups)
     config = ObjectiveConfig(kl_coef=1e3, exploration=False)
+    own = make_method("real", config, TEMPERATURE)
     optimizer, found = torch.optim.SGD(policy.parameters(), lr=1e-5), []
     for _ in range(8):
-        _, _, out = run(
-            policy, groups, lambda i: proximal_objective("real", config, SCALE, TEMPERATURE, totals, False, held[i])
-        )
+        _, _, out = run(policy, groups, lambda i: own.loss(totals), held=held)
         found.append(float(torch.cat([o.kl for o in out]).mean()))
         optimizer.step()
     assert all(b < a for a, b in itertools.pairwise(found)) and found[-1] < 0.8 * found[0]
@@ -250,11 +244,11 @@ def test_measuring_the_kl_changes_nothing_to_the_last_bit(tiny_llama, method, ex
         for r in group.rollouts:
             r.outcome = None if r.outcome is None else 3
     config, totals = ObjectiveConfig(exploration=exploration), UpdateCounts.of(groups)
-    fused = (real_objective if method == "real" else binary_objective)(config, SCALE, TEMPERATURE, totals, False)
+    own = make_method(method, config, TEMPERATURE)
     other = moved(policy, 0.02, 1)
     held = references(other, groups)
-    loss, grads, plain = run(policy, groups, lambda i: fused)
-    again, same, measured = run(policy, groups, lambda i: with_kl(fused, held[i], TEMPERATURE))
+    loss, grads, plain = run(policy, groups, lambda i: own.loss(totals))
+    again, same, measured = run(policy, groups, lambda i: own.loss(totals), held=held)
     assert torch.equal(loss, again) and all(torch.equal(grads[name], same[name]) for name in grads)
     assert all(torch.equal(a.computed, b.computed) for a, b in zip(plain, measured, strict=True))
     with torch.no_grad():

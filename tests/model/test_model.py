@@ -66,7 +66,7 @@ def test_a_change_without_a_name_is_caught_by_comparing(tiny_llama, monkeypatch)
 
 
 def test_activation_checkpointing_gives_the_same_gradients(tiny_llama):
-    from tests.helpers import make_groups
+    from tests.helpers import make_groups, run_update
 
     plain, recomputed = tiny_llama(), tiny_llama()
     recomputed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

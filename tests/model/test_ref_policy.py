@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from real_fast import train
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.errors import CheckpointError
+from real_fast.methods.policy_gradient import PolicyGradient
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
 from real_fast.train import Trainer, main
-from real_kernels import linear_logprob
+from real_kernels import HeadOptions, linear_logprob
 from tests.helpers import flags, make_groups, metric_lines, same_weights
 
 BOTH = ["--objective.kl_coef", "0.5", "--objective.num_iterations", "2", "--optim.schedule", "cosine"]
@@ -39,7 +39,7 @@ def test_the_copy_computes_what_the_policy_computes(tiny_llama, tied, half):
     reference = RefPolicy(policy, 0.7, resident=True)
 
     def of_targets(hidden, weight, batch):
-        return linear_logprob(hidden[batch.rows], weight, batch.targets, temperature=0.7)
+        return linear_logprob(hidden[batch.rows], weight, batch.targets, head=HeadOptions(temperature=0.7))
 
     want = policy(batches()[0], of_targets)
     (found,) = reference.logprobs(batches())
@@ -122,7 +122,7 @@ def test_killed_between_the_reference_and_the_first_checkpoint(tiny_judge, whole
     more = [*BOTH, "--rollout.check_every", "1"]
 
     def killed(self):
-        assert (self.folder.path / "reference").is_dir()  # before any checkpoint
+        assert (self.run.folder.path / "reference").is_dir()  # before any checkpoint
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "save", killed)
@@ -188,7 +188,7 @@ def test_nothing_to_train_on_is_no_error(tiny_judge, tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_in_every_iteration(tiny_judge, tmp_path, monkeypatch):
-    output, original, made = tmp_path / "run", train.method_loss, []
+    output, original, made = tmp_path / "run", PolicyGradient.loss, []
 
     def poisoned(*arguments):
         loss = original(*arguments)
@@ -201,7 +201,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_in_every_iteration(tiny_judge,
 
         return broken if len(made) in (3, 4) else loss  # one micro-batch in each of two iterations: the second step
 
-    monkeypatch.setattr(train, "method_loss", poisoned)
+    monkeypatch.setattr(PolicyGradient, "loss", poisoned)
     assert main(flags(tiny_judge, output, *BOTH, "--train.steps", "3")) == 0
     lines = steps(output)
     assert [m["skipped_steps"] for m in lines] == [0, 2, 2] and lines[1]["loss"] is None

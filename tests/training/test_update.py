@@ -9,8 +9,9 @@ from real_fast.batching.micro_batches import balanced_bins, micro_batches
 from real_fast.batching.pack import pack_batch, pad_batch
 from real_fast.config import ObjectiveConfig
 from real_fast.errors import BatchError
-from real_fast.methods.objective import UpdateCounts
-from real_fast.methods.supervised import SFT, supervised_group, supervised_loss
+from real_fast.methods.base import UpdateCounts
+from real_fast.methods.sft import SFT
+from real_fast.methods.supervised import supervised_group, supervised_loss
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.training.step_metrics import StepMetrics
@@ -178,22 +179,22 @@ def test_balanced_bins():
 def test_step_metrics_and_engine_gap(tiny_llama):
     policy, groups = policy_of(tiny_llama), make_groups(4, missing=True)
     largest = max(g.shared_tokens for g in groups)
-    _, _, outputs = run_update(policy, groups, budget=largest, every_row=True)
+    _, _, outputs = run_update(policy, groups, budget=largest, compare=True)
     # Let the engine report what the trainer computed: the gap is zero only if everything is matched up right.
     metrics = StepMetrics(groups, SCALE)
     for batch, out in outputs:
-        metrics.add(batch, out)
+        metrics.add(batch, out, 0)
         for i, g in enumerate(batch.group.tolist()):
             rollout = groups[g].rollouts[batch.group[:i].tolist().count(g)]
             rollout.sampled_logprobs = out.logprobs[batch.rollout == i].tolist()
             if rollout.has_score:
                 rollout.score_logprobs = out.score_logprobs[i].tolist()
-    gap = metrics.engine_gap()
+    gap = metrics.compare_engine()
     # float() on the way: the trainer's numbers are rounded to float32
     assert gap.logprob_max < 1e-6 and gap.score_max < 1e-6
     assert gap.tokens == sum(len(r.sampled_ids) for g in groups for r in g.rollouts if r.has_score)
     groups[1].rollouts[1].sampled_logprobs[0] -= 0.5
-    assert abs(metrics.engine_gap().logprob_max - 0.5) < 1e-6
+    assert abs(metrics.compare_engine().logprob_max - 0.5) < 1e-6
     result = metrics.result()
     separate = sum(len(g.prompt_ids) + len(r.context_ids) for g in groups for r in g.rollouts)
     assert result["body/tokens"] == sum(g.shared_tokens for g in groups) and result["body/padding"] == 0

@@ -21,6 +21,7 @@ from benchmarks.workload import Workload
 from real_fast.attention.interface import pick_backend
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.batching.pack import pad_batch
+from real_fast.config import Config
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.real import Real
 from real_fast.model.policy import Policy

@@ -11,7 +11,15 @@ from real_fast.batch import Batch, Group
 from real_fast.config import ObjectiveConfig
 from real_fast.rollout.assemble import random_stream
 from real_fast.scale import ScoreScale
-from real_kernels import expected_score, group_advantages, real_loss, score_logprobs, weighted_logprob
+from real_kernels import (
+    HeadOptions,
+    RealObjective,
+    expected_score,
+    group_advantages,
+    real_loss,
+    score_logprobs,
+    weighted_logprob,
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,16 @@ def real_objective(
         every_row: Compute the log-probability of rows with coefficient 0 too (to compare engine and trainer).
     """
     from_engine = config.reward_from == "engine"
+    objective = RealObjective(
+        reward=config.reward,
+        lam=config.lam,
+        beta=config.beta,
+        baseline=config.baseline,
+        normalize_std=config.normalize_std,
+        advantage_clip=config.advantage_clip,
+        loss_norm=config.loss_norm,
+        renormalize=config.renormalize,
+    )
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         # Refinement alone has no use for the feedback's rows.
@@ -101,21 +119,13 @@ def real_objective(
             scale.values_tensor(hidden.device).to(wide(hidden)),
             batch.labels.to(wide(hidden)),
             batch.group,
-            valid=batch.valid,
-            reward=config.reward,
-            lam=config.lam,
-            beta=config.beta,
-            baseline=config.baseline,
-            normalize_std=config.normalize_std,
-            advantage_clip=config.advantage_clip,
-            loss_norm=config.loss_norm,
-            renormalize=config.renormalize,
-            reward_logprobs=judged,
-            temperature=temperature,
+            rollout_valid=batch.valid,
+            engine_score_logprobs=judged,
             num_rollouts=totals.rollouts,
             num_tokens=totals.tokens,
-            drop_zero_rows=not every_row,
-            validate=not hidden.is_cuda,
+            skip_zero_rows=not every_row,
+            objective=objective,
+            head=HeadOptions(temperature=temperature, validate=not hidden.is_cuda),
         )
         missing = len(batch.targets) - n
         return LossOutput(
@@ -170,7 +180,7 @@ def batch_advantages(config: ObjectiveConfig, rewards: torch.Tensor, batch: Batc
     return group_advantages(
         rewards,
         batch.group,
-        valid=batch.valid,
+        rollout_valid=batch.valid,
         baseline=config.baseline,
         normalize_std=config.normalize_std,
         clip=config.advantage_clip,
@@ -189,7 +199,8 @@ def binary_objective(
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         device, dtype = hidden.device, wide(hidden)
         values = scale.values_tensor(device).to(dtype)
-        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=not hidden.is_cuda)
+        head = HeadOptions(validate=not hidden.is_cuda)
+        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), head=head)
         chosen = outcome_logprob(logp, batch.outcome)
         reward = outcome_reward(batch.labels.to(dtype), values, batch.outcome)
         advantage = batch_advantages(config, reward, batch)
@@ -203,8 +214,7 @@ def binary_objective(
             weight,
             batch.targets[rows],
             per_row[rows],
-            temperature=temperature,
-            validate=False,
+            head=HeadOptions(temperature=temperature, validate=False),
         )
         logprobs = torch.full_like(per_row, float("nan")).index_copy(0, rows, found)
         score = torch.where(batch.valid, coefficient * chosen, 0.0).sum()

@@ -16,6 +16,7 @@ from real_fast.config import ObjectiveConfig
 from real_fast.objective import Loss, LossOutput, Totals, batch_advantages, outcome_logprob, outcome_reward, wide
 from real_fast.scale import ScoreScale
 from real_kernels import (
+    HeadOptions,
     RewardTerms,
     expected_score,
     linear_logprob,
@@ -111,7 +112,8 @@ def proximal_objective(
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         dtype, validate = wide(hidden), not hidden.is_cuda
         values = scale.values_tensor(hidden.device).to(dtype)
-        scores = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(hidden.device), validate=validate)
+        ids, head = scale.ids_tensor(hidden.device), HeadOptions(validate=validate)
+        scores = score_logprobs(hidden[batch.score_rows], weight, ids, head=head)
         if method == "real":
             scored = _real(config, totals.rollouts, values, scores, batch, first)
         else:
@@ -121,9 +123,8 @@ def proximal_objective(
         every = reference is not None or (every_row and explores)
         computed = batch.valid[batch.rollout] if every else per_row != 0
         rows = computed.nonzero()[:, 0]
-        logp = linear_logprob(
-            hidden[batch.rows[rows]], weight, batch.targets[rows], temperature=temperature, validate=validate
-        )
+        head = HeadOptions(temperature=temperature, validate=validate)
+        logp = linear_logprob(hidden[batch.rows[rows]], weight, batch.targets[rows], head=head)
         surrogate = None
         value = per_row[rows] * logp
         if first is not None:
@@ -166,10 +167,9 @@ def with_kl(loss: Loss, reference: torch.Tensor, temperature: float) -> Loss:
         live = batch.valid[batch.rollout]
         # Rows that the loss left out, since their coefficient is 0, count here.
         missing = (live & ~out.computed).nonzero()[:, 0]
+        head = HeadOptions(temperature=temperature, validate=False)
         with torch.no_grad():
-            found = linear_logprob(
-                hidden[batch.rows[missing]], weight, batch.targets[missing], temperature=temperature, validate=False
-            )
+            found = linear_logprob(hidden[batch.rows[missing]], weight, batch.targets[missing], head=head)
         out.kl = k3(out.logprobs.index_copy(0, missing, found), reference)[live]
         return out
 

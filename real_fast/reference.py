@@ -13,7 +13,7 @@ from torch import nn
 from real_fast.batch import Batch
 from real_fast.checkpoint import CheckpointError, load_tensors, save_tensors
 from real_fast.model import Policy
-from real_kernels import linear_logprob
+from real_kernels import HeadOptions, linear_logprob
 
 FOLDER = "reference"
 
@@ -40,10 +40,11 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """[N] log-probabilities of each micro-batch's sampled tokens, by one forward pass without gradients each."""
+        head = HeadOptions(temperature=self.temperature, validate=False)
 
         def of_targets(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
             rows = hidden[batch.rows]
-            return linear_logprob(rows, weight, batch.targets, temperature=self.temperature, validate=False)
+            return linear_logprob(rows, weight, batch.targets, head=head)
 
         self.policy.to(self.device)
         found = [self.policy(batch, of_targets) for batch in batches]

@@ -16,7 +16,7 @@ from real_fast.packing import BatchError
 from real_fast.rollout.assemble import random_stream
 from real_fast.rollout.base import Rollout
 from real_fast.scale import ScoreScale
-from real_kernels import expected_score, label_weights, score_logprobs, weighted_logprob
+from real_kernels import HeadOptions, expected_score, label_weights, score_logprobs, weighted_logprob
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,14 @@ def supervised_objective(terms: Terms, scale: ScoreScale, totals: Totals, renorm
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         device, dtype, validate = hidden.device, wide(hidden), not hidden.is_cuda
         values, labels = scale.values_tensor(device).to(dtype), batch.labels.to(dtype)
-        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), validate=validate)
+        head = HeadOptions(validate=validate)
+        logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), head=head)
         y_hat = expected_score(logp, values, renormalize)
         logprobs = torch.full(batch.targets.shape, float("nan"), device=device, dtype=dtype)
         total, parts = torch.zeros((), device=device, dtype=dtype), {}
         if terms.feedback:
             coefficients = torch.full(batch.targets.shape, -terms.feedback / count, device=device, dtype=dtype)
-            text, logprobs = weighted_logprob(
-                hidden[batch.rows], weight, batch.targets, coefficients, validate=validate
-            )
+            text, logprobs = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, head=head)
             total, parts["feedback"] = total + text, text.detach()
         if terms.score:
             q = label_weights(labels, values, validate=validate)

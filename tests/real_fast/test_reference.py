@@ -17,7 +17,7 @@ from real_fast.model import Policy
 from real_fast.packing import micro_batches
 from real_fast.reference import Reference
 from real_fast.train import Trainer, main
-from real_kernels import linear_logprob
+from real_kernels import HeadOptions, linear_logprob
 from tests.real_fast.test_train import flags, metric_lines, same_weights
 from tests.real_fast.test_update import make_groups
 
@@ -40,7 +40,7 @@ def test_the_copy_computes_what_the_policy_computes(tiny_llama, tied, half):
     reference = Reference(policy, 0.7, resident=True)
 
     def of_targets(hidden, weight, batch):
-        return linear_logprob(hidden[batch.rows], weight, batch.targets, temperature=0.7)
+        return linear_logprob(hidden[batch.rows], weight, batch.targets, head=HeadOptions(temperature=0.7))
 
     want = policy(batches()[0], of_targets)
     (found,) = reference.logprobs(batches())

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from benchmarks import roofline
 from benchmarks.machine import PeakMemory, synchronize
 from benchmarks.record import append
-from real_kernels import linear_logprob, weighted_logprob
+from real_kernels import HeadOptions, linear_logprob, weighted_logprob
 
 Loss = Callable[[], torch.Tensor]
 Factory = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Loss]
@@ -186,17 +186,18 @@ def _ours(impl: Any, parts: int, hidden: torch.Tensor, weight: torch.Tensor, tar
     size = weight.element_size() if hidden.is_cuda and impl != "torch" else 4
     budget = -(-n // parts) * weight.shape[0] * size if parts > 1 else None
 
+    head = HeadOptions(impl=impl, mode="forward", chunk_bytes=budget, validate=False)
+
     def loss() -> torch.Tensor:
-        return weighted_logprob(
-            hidden, weight, targets, coefficients, impl=impl, mode="forward", chunk_bytes=budget, validate=False
-        )[0]
+        return weighted_logprob(hidden, weight, targets, coefficients, head=head)[0]
 
     return loss
 
 
 def _ours_recompute(impl: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
     """Any loss of the log-probabilities; the backward pass computes the logits again."""
-    return lambda: -linear_logprob(hidden, weight, targets, impl=impl, validate=False).mean()
+    head = HeadOptions(impl=impl, validate=False)
+    return lambda: -linear_logprob(hidden, weight, targets, head=head).mean()
 
 
 def _cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.record import RESULTS
 from benchmarks.report import KERNELS, fill
-from real_kernels.tiles import NARROW, SCORES, TILES, WIDE, Tile
+from real_kernels.tiles import FLOAT32, NARROW, SCORES, TILES, Tile
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel
@@ -113,7 +113,7 @@ def gemm(arch: str, dtype: str, tile: Tile, default: bool, variant: str, **flags
     }
     half = f"*{dtype}"
     types = dict.fromkeys(
-        ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "u", "logp"), "*fp32"
+        ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "dlogp", "logp"), "*fp32"
     ) | {
         "h": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>" if descriptors else half,
         "w": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>" if descriptors else half,
@@ -149,24 +149,27 @@ def cases(arch: str) -> Iterator[Case]:
         yield gemm(arch, "bf16", NARROW[arch], True, f"{variant}, pointers, odd D", pointers=True, even=False)
     few = SCORES[arch]
     yield gemm(arch, "bf16", few, True, "dlogits, score tokens, bias, soft-cap", shared=True, bias=True, cap=True)
-    for tile in WIDE[arch]:
+    for tile in FLOAT32[arch]:
         for variant in EPILOGUES:
             yield gemm(arch, "fp32", tile, True, variant)
     columns = sorted({tile.columns for tile in (*TILES[arch], SCORES[arch])})
     for bn in columns:
-        types = {"kept": "*bf16", "ids": "*i64", "inverse_temperature": "fp32"} | dict.fromkeys(
-            ("tile_max", "row_max", "log_sum", "u", "logp"), "*fp32"
+        types = {"saved": "*bf16", "ids": "*i64", "inverse_temperature": "fp32"} | dict.fromkeys(
+            ("tile_max", "row_max", "log_sum", "dlogp", "logp"), "*fp32"
         )
         constants = {"SHARED": False, "BLOCK_ROWS": 16, "BN": bn}
-        source = _source(dlogits_kernel, types, constants, {"kept", "stride", "width"})
+        source = _source(dlogits_kernel, types, constants, {"saved", "stride", "width"})
         yield Case(arch, "dlogits", "in place", "bf16", f"16x{bn}", True, source, {"num_warps": 8})
     types = dict.fromkeys(
         ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "logp", "entropy"), "*fp32"
     )
     constants = {"ENTROPY": True, "BLOCK_TILES": 32, "BLOCK_ROWS": 32}
     yield Case(arch, "combine", "entropy", "fp32", "32x32", True, _source(combine_kernel, types, constants, set()), {})
-    floats = ("logp", "judged", "values", "labels", "counts", "y_hat", "reward", "advantages", "coefficient")
-    types = dict.fromkeys((*floats, "refinement", "u"), "*fp32") | {"group": "*i64", "valid": "*u8"}
+    floats = ("logp", "engine_score_logprobs", "values", "labels", "counts", "y_hat", "reward", "advantages")
+    types = dict.fromkeys((*floats, "coefficient", "refinement", "dlogp"), "*fp32") | {
+        "group": "*i64",
+        "rollout_valid": "*u8",
+    }
     types |= dict.fromkeys(("lam", "beta", "clip"), "fp32")
     flags = {"RENORMALIZE": True, "LEAVE_ONE_OUT": True, "NORMALIZE": True, "TOKEN_MEAN": False}
     for reference in (False, True):

@@ -27,7 +27,7 @@ from real_fast.methods.real import Real
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
-from real_kernels import group_advantages, reward_terms, score_logprobs
+from real_kernels import HeadOptions, group_advantages, reward_parts, score_logprobs
 
 Variant = Literal["ours", "no shared prompt", "two forwards", "full logits", "every row"]
 VARIANTS: tuple[Variant, ...] = ("ours", "no shared prompt", "two forwards", "full logits", "every row")
@@ -75,7 +75,7 @@ class OurStep:
 
     def _scores(self, hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
         ids = self.scale.ids_tensor(hidden.device)
-        return score_logprobs(hidden[batch.score_rows], weight, ids, validate=False)
+        return score_logprobs(hidden[batch.score_rows], weight, ids, head=HeadOptions(validate=False))
 
     def step(self, phases: Phases) -> float:
         """One update. Returns the loss."""
@@ -123,7 +123,7 @@ def _loss_of_logprobs(
 ) -> _Out:
     device = logp.device
     values, labels = scale.values_tensor(device).float(), batch.labels
-    terms = reward_terms(logp[batch.score_rows][:, scale.ids_tensor(device)], values, labels)
+    terms = reward_parts(logp[batch.score_rows][:, scale.ids_tensor(device)], values, labels)
     if advantages is None:
         advantages = group_advantages(terms.reward.detach(), batch.group)
     chosen = logp[batch.rows].gather(1, batch.targets[:, None])[:, 0]
@@ -172,7 +172,7 @@ class ReferenceStep:
                 with torch.no_grad(), phases("head"):
                     logp = self._logits(batch)[batch.score_rows].log_softmax(-1)
                     values = self.scale.values_tensor(device).float()
-                    rewards.append(reward_terms(logp[:, self.scale.ids_tensor(device)], values, batch.labels).reward)
+                    rewards.append(reward_parts(logp[:, self.scale.ids_tensor(device)], values, batch.labels).reward)
             group = torch.cat([batch.group for batch in batches])
             advantages = group_advantages(torch.cat(rewards), group).split([len(r) for r in rewards])
             for batch, part in zip(batches, advantages, strict=True):

@@ -16,14 +16,14 @@ from trl import RLOOConfig, RLOOTrainer
 
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
-from real_kernels import real_loss
+from real_kernels import HeadOptions, RealObjective, real_loss
 
 
 class RealTrainer(RLOOTrainer):
     """REAL on TRL's rollouts. The dataset has the columns ``prompt`` (text or messages) and ``label`` (a score).
 
     The answer is forced: where a completion has no phrase, the phrase is appended. Appended tokens are context for the
-    score and no targets. `options` go to :func:`real_kernels.real_loss` (``lam``, ``beta``, ``reward``, ...).
+    score and no targets. `objective` says what the loss is: ``RealObjective(lam=..., beta=..., reward=...)``.
     """
 
     _tag_names = ["trl", "real"]  # noqa: RUF012 (TRL's own attribute)
@@ -36,7 +36,7 @@ class RealTrainer(RLOOTrainer):
         args: RLOOConfig,
         *,
         phrase: str = PHRASE,
-        options: dict[str, Any] | None = None,
+        objective: RealObjective | None = None,
         **kwargs: Any,
     ) -> None:
         if args.beta:
@@ -52,7 +52,7 @@ class RealTrainer(RLOOTrainer):
             )
         super().__init__(model=model, reward_funcs=[], args=args, **kwargs)
         add_head_argument(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
-        self.options = options or {}
+        self.objective = objective or RealObjective()
         self.scale = ScoreScale.from_tokenizer(self._tokenizer, SCORES, phrase)
         self.finder = PhraseFinder(self._tokenizer, self.scale)
 
@@ -104,8 +104,8 @@ class RealTrainer(RLOOTrainer):
                 self.scale.values_tensor(device),
                 labels,
                 rollout // k,
-                temperature=self.temperature,
-                **self.options,
+                objective=self.objective,
+                head=HeadOptions(temperature=self.temperature),
             )
             return vars(out)  # a dict: DDP and FSDP find the tensors in it
 

@@ -7,10 +7,14 @@ them, without logits of size [N, V] in memory. Needs torch alone; Triton, where 
 from real_kernels.advantage import group_advantages
 from real_kernels.logprob import linear_logprob, logprob_and_entropy, score_logprobs, weighted_logprob
 from real_kernels.loss import RealLossOutput, real_loss
-from real_kernels.reward import RewardTerms, expected_score, label_weights, reward_terms
+from real_kernels.options import HeadOptions, RealObjective
+from real_kernels.reward import RewardParts, RewardTerms, expected_score, label_weights, reward_parts, reward_terms
 
 __all__ = [
+    "HeadOptions",
     "RealLossOutput",
+    "RealObjective",
+    "RewardParts",
     "RewardTerms",
     "expected_score",
     "group_advantages",
@@ -18,6 +22,7 @@ __all__ = [
     "linear_logprob",
     "logprob_and_entropy",
     "real_loss",
+    "reward_parts",
     "reward_terms",
     "score_logprobs",
     "weighted_logprob",

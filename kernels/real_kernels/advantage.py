@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Baseline = Literal["leave_one_out", "mean"]
+from real_kernels.options import BASELINES, Baseline
 
 # As TRL's: keeps rounding noise of equal rewards from being blown up to unit advantages.
 STD_EPS = 1e-4
@@ -16,7 +14,7 @@ def group_advantages(
     rewards: torch.Tensor,
     group: torch.Tensor,
     *,
-    valid: torch.Tensor | None = None,
+    rollout_valid: torch.Tensor | None = None,
     baseline: Baseline = "leave_one_out",
     normalize_std: bool = True,
     clip: float = 1.0,
@@ -27,30 +25,31 @@ def group_advantages(
     of the rollouts plays no part: a rollout's advantage depends on its own group alone.
 
     Args:
-        rewards: [M] rewards.
+        rewards: [M] floats.
         group: [M] int64, equal for rollouts of one prompt.
-        valid: [M] bool; rollouts that are left out get advantage 0 and count in nobody's baseline.
+        rollout_valid: [M] bool, None for all; rollouts that are left out get advantage 0 and count in no baseline.
         baseline: "leave_one_out", or "mean" of the whole group (as GRPO).
         normalize_std: Divide by the standard deviation.
         clip: Clip to plus or minus this; 0 for no clipping.
 
     Returns:
-        [M] advantages, detached. A rollout without another valid one in its group gets 0.
+        [M] advantages in the rewards' dtype, detached. A rollout without another valid one in its group gets 0.
 
     Raises:
         ValueError: Shapes that do not fit, a negative clip, an unknown baseline.
     """
-    if rewards.dim() != 1 or group.shape != rewards.shape or (valid is not None and valid.shape != rewards.shape):
-        raise ValueError(f"rewards, group and valid must be [M], not {tuple(rewards.shape)} and {tuple(group.shape)}")
-    if baseline not in ("leave_one_out", "mean"):
+    shapes = [tuple(t.shape) for t in (rewards, group, rollout_valid) if t is not None]
+    if rewards.dim() != 1 or len(set(shapes)) > 1:
+        raise ValueError(f"rewards, group and rollout_valid must all be [M], not {', '.join(map(str, shapes))}")
+    if baseline not in BASELINES:
         raise ValueError(f'baseline must be "leave_one_out" or "mean", not {baseline!r}')
     if not clip >= 0:
         raise ValueError(f"clip must be 0 or more, not {clip}")
     r = rewards.detach()
     same = group[:, None] == group[None, :]
-    if valid is not None:
-        r = torch.where(valid, r, torch.zeros_like(r))
-        same = same & valid[:, None] & valid[None, :]
+    if rollout_valid is not None:
+        r = torch.where(rollout_valid, r, torch.zeros_like(r))
+        same = same & rollout_valid[:, None] & rollout_valid[None, :]
     member = same.to(r.dtype)
     count = member.sum(1)
     # Centred first: E[r^2] - E[r]^2 would cancel where a group's spread is small beside its mean.

@@ -50,23 +50,17 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], device:
         raise ValueError(f"{name} is on {tensor.device} and hidden on {device}")
 
 
+def check_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """A tensor's exact dtype."""
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
+
+
 def check_score_ids(score_ids: torch.Tensor, device: torch.device) -> None:
     """A list of int64 token ids."""
     if score_ids.dim() != 1 or not score_ids.numel():
         raise ValueError(f"score_ids must be a list of token ids, not shape {tuple(score_ids.shape)}")
     check_index("score_ids", score_ids, tuple(score_ids.shape), device)
-
-
-def check_temperature(temperature: float) -> None:
-    """A finite temperature above 0."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be above 0 and finite, not {temperature}")
-
-
-def check_softcap(softcap: float | None) -> None:
-    """None, or a finite cap above 0."""
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap must be above 0 and finite, or None, not {softcap}")
 
 
 class ValueChecks:

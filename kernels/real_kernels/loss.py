@@ -6,14 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from real_kernels.advantage import Baseline
-from real_kernels.checks import check_head, check_index, check_score_ids, check_shape
-from real_kernels.head import Impl, Mode
-from real_kernels.matmul import accumulator
-from real_kernels.options import check_options, gradient_in_forward, wanted
-from real_kernels.real_op import real_head
-from real_kernels.reward import Reward
-from real_kernels.rollout_terms import LossNorm
+from real_kernels.checks import check_dtype, check_head, check_index, check_score_ids, check_shape
+from real_kernels.matmul import accum_dtype
+from real_kernels.options import DEFAULT_HEAD, DEFAULT_OBJECTIVE, HeadOptions, RealObjective
+from real_kernels.real_op import RealResults, real_head
+from real_kernels.resolve import gradient_in_forward, required_grads, resolve_head
 
 
 @dataclass
@@ -56,26 +53,14 @@ def real_loss(
     labels: torch.Tensor,
     group: torch.Tensor,
     *,
-    valid: torch.Tensor | None = None,
-    reward: Reward = "paper",
-    lam: float = 1.0,
-    beta: float = 1.0,
-    baseline: Baseline = "leave_one_out",
-    normalize_std: bool = True,
-    advantage_clip: float = 1.0,
-    loss_norm: LossNorm = "sequence_sum",
-    renormalize: bool = False,
-    reward_logprobs: torch.Tensor | None = None,
-    temperature: float = 1.0,
+    rollout_valid: torch.Tensor | None = None,
+    engine_score_logprobs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     num_rollouts: int | None = None,
     num_tokens: int | None = None,
-    drop_zero_rows: bool = True,
-    bias: torch.Tensor | None = None,
-    softcap: float | None = None,
-    impl: Impl = "auto",
-    mode: Mode = "auto",
-    chunk_bytes: int | None = None,
-    validate: bool = True,
+    skip_zero_rows: bool = True,
+    objective: RealObjective = DEFAULT_OBJECTIVE,
+    head: HeadOptions = DEFAULT_HEAD,
 ) -> RealLossOutput:
     """REAL's loss, minus the generalised policy gradient's objective (arXiv 2603.17145).
 
@@ -102,72 +87,36 @@ def real_loss(
         score_values: [K] float32 (float64 for float64 input), ascending scores.
         labels: [M] float32 (float64), labels on the scale.
         group: [M] int64, equal for rollouts of one prompt.
-        valid: [M] bool; rollouts without a score (``answer: generated``) add nothing, whatever stands in their rows.
-        reward: "paper" or "reference", see :func:`real_kernels.reward_terms`.
-        lam: Weight of the label's (log-)probability in the reward.
-        beta: Weight of the refinement gradient; 1 is the exact gradient, 0 exploration alone.
-        baseline: "leave_one_out" or "mean".
-        normalize_std: Divide advantages by the group's standard deviation.
-        advantage_clip: Clip advantages to plus or minus this; 0 for none.
-        loss_norm: "sequence_sum": as above; "token_mean": the exploration term is divided by the number of sampled
-            tokens instead of the number of rollouts.
-        renormalize: Softmax over the score tokens alone for the reward.
-        reward_logprobs: [M, K] float32 (float64) score log-probabilities (temperature 1, full softmax) whose rewards
-            the advantages come from, such as the rollout engine's; this call's own by default. The refinement gradient
-            is always this call's.
-        temperature: Sampling temperature of the feedback tokens; the score distribution is always read at 1.
-        num_rollouts: R, valid rollouts of the whole update; this call's by default.
-        num_tokens: Sampled tokens of valid rollouts of the whole update; this call's by default.
-        drop_zero_rows: Leave rows with coefficient 0 out of the head (exact). How many are left is asked of a GPU
-            once; False, with `valid` not given, is the way without any wait.
-        bias: [V] of the lm_head, same dtype as `weight`.
-        softcap: Logits become ``softcap * tanh(logits / softcap)``, before the temperature.
-        impl: "triton", "torch", or "auto": Triton for 16-bit tensors on CUDA, PyTorch otherwise.
-        mode: Where the head's gradient is computed: "forward" (6 N D V FLOPs) or "recompute" (8 N D V, less memory);
-            "auto" takes "forward" unless `chunk_bytes` cuts the rows into chunks too small to be worth it.
-        chunk_bytes: Most bytes of logits (or of their gradients) alive at a time; 256 MiB, and 1 GiB for Triton.
-        validate: Check values too: ids and rollouts in range, labels on the scale. They wait for a GPU once.
+        rollout_valid: [M] bool, None for all; rollouts without a score (``answer: generated``) add nothing, whatever
+            stands in their rows.
+        engine_score_logprobs: [M, K] float32 (float64) score log-probabilities (temperature 1, full softmax) whose
+            rewards the advantages come from, such as the rollout engine's; None for this call's own. The refinement
+            gradient is always this call's.
+        bias: [V] of the lm_head, same dtype and device as `weight`; None for none.
+        num_rollouts: R, valid rollouts of the whole update; None for this call's.
+        num_tokens: Sampled tokens of valid rollouts of the whole update; None for this call's.
+        skip_zero_rows: Leave rows with coefficient 0 out of the head (exact). How many are left is asked of a GPU
+            once; False, with `rollout_valid` not given, is the way without any wait.
+        objective: The reward, the advantages and the weights.
+        head: How the head computes. Its temperature is the sampled tokens'; the score distribution is read at 1.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 input), and what it was made of.
 
     Raises:
         ValueError: Shapes, dtypes, devices, ids, labels or options that do not fit; the message names the argument.
     """
-    chosen, room = check_options(hidden, weight, bias, temperature, softcap, impl, chunk_bytes)
+    impl, chunk_bytes = resolve_head(hidden, weight, bias, head)
     check_head(score_hidden, weight, "score_hidden")
-    n, m, device = hidden.shape[0], score_hidden.shape[0], hidden.device
-    check_index("targets", targets, (n,), device)
-    check_index("rollout", rollout, (n,), device)
-    check_score_ids(score_ids, device)
-    check_shape("score_values", score_values, tuple(score_ids.shape), device)
-    check_shape("labels", labels, (m,), device)
-    check_index("group", group, (m,), device)
-    wide = accumulator(hidden.dtype)
-    for name, tensor in (("labels", labels), ("score_values", score_values)):
-        if tensor.dtype != wide:
-            raise ValueError(f"{name} must be {wide}, not {tensor.dtype}")
-    if score_values.numel() < 2:
-        raise ValueError(f"score_values must be at least two ascending scores, not {score_values.tolist()}")
-    if valid is not None:
-        check_shape("valid", valid, (m,), device)
-        if valid.dtype != torch.bool:
-            raise ValueError(f"valid must be bool, not {valid.dtype}")
-    if reward_logprobs is not None:
-        check_shape("reward_logprobs", reward_logprobs, (m, score_ids.shape[0]), device)
-        if reward_logprobs.dtype != wide:
-            raise ValueError(f"reward_logprobs must be {wide}, not {reward_logprobs.dtype}")
-    for name, value, known in (
-        ("loss_norm", loss_norm, ("sequence_sum", "token_mean")),
-        ("reward", reward, ("paper", "reference")),
-        ("baseline", baseline, ("leave_one_out", "mean")),
-    ):
-        if value not in known:
-            raise ValueError(f'{name} must be "{known[0]}" or "{known[1]}", not {value!r}')
+    check_index("targets", targets, (hidden.shape[0],), hidden.device)
+    check_index("rollout", rollout, (hidden.shape[0],), hidden.device)
+    _check_scale(score_ids, score_values, hidden)
+    _check_rollouts(score_hidden, score_ids, labels, group, rollout_valid, engine_score_logprobs)
     for name, count in (("num_rollouts", num_rollouts), ("num_tokens", num_tokens)):
         if count is not None and not count > 0:
             raise ValueError(f"{name} must be above 0, not {count}")
-    if not advantage_clip >= 0:
-        raise ValueError(f"advantage_clip must be 0 or more, not {advantage_clip}")
-    need_hidden, need_scores, need_weight, need_bias = wanted(hidden, score_hidden, weight, bias)
-    loss, exploration, logprobs, computed, logp, rollouts, *_ = real_head(
+    need_hidden, need_scores, need_weight, need_bias = required_grads(hidden, score_hidden, weight, bias)
+    results = real_head(
         hidden,
         score_hidden,
         weight,
@@ -178,39 +127,62 @@ def real_loss(
         score_values,
         labels,
         group,
-        valid,
-        None if reward_logprobs is None else reward_logprobs.detach(),
-        reward,
-        lam,
-        beta,
-        baseline,
-        normalize_std,
-        advantage_clip,
-        loss_norm,
-        renormalize,
-        temperature,
-        softcap,
+        rollout_valid,
+        None if engine_score_logprobs is None else engine_score_logprobs.detach(),
+        objective.text,
+        head.text,
+        gradient_in_forward(head, impl, chunk_bytes, weight, hidden.shape[0]),
+        impl,
+        chunk_bytes,
         num_rollouts,
         num_tokens,
-        drop_zero_rows,
-        gradient_in_forward(mode, chosen, weight, softcap, room, n),
-        chosen,
-        room,
-        validate,
+        skip_zero_rows,
         need_hidden or need_scores,
         need_weight,
         need_bias,
     )
-    expected, rewards, advantages = rollouts.unbind(0)
+    return _output(RealResults(*results))
+
+
+def _check_scale(score_ids: torch.Tensor, score_values: torch.Tensor, hidden: torch.Tensor) -> None:
+    check_score_ids(score_ids, hidden.device)
+    check_shape("score_values", score_values, tuple(score_ids.shape), hidden.device)
+    check_dtype("score_values", score_values, accum_dtype(hidden.dtype))
+    if score_values.numel() < 2:
+        raise ValueError(f"score_values must be at least two ascending scores, not {score_values.tolist()}")
+
+
+def _check_rollouts(
+    score_hidden: torch.Tensor,
+    score_ids: torch.Tensor,
+    labels: torch.Tensor,
+    group: torch.Tensor,
+    rollout_valid: torch.Tensor | None,
+    engine_score_logprobs: torch.Tensor | None,
+) -> None:
+    m, device, dtype = score_hidden.shape[0], score_hidden.device, accum_dtype(score_hidden.dtype)
+    check_shape("labels", labels, (m,), device)
+    check_dtype("labels", labels, dtype)
+    check_index("group", group, (m,), device)
+    if rollout_valid is not None:
+        check_shape("rollout_valid", rollout_valid, (m,), device)
+        check_dtype("rollout_valid", rollout_valid, torch.bool)
+    if engine_score_logprobs is not None:
+        check_shape("engine_score_logprobs", engine_score_logprobs, (m, score_ids.shape[0]), device)
+        check_dtype("engine_score_logprobs", engine_score_logprobs, dtype)
+
+
+def _output(out: RealResults) -> RealLossOutput:
+    expected_score, rewards, advantages = out.rollouts.unbind(0)
     return RealLossOutput(
-        loss=loss,
-        exploration_loss=exploration,
-        refinement_loss=(loss - exploration).detach(),
-        logprobs=logprobs,
-        computed=computed,
-        score_logprobs=logp,
-        expected_score=expected,
+        loss=out.loss,
+        exploration_loss=out.exploration_loss,
+        refinement_loss=(out.loss - out.exploration_loss).detach(),
+        logprobs=out.logprobs,
+        computed=out.computed,
+        score_logprobs=out.score_logprobs,
+        expected_score=expected_score,
         rewards=rewards,
         advantages=advantages,
-        off_scale_mass=1 - logp.exp().sum(1),
+        off_scale_mass=1 - out.score_logprobs.exp().sum(1),
     )

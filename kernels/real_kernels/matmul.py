@@ -7,8 +7,8 @@ import torch
 HALF = (torch.float16, torch.bfloat16)
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are kept in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

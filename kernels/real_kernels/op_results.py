@@ -1,15 +1,29 @@
-"""What the operators share. Their results are tensors alone: an empty one stands for a gradient nobody wants."""
+"""What the operators share: their inputs by name, and their results, which are tensors alone.
+
+An empty tensor stands for a gradient that nobody requires.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from real_kernels.head import Gradients, Needs
-from real_kernels.matmul import accumulator
+from real_kernels.head import Gradients, GradMask
+from real_kernels.matmul import accum_dtype
+
+
+def inputs_of(function: Callable[..., Any]) -> Any:
+    """A named tuple with the parameters of an operator's function as fields, each None by default.
+
+    By position is how PyTorch hands inputs to the fake implementation and to ``setup_context``, and takes gradients.
+    """
+    names = list(inspect.signature(function).parameters)
+    return namedtuple(f"{function.__name__}_inputs", names, defaults=[None] * len(names))
 
 
 def none(like: Tensor) -> Tensor:
@@ -22,9 +36,9 @@ def or_none(tensor: Tensor | None, like: Tensor) -> Tensor:
     return none(like) if tensor is None else tensor
 
 
-def wide(like: Tensor, *shape: int) -> Tensor:
-    """Room in float32 (float64)."""
-    return like.new_empty(shape, dtype=accumulator(like.dtype))
+def empty_accum(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised tensor in the dtype that sums of `like` are kept in, float32 or float64."""
+    return like.new_empty(shape, dtype=accum_dtype(like.dtype))
 
 
 def tensors(gradients: Gradients, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,7 +47,7 @@ def tensors(gradients: Gradients, weight: Tensor) -> tuple[Tensor, Tensor, Tenso
     return or_none(a, weight), or_none(b, weight), or_none(c, weight)
 
 
-def fake_gradients(n: int, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+def fake_gradients(n: int, weight: Tensor, needs: GradMask) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes of :func:`tensors`."""
     v, d = weight.shape
     return (
@@ -43,13 +57,13 @@ def fake_gradients(n: int, weight: Tensor, needs: Needs) -> tuple[Tensor, Tensor
     )
 
 
-def wanted(gradients: Any, needs: Needs) -> tuple[Tensor | None, ...]:
-    """As autograd wants them from a backward pass."""
-    return tuple(g if want else None for g, want in zip(gradients, needs, strict=True))
+def mask_grads(gradients: Sequence[Tensor], required: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients as autograd takes them from a backward pass: None in place of those not required."""
+    return [g if needed else None for g, needed in zip(gradients, required, strict=True)]
 
 
-def scaled(gradients: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool], impl: str) -> list[Tensor | None]:
-    """Those wanted of the gradients computed in a forward pass, times the upstream gradient, a scalar.
+def scaled(gradients: Sequence[Tensor], grad: Tensor, required: Sequence[bool], impl: str) -> list[Tensor | None]:
+    """Those required of the gradients computed in a forward pass, times the upstream gradient, a scalar.
 
     Raises:
         RuntimeError: Under ``create_graph=True``: these gradients are constants, and a second derivative would be 0.
@@ -58,9 +72,9 @@ def scaled(gradients: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool], im
         raise RuntimeError("the head has no second derivative: call backward() or grad() without create_graph")
     # A loss that backward() is called on has 1. To look is free on the CPU alone, and not for tensors being traced.
     if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
-        return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+        return mask_grads(gradients, required)
     times = torch.ops.real_kernels.scaled
-    return [times(g, grad, impl) if want else None for g, want in zip(gradients, wanted, strict=True)]
+    return [times(g, grad, impl) if needed else None for g, needed in zip(gradients, required, strict=True)]
 
 
 @torch.library.custom_op("real_kernels::scaled", mutates_args=())

@@ -2,6 +2,9 @@
 
 Every operator has a fake implementation (shapes alone) and its gradient. Values are checked inside them, before any
 kernel runs, so that the checks hold in compiled code too.
+
+`head` is the text of a :class:`real_kernels.HeadOptions`. `impl` ("torch" or "triton") and `chunk_bytes` are what
+:func:`real_kernels.resolve.resolve_head` made of its fields of the same name, which play no part here.
 """
 
 from __future__ import annotations
@@ -12,59 +15,59 @@ import torch
 from torch import Tensor
 
 from real_kernels.checks import ValueChecks
-from real_kernels.head import Needs, make_head, recomputed_gradients, statistics, weighted_in_forward
-from real_kernels.op_results import fake_gradients, or_none, products, scaled, tensors, wanted, wide
-from real_kernels.rows import Rows, Stats
+from real_kernels.head import GradMask, make_backend, recomputed_gradients, statistics, weighted_in_forward
+from real_kernels.op_results import (
+    empty_accum,
+    fake_gradients,
+    inputs_of,
+    mask_grads,
+    or_none,
+    products,
+    scaled,
+    tensors,
+)
+from real_kernels.options import HeadOptions
+from real_kernels.rows import Rows, SoftmaxStats
 
 
-@torch.library.custom_op("real_kernels::selected_logprobs", mutates_args=())
-def selected_logprobs(
+def _selected_logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     ids: Tensor,
     shared: bool,
-    temperature: float,
-    softcap: float | None,
     entropy: bool,
+    head: str,
     impl: str,
     chunk_bytes: int,
-    validate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [n, m], the row maxima [n], what the log-sum-exp adds to them [n], and the entropy [n]."""
-    if validate:
+    options = HeadOptions.from_text(head)
+    if options.validate:
         checks = ValueChecks()
         checks.ids("score_ids" if shared else "targets", ids, weight.shape[0])
         if shared:
             checks.different("score_ids", ids)
         checks.run()
-    head, ids = make_head(impl, weight, bias, softcap, chunk_bytes), ids.contiguous()
-    stats = statistics(head, Rows(hidden, ids, shared, temperature), entropy)
+    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
+    stats = statistics(backend, Rows(hidden, ids.contiguous(), shared, options.temperature), entropy)
     return stats.logp, stats.row_max, stats.log_sum, or_none(stats.entropy, stats.logp)
 
 
+SelectedInputs = inputs_of(_selected_logprobs)
+selected_logprobs = torch.library.custom_op("real_kernels::selected_logprobs", _selected_logprobs, mutates_args=())
+
+
 @selected_logprobs.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    shared: bool,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-    impl: str,
-    chunk_bytes: int,
-    validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n = hidden.shape[0]
-    logp = wide(hidden, n, ids.shape[0] if shared else 1)
-    return logp, wide(hidden, n), wide(hidden, n), wide(hidden, n if entropy else 0)
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = SelectedInputs(*inputs)
+    hidden, n = call.hidden, call.hidden.shape[0]
+    logp = empty_accum(hidden, n, call.ids.shape[0] if call.shared else 1)
+    return logp, empty_accum(hidden, n), empty_accum(hidden, n), empty_accum(hidden, n if call.entropy else 0)
 
 
-@torch.library.custom_op("real_kernels::selected_logprobs_backward", mutates_args=())
-def selected_logprobs_backward(
-    u: Tensor,
+def _selected_logprobs_backward(
+    dlogp: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -73,125 +76,110 @@ def selected_logprobs_backward(
     log_sum: Tensor,
     logp: Tensor,
     shared: bool,
-    temperature: float,
-    softcap: float | None,
+    head: str,
     impl: str,
     chunk_bytes: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias for u = dL/dlogp [n, m]."""
-    head = make_head(impl, weight, bias, softcap, chunk_bytes)
-    rows = Rows(hidden, ids.contiguous(), shared, temperature)
-    needs = Needs(need_hidden, need_weight, need_bias)
-    return tensors(recomputed_gradients(head, [(rows, Stats(row_max, log_sum, logp), u.contiguous())], needs), weight)
+    """Gradients of hidden states, weight and bias for dlogp = dL/dlogp [n, m]."""
+    options = HeadOptions.from_text(head)
+    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
+    rows = Rows(hidden, ids.contiguous(), shared, options.temperature)
+    part = (rows, SoftmaxStats(row_max, log_sum, logp), dlogp.contiguous())
+    return tensors(recomputed_gradients(backend, [part], GradMask(need_hidden, need_weight, need_bias)), weight)
+
+
+SelectedBackwardInputs = inputs_of(_selected_logprobs_backward)
+selected_logprobs_backward = torch.library.custom_op(
+    "real_kernels::selected_logprobs_backward", _selected_logprobs_backward, mutates_args=()
+)
 
 
 @selected_logprobs_backward.register_fake
-def _(
-    u: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    logp: Tensor,
-    shared: bool,
-    temperature: float,
-    softcap: float | None,
-    impl: str,
-    chunk_bytes: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden.shape[0], weight, Needs(need_hidden, need_weight, need_bias))
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = SelectedBackwardInputs(*inputs)
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    return fake_gradients(call.hidden.shape[0], call.weight, needs)
 
 
 def _save_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, ids, *ctx.options = inputs
+    call = SelectedInputs(*inputs)
     logp, row_max, log_sum, entropy = output
     ctx.mark_non_differentiable(row_max, log_sum, entropy)
-    ctx.save_for_backward(hidden, weight, bias, ids, row_max, log_sum, logp)
+    ctx.save_for_backward(call.hidden, call.weight, call.bias, call.ids, row_max, log_sum, logp)
+    ctx.shared, ctx.head, ctx.impl, ctx.chunk_bytes = call.shared, call.head, call.impl, call.chunk_bytes
 
 
-def _selected_backward(ctx: Any, u: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    shared, temperature, softcap, _entropy, impl, chunk_bytes, _validate = ctx.options
-    needs = Needs(*ctx.needs_input_grad[:3])
+def _selected_backward(ctx: Any, dlogp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, ids, row_max, log_sum, logp = ctx.saved_tensors
+    required = SelectedInputs(*ctx.needs_input_grad)
+    needs = GradMask(required.hidden, required.weight, required.bias)
     gradients = torch.ops.real_kernels.selected_logprobs_backward(
-        u, *ctx.saved_tensors, shared, temperature, softcap, impl, chunk_bytes, *needs
-    )
-    return (*wanted(gradients, needs), *[None] * 8)
+        dlogp, hidden, weight, bias, ids, row_max, log_sum, logp,
+        ctx.shared, ctx.head, ctx.impl, ctx.chunk_bytes, *needs,
+    )  # fmt: skip
+    dh, dw, db = mask_grads(gradients, needs)
+    return tuple(SelectedInputs(hidden=dh, weight=dw, bias=db))
 
 
 selected_logprobs.register_autograd(_selected_backward, setup_context=_save_selected)
 
 
-@torch.library.custom_op("real_kernels::weighted_logprob", mutates_args=())
-def weighted_logprob(
+def _weighted_logprob(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     coefficients: Tensor,
-    temperature: float,
-    softcap: float | None,
+    head: str,
     impl: str,
     chunk_bytes: int,
-    validate: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted sum, the log-probabilities [n], and the sum's gradients."""
-    if validate:
+    options = HeadOptions.from_text(head)
+    if options.validate:
         checks = ValueChecks()
         checks.ids("targets", targets, weight.shape[0])
         checks.run()
-    head = make_head(impl, weight, bias, softcap, chunk_bytes)
-    needs = Needs(need_hidden, need_weight, need_bias)
-    rows = Rows(hidden, targets.contiguous(), False, temperature)
-    logp, gradients = weighted_in_forward(head, rows, coefficients.contiguous(), needs)
+    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
+    needs = GradMask(need_hidden, need_weight, need_bias)
+    rows = Rows(hidden, targets.contiguous(), False, options.temperature)
+    logp, gradients = weighted_in_forward(backend, rows, coefficients.contiguous(), needs)
     return products(coefficients, logp), logp.contiguous(), *tensors(gradients, weight)
 
 
+WeightedInputs = inputs_of(_weighted_logprob)
+weighted_logprob = torch.library.custom_op("real_kernels::weighted_logprob", _weighted_logprob, mutates_args=())
+
+
 @weighted_logprob.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    coefficients: Tensor,
-    temperature: float,
-    softcap: float | None,
-    impl: str,
-    chunk_bytes: int,
-    validate: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    n = hidden.shape[0]
-    needs = Needs(need_hidden, need_weight, need_bias)
-    return wide(hidden), wide(hidden, n), *fake_gradients(n, weight, needs)
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = WeightedInputs(*inputs)
+    hidden, n = call.hidden, call.hidden.shape[0]
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    return empty_accum(hidden), empty_accum(hidden, n), *fake_gradients(n, call.weight, needs)
 
 
 def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, *others = output
+    _total, logp, dh, dw, db = output
     # Otherwise autograd would make zeros of the size of every gradient among the outputs.
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(*others[1:])
-    ctx.impl = inputs[7]
+    ctx.mark_non_differentiable(logp, dh, dw, db)
+    ctx.save_for_backward(dh, dw, db)
+    ctx.impl = WeightedInputs(*inputs).impl
 
 
 def _weighted_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
-    gradients = scaled(ctx.saved_tensors, grad, ctx.needs_input_grad[:3], ctx.impl)
-    return (*gradients, *[None] * 10)
+        return tuple(WeightedInputs())
+    required = WeightedInputs(*ctx.needs_input_grad)
+    dh, dw, db = scaled(ctx.saved_tensors, grad, (required.hidden, required.weight, required.bias), ctx.impl)
+    return tuple(WeightedInputs(hidden=dh, weight=dw, bias=db))
 
 
 weighted_logprob.register_autograd(_weighted_backward, setup_context=_save_weighted)

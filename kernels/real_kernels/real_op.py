@@ -1,25 +1,76 @@
-"""The operator behind :func:`real_kernels.real_loss`: one forward pass from hidden states to the loss."""
+"""The operator behind :func:`real_kernels.real_loss`: one forward pass from hidden states to the loss.
+
+`objective` and `head` are the texts of a :class:`real_kernels.RealObjective` and a :class:`real_kernels.HeadOptions`.
+`in_forward`, `impl` and `chunk_bytes` are what :mod:`real_kernels.resolve` made of the head's fields `mode`, `impl` and
+`chunk_bytes`, which play no part here. What changes from step to step is a number of its own: a string that changes
+would have torch.compile compile again.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from real_kernels.checks import ValueChecks
-from real_kernels.head import Needs, make_head, real_forward, recomputed_gradients
-from real_kernels.op_results import fake_gradients, none, or_none, products, scaled, spread, wide
-from real_kernels.rollout_terms import RolloutOptions, rollout_terms
-from real_kernels.rows import Rows, Stats
+from real_kernels.head import GradMask, RealForward, make_backend, real_forward, recomputed_gradients
+from real_kernels.op_results import (
+    empty_accum,
+    fake_gradients,
+    inputs_of,
+    mask_grads,
+    none,
+    or_none,
+    products,
+    scaled,
+    spread,
+)
+from real_kernels.options import HeadOptions, RealObjective
+from real_kernels.rollout_coefficients import RolloutCoefficients, rollout_coefficients
+from real_kernels.rows import Rows, SoftmaxStats
 
 RealTensors = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]
 
 
-@torch.library.custom_op("real_kernels::real_head", mutates_args=())
-def real_head(
+class RealResults(NamedTuple):
+    """What :func:`real_head` returns; those of the backward pass are empty where it does not need them.
+
+    Attributes:
+        loss: Scalar, the one that has a gradient.
+        exploration_loss: Scalar, the policy-gradient part of it.
+        logprobs: [N] log-probabilities of the targets, NaN for rows that were not computed.
+        computed: [N] bool.
+        score_logprobs: [M, K] score log-probabilities.
+        rollouts: [3, M] expected scores, rewards and advantages.
+        d_hidden: [N, D] gradient, as are the three that follow, where it is computed in the forward pass.
+        d_score_hidden: [M, D].
+        d_weight: [V, D].
+        d_bias: [V].
+        text_stats: [3, N] maximum, log-sum and coefficient of the text rows, where the backward pass recomputes.
+        score_stats: [2, M] maximum and log-sum of the score rows, likewise.
+        dlogp: [M, K] derivative of the loss with respect to the score log-probabilities, likewise.
+    """
+
+    loss: Tensor
+    exploration_loss: Tensor
+    logprobs: Tensor
+    computed: Tensor
+    score_logprobs: Tensor
+    rollouts: Tensor
+    d_hidden: Tensor
+    d_score_hidden: Tensor
+    d_weight: Tensor
+    d_bias: Tensor
+    text_stats: Tensor
+    score_stats: Tensor
+    dlogp: Tensor
+
+
+def _real_head(
     hidden: Tensor,
     score_hidden: Tensor,
     weight: Tensor,
@@ -30,179 +81,231 @@ def real_head(
     score_values: Tensor,
     labels: Tensor,
     group: Tensor,
-    valid: Tensor | None,
-    reward_logprobs: Tensor | None,
-    reward: str,
-    lam: float,
-    beta: float,
-    baseline: str,
-    normalize_std: bool,
-    advantage_clip: float,
-    loss_norm: str,
-    renormalize: bool,
-    temperature: float,
-    softcap: float | None,
-    num_rollouts: float | None,
-    num_tokens: float | None,
-    drop_zero_rows: bool,
+    rollout_valid: Tensor | None,
+    engine_score_logprobs: Tensor | None,
+    objective: str,
+    head: str,
     in_forward: bool,
     impl: str,
     chunk_bytes: int,
-    validate: bool,
+    num_rollouts: int | None,
+    num_tokens: int | None,
+    skip_zero_rows: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> RealTensors:
-    """All of :func:`real_kernels.real_loss`.
+    """All of :func:`real_kernels.real_loss`; returns :class:`RealResults`."""
+    options, needs = HeadOptions.from_text(head), GradMask(need_hidden, need_weight, need_bias)
+    if options.validate:
+        _check_values(targets, rollout, score_ids, score_values, labels, weight.shape[0])
+    row_valid = None if rollout_valid is None else rollout_valid.index_select(0, rollout)
+    counted = rollout_valid
+    if counted is None:
+        counted = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
+    counts = _counts(num_rollouts, num_tokens, counted, row_valid, targets.shape[0], labels)
 
-    Returns:
-        The loss and its exploration part; log-probabilities [N] and which rows were computed [N]; score
-        log-probabilities [M, K]; expected scores, rewards and advantages [3, M]; then for the backward pass either the
-        gradients of hidden, score_hidden, weight and bias, or text rows [3, N] (maximum, log-sum, coefficient), score
-        rows [2, M] and u [M, K].
-    """
-    if validate:
-        checks = ValueChecks()
-        checks.ids("targets", targets, weight.shape[0])
-        checks.ids("rollout", rollout, score_hidden.shape[0])
-        checks.ids("score_ids", score_ids, weight.shape[0])
-        checks.different("score_ids", score_ids)
-        checks.scale(score_values, labels)
-        checks.run()
-    m, device, dtype = labels.shape[0], labels.device, labels.dtype
-    head = make_head(impl, weight, bias, softcap, chunk_bytes)
-    options: Any = (reward, lam, beta, baseline, normalize_std, advantage_clip, loss_norm, renormalize)
-    options = RolloutOptions(*options)
-    live = None if valid is None else valid.index_select(0, rollout)
-    usable = torch.ones(m, dtype=torch.bool, device=device) if valid is None else valid
-    counts = torch.empty(2, dtype=dtype, device=device)
-    for place, given, counted in ((0, num_rollouts, usable), (1, num_tokens, live)):
-        if given is not None:
-            counts[place].fill_(given)
-        elif counted is not None:
-            counts[place] = counted.sum().clamp(min=1)
-        else:
-            counts[place].fill_(max(targets.shape[0], 1))
-    if impl == "triton":
-        from real_kernels.triton_head import rollout_terms as terms_function
-    else:
-        terms_function = rollout_terms
+    def coefficients_of(logp: Tensor) -> RolloutCoefficients:
+        return _coefficients_by(impl)(
+            logp,
+            engine_score_logprobs,
+            score_values,
+            labels,
+            group,
+            counted,
+            counts,
+            RealObjective.from_text(objective),
+        )
 
-    def terms_of(logp: Tensor) -> Any:
-        judged = logp if reward_logprobs is None else reward_logprobs
-        return terms_function(logp, judged, score_values, labels, group, usable, counts, options)
-
-    needs = Needs(need_hidden, need_weight, need_bias)
-    score = Rows(_valid_rows(score_hidden, valid), score_ids.contiguous(), True)
-    text = Rows(hidden, targets.contiguous(), False, temperature)
-    out = real_forward(head, score, text, terms_of, rollout, live, drop_zero_rows, in_forward, needs)
-    terms, n = out.terms, hidden.shape[0]
-    weights = out.coefficients if out.index is None else out.coefficients.index_select(0, out.index)
-    exploration = products(weights, out.logp)
-    logprobs, computed = spread(out.logp, out.index, n, float("nan")), torch.ones(n, dtype=torch.bool, device=device)
-    if out.index is not None:
-        computed = torch.zeros_like(computed).index_fill_(0, out.index, True)
-    results = (
-        exploration + terms.refinement.sum(),
-        exploration,
-        logprobs,
-        computed,
-        out.score.logp,
-        torch.stack([terms.expected_score, terms.reward, terms.advantages]),
+    out = real_forward(
+        make_backend(impl, weight, bias, options.softcap, chunk_bytes),
+        Rows(_valid_rows(score_hidden, rollout_valid), score_ids.contiguous(), True),
+        Rows(hidden, targets.contiguous(), False, options.temperature),
+        coefficients_of,
+        rollout,
+        row_valid,
+        skip_zero_rows,
+        in_forward,
+        needs,
     )
-    saved: list[Tensor] = []
-    if out.gradients is not None:
-        dh, dw, db = out.gradients
-        saved += [none(weight), none(weight)]
-        if dh is not None:
-            saved = list(_split(dh, m, out.index, n))
-        saved += [or_none(dw, weight), or_none(db, weight), *(none(labels) for _ in range(3))]
-    else:
-        saved += [none(weight) for _ in range(4)]
-        if needs.any and out.text is not None:
-            of_text = (out.text.row_max, out.text.log_sum, weights)
-            saved.append(torch.stack([spread(x, out.index, n, 0.0) for x in of_text]))
-            saved += [torch.stack([out.score.row_max, out.score.log_sum]), terms.u.clone()]
-        else:
-            saved += [none(labels) for _ in range(3)]
-    return (*results, *saved)  # type: ignore[return-value]
+    return tuple(_results(out, hidden.shape[0], labels, weight, needs))  # type: ignore[return-value]
+
+
+RealInputs = inputs_of(_real_head)
+real_head = torch.library.custom_op("real_kernels::real_head", _real_head, mutates_args=())
 
 
 @real_head.register_fake
-def _(hidden: Tensor, score_hidden: Tensor, weight: Tensor, *arguments: Any) -> RealTensors:
-    score_ids, labels = arguments[3], arguments[5]
-    in_forward, needs = arguments[22], Needs(*arguments[26:])
-    n, m, k = hidden.shape[0], labels.shape[0], score_ids.shape[0]
-    computed = hidden.new_empty(n, dtype=torch.bool)
-    results = (wide(hidden), wide(hidden), wide(hidden, n), computed, wide(hidden, m, k), wide(hidden, 3, m))
-    drop_zero_rows, valid = arguments[21], arguments[7]
-    dh, dw, db = fake_gradients(n, weight, needs if in_forward else Needs(False, False, False))
+def _(*inputs: Any) -> RealTensors:
+    call = RealInputs(*inputs)
+    hidden, weight, needs = call.hidden, call.weight, GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    n, m, k = hidden.shape[0], call.labels.shape[0], call.score_ids.shape[0]
+    dh, dw, db = fake_gradients(n, weight, needs if call.in_forward else GradMask(False, False, False))
     ds = none(weight)
-    if in_forward and needs.hidden:
-        dh, ds = _fake_split(weight, n, m, not drop_zero_rows and valid is None)
-    if needs.any and not in_forward:
-        saved = (wide(hidden, 3, n), wide(hidden, 2, m), wide(hidden, m, k))
-    else:
-        saved = (wide(hidden, 0), wide(hidden, 0), wide(hidden, 0))
-    return (*results, dh, ds, dw, db, *saved)
+    if call.in_forward and needs.hidden:
+        dh, ds = _fake_split(weight, n, m, _all_rows(call.skip_zero_rows, call.rollout_valid))
+    recomputes = needs.any and not call.in_forward
+    results = RealResults(
+        loss=empty_accum(hidden),
+        exploration_loss=empty_accum(hidden),
+        logprobs=empty_accum(hidden, n),
+        computed=hidden.new_empty(n, dtype=torch.bool),
+        score_logprobs=empty_accum(hidden, m, k),
+        rollouts=empty_accum(hidden, 3, m),
+        d_hidden=dh,
+        d_score_hidden=ds,
+        d_weight=dw,
+        d_bias=db,
+        text_stats=empty_accum(hidden, 3, n) if recomputes else empty_accum(hidden, 0),
+        score_stats=empty_accum(hidden, 2, m) if recomputes else empty_accum(hidden, 0),
+        dlogp=empty_accum(hidden, m, k) if recomputes else empty_accum(hidden, 0),
+    )
+    return tuple(results)  # type: ignore[return-value]
 
 
-@torch.library.custom_op("real_kernels::real_head_backward", mutates_args=())
-def real_head_backward(
+def _real_head_backward(
     hidden: Tensor,
     score_hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     score_ids: Tensor,
+    rollout_valid: Tensor | None,
     computed: Tensor,
     logprobs: Tensor,
-    score_logp: Tensor,
-    of_text: Tensor,
-    of_score: Tensor,
-    u: Tensor,
-    valid: Tensor | None,
+    score_logprobs: Tensor,
+    text_stats: Tensor,
+    score_stats: Tensor,
+    dlogp: Tensor,
     grad: Tensor,
-    every_row: bool,
-    temperature: float,
-    softcap: float | None,
+    head: str,
     impl: str,
     chunk_bytes: int,
+    skip_zero_rows: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, score_hidden, weight and bias of :func:`real_head`, computed again."""
-    head = make_head(impl, weight, bias, softcap, chunk_bytes)
+    options, needs = HeadOptions.from_text(head), GradMask(need_hidden, need_weight, need_bias)
     n, m = hidden.shape[0], score_hidden.shape[0]
     index = None
-    if not every_row:
+    if not _all_rows(skip_zero_rows, rollout_valid):
         index = computed.nonzero()[:, 0]
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
-        of_text, logprobs = of_text.index_select(1, index), logprobs.index_select(0, index)
-    text = Rows(hidden, targets.contiguous(), False, temperature)
-    stats = Stats(of_text[0], of_text[1], logprobs[:, None])
-    score = Rows(_valid_rows(score_hidden, valid), score_ids.contiguous(), True)
-    score_stats = Stats(of_score[0], of_score[1], score_logp)
-    parts = [(score, score_stats, u * grad), (text, stats, (of_text[2] * grad)[:, None])]
-    dh, dw, db = recomputed_gradients(head, parts, Needs(need_hidden, need_weight, need_bias))
+        text_stats, logprobs = text_stats.index_select(1, index), logprobs.index_select(0, index)
+    row_max, log_sum, coefficients = text_stats.unbind(0)
+    text = Rows(hidden, targets.contiguous(), False, options.temperature)
+    text_part = (text, SoftmaxStats(row_max, log_sum, logprobs[:, None]), (coefficients * grad)[:, None])
+    row_max, log_sum = score_stats.unbind(0)
+    score = Rows(_valid_rows(score_hidden, rollout_valid), score_ids.contiguous(), True)
+    score_part = (score, SoftmaxStats(row_max, log_sum, score_logprobs), dlogp * grad)
+    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
+    dh, dw, db = recomputed_gradients(backend, [score_part, text_part], needs)
     split = (none(weight), none(weight)) if dh is None else _split(dh, m, index, n)
     return (*split, or_none(dw, weight), or_none(db, weight))
 
 
+RealBackwardInputs = inputs_of(_real_head_backward)
+real_head_backward = torch.library.custom_op("real_kernels::real_head_backward", _real_head_backward, mutates_args=())
+
+
 @real_head_backward.register_fake
-def _(hidden: Tensor, score_hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs, every_row = Needs(*arguments[-3:]), arguments[11]
-    dh, dw, db = fake_gradients(hidden.shape[0], weight, needs)
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = RealBackwardInputs(*inputs)
+    weight, n, m = call.weight, call.hidden.shape[0], call.score_hidden.shape[0]
+    dh, dw, db = fake_gradients(n, weight, GradMask(call.need_hidden, call.need_weight, call.need_bias))
     ds = none(weight)
-    if needs.hidden:
-        dh, ds = _fake_split(weight, hidden.shape[0], score_hidden.shape[0], every_row)
+    if call.need_hidden:
+        dh, ds = _fake_split(weight, n, m, _all_rows(call.skip_zero_rows, call.rollout_valid))
     return dh, ds, dw, db
 
 
-def _valid_rows(score_hidden: Tensor, valid: Tensor | None) -> Tensor:
+def _check_values(
+    targets: Tensor, rollout: Tensor, score_ids: Tensor, score_values: Tensor, labels: Tensor, vocabulary: int
+) -> None:
+    checks = ValueChecks()
+    checks.ids("targets", targets, vocabulary)
+    checks.ids("rollout", rollout, labels.shape[0])
+    checks.ids("score_ids", score_ids, vocabulary)
+    checks.different("score_ids", score_ids)
+    checks.scale(score_values, labels)
+    checks.run()
+
+
+def _counts(
+    num_rollouts: int | None,
+    num_tokens: int | None,
+    counted: Tensor,
+    row_valid: Tensor | None,
+    n: int,
+    labels: Tensor,
+) -> Tensor:
+    """[2] rollouts and tokens of the update, in the labels' dtype: as given, or this call's, and at least 1."""
+    counts = torch.empty(2, dtype=labels.dtype, device=labels.device)
+    rollouts, tokens = counts.unbind(0)
+    if num_rollouts is not None:
+        rollouts.fill_(num_rollouts)
+    else:
+        rollouts.copy_(counted.sum().clamp(min=1))
+    if num_tokens is not None:
+        tokens.fill_(num_tokens)
+    elif row_valid is not None:
+        tokens.copy_(row_valid.sum().clamp(min=1))
+    else:
+        tokens.fill_(max(n, 1))
+    return counts
+
+
+def _coefficients_by(impl: str) -> Callable[..., RolloutCoefficients]:
+    """The implementation's function from score log-probabilities to coefficients."""
+    if impl != "triton":
+        return rollout_coefficients
+    from real_kernels import triton_head
+
+    return triton_head.rollout_coefficients
+
+
+def _results(out: RealForward, n: int, labels: Tensor, weight: Tensor, needs: GradMask) -> RealResults:
+    """The forward pass as the operator returns it, with all N rows in their places."""
+    rollouts, m = out.rollouts, labels.shape[0]
+    coefficients = out.coefficients if out.index is None else out.coefficients.index_select(0, out.index)
+    exploration = products(coefficients, out.logp)
+    computed = torch.ones(n, dtype=torch.bool, device=labels.device)
+    if out.index is not None:
+        computed = torch.zeros_like(computed).index_fill_(0, out.index, True)
+    dh, dw, db = (None, None, None) if out.gradients is None else out.gradients
+    d_hidden, d_score_hidden = (none(weight), none(weight)) if dh is None else _split(dh, m, out.index, n)
+    text_stats, score_stats, dlogp = none(labels), none(labels), none(labels)
+    if out.gradients is None and needs.any and out.text is not None:
+        of_text = (out.text.row_max, out.text.log_sum, coefficients)
+        text_stats = torch.stack([spread(x, out.index, n, 0.0) for x in of_text])
+        score_stats, dlogp = torch.stack([out.score.row_max, out.score.log_sum]), rollouts.dlogp.clone()
+    return RealResults(
+        loss=exploration + rollouts.refinement.sum(),
+        exploration_loss=exploration,
+        logprobs=spread(out.logp, out.index, n, float("nan")),
+        computed=computed,
+        score_logprobs=out.score.logp,
+        rollouts=torch.stack([rollouts.expected_score, rollouts.reward, rollouts.advantages]),
+        d_hidden=d_hidden,
+        d_score_hidden=d_score_hidden,
+        d_weight=or_none(dw, weight),
+        d_bias=or_none(db, weight),
+        text_stats=text_stats,
+        score_stats=score_stats,
+        dlogp=dlogp,
+    )
+
+
+def _all_rows(skip_zero_rows: bool, rollout_valid: Tensor | None) -> bool:
+    """Whether every text row goes through the head, whatever the rewards are."""
+    return not skip_zero_rows and rollout_valid is None
+
+
+def _valid_rows(score_hidden: Tensor, rollout_valid: Tensor | None) -> Tensor:
     # 0 times what a left-out rollout holds must be 0 in the products too, be it NaN.
-    return score_hidden if valid is None else score_hidden.masked_fill(~valid[:, None], 0.0)
+    return score_hidden if rollout_valid is None else score_hidden.masked_fill(~rollout_valid[:, None], 0.0)
 
 
 def _split(dx: Tensor, m: int, index: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
@@ -212,45 +315,83 @@ def _split(dx: Tensor, m: int, index: Tensor | None, n: int) -> tuple[Tensor, Te
     return text if aligned else text.clone(), dx[:m].clone()
 
 
-def _fake_split(weight: Tensor, n: int, m: int, every_row: bool) -> tuple[Tensor, Tensor]:
+def _fake_split(weight: Tensor, n: int, m: int, all_rows: bool) -> tuple[Tensor, Tensor]:
     """Shapes and offsets of :func:`_split`."""
     d = weight.shape[1]
-    if every_row and m * d * weight.element_size() % 16 == 0:
+    if all_rows and m * d * weight.element_size() % 16 == 0:
         return weight.new_empty(m + n, d)[m:], weight.new_empty(m, d)
     return weight.new_empty(n, d), weight.new_empty(m, d)
 
 
+class _Saved(NamedTuple):
+    """What a backward pass that recomputes needs, under the names of :func:`real_head_backward`."""
+
+    hidden: Tensor
+    score_hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    score_ids: Tensor
+    rollout_valid: Tensor | None
+    computed: Tensor
+    logprobs: Tensor
+    score_logprobs: Tensor
+    text_stats: Tensor
+    score_stats: Tensor
+    dlogp: Tensor
+
+
 def _save_real(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, score_hidden, weight, bias, targets, _rollout, score_ids, *rest = inputs
-    _loss, *others = output
+    call, out = RealInputs(*inputs), RealResults(*output)
     # Otherwise autograd would make zeros of the size of every gradient among the outputs.
     ctx.set_materialize_grads(False)
+    _loss, *others = out
     ctx.mark_non_differentiable(*others)
-    ctx.in_forward, ctx.inputs = rest[18], len(inputs)
-    valid, drop_zero_rows, ctx.impl = rest[3], rest[17], rest[19]
-    ctx.options = (valid is None and not drop_zero_rows, rest[13], rest[14], rest[19], rest[20])
-    _, logprobs, computed, score_logp, _, *saved = others
-    if ctx.in_forward:
-        ctx.save_for_backward(*saved[:4])
-    else:
-        ctx.save_for_backward(
-            hidden, score_hidden, weight, bias, targets, score_ids, computed, logprobs, score_logp, *saved[4:], valid
-        )
+    ctx.head, ctx.in_forward, ctx.impl, ctx.chunk_bytes = call.head, call.in_forward, call.impl, call.chunk_bytes
+    ctx.skip_zero_rows = call.skip_zero_rows
+    if call.in_forward:
+        ctx.save_for_backward(out.d_hidden, out.d_score_hidden, out.d_weight, out.d_bias)
+        return
+    saved = _Saved(
+        hidden=call.hidden,
+        score_hidden=call.score_hidden,
+        weight=call.weight,
+        bias=call.bias,
+        targets=call.targets,
+        score_ids=call.score_ids,
+        rollout_valid=call.rollout_valid,
+        computed=out.computed,
+        logprobs=out.logprobs,
+        score_logprobs=out.score_logprobs,
+        text_stats=out.text_stats,
+        score_stats=out.score_stats,
+        dlogp=out.dlogp,
+    )
+    ctx.save_for_backward(*saved)
 
 
 def _real_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return tuple([None] * ctx.inputs)
-    of_hidden, of_scores, of_weight, of_bias = ctx.needs_input_grad[:4]
-    wanted = (of_hidden, of_scores, of_weight, of_bias)
+        return tuple(RealInputs())
+    needed = RealInputs(*ctx.needs_input_grad)
+    required = (needed.hidden, needed.score_hidden, needed.weight, needed.bias)
     if ctx.in_forward:
-        own = scaled(ctx.saved_tensors, grad, wanted, ctx.impl)
+        gradients = scaled(ctx.saved_tensors, grad, required, ctx.impl)
     else:
-        gradients = torch.ops.real_kernels.real_head_backward(
-            *ctx.saved_tensors, grad, *ctx.options, of_hidden or of_scores, of_weight, of_bias
+        recomputed = torch.ops.real_kernels.real_head_backward(
+            **_Saved(*ctx.saved_tensors)._asdict(),
+            grad=grad,
+            head=ctx.head,
+            impl=ctx.impl,
+            chunk_bytes=ctx.chunk_bytes,
+            skip_zero_rows=ctx.skip_zero_rows,
+            need_hidden=needed.hidden or needed.score_hidden,
+            need_weight=needed.weight,
+            need_bias=needed.bias,
         )
-        own = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
-    return (*own, *[None] * (ctx.inputs - 4))
+        gradients = mask_grads(recomputed, required)
+    dh, ds, dw, db = gradients
+    return tuple(RealInputs(hidden=dh, score_hidden=ds, weight=dw, bias=db))
 
 
 real_head.register_autograd(_real_backward, setup_context=_save_real)

@@ -5,14 +5,14 @@ Sources: REAL, arXiv 2603.17145; the RAIL prediction (expected score) is the Bay
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-Reward = Literal["paper", "reference"]
+from real_kernels.options import Reward
 
 
-class RewardTerms(NamedTuple):
+class RewardParts(NamedTuple):
     """What the objective needs of the rewards, each [M] and differentiable in the log-probabilities.
 
     Attributes:
@@ -72,7 +72,7 @@ def expected_score(logp: torch.Tensor, values: torch.Tensor, renormalize: bool =
     return (_normalized(logp, renormalize).exp() * values).sum(1)
 
 
-def reward_terms(
+def reward_parts(
     logp: torch.Tensor,
     values: torch.Tensor,
     labels: torch.Tensor,
@@ -81,7 +81,7 @@ def reward_terms(
     lam: float = 1.0,
     renormalize: bool = False,
     validate: bool = True,
-) -> RewardTerms:
+) -> RewardParts:
     """Rewards of M rollouts.
 
     "paper" (arXiv 2603.17145): ``r = -(y_hat - y)^2 + lam * log p_y``, with ``log p_y`` interpolated between two
@@ -110,10 +110,10 @@ def reward_terms(
     if reward == "paper":
         # 0 log 0 is 0: a score that the bias masks out counts for labels on it alone.
         r = regression + lam * torch.where(q > 0, q * logp, 0.0).sum(1)
-        return RewardTerms(r, (r,), (1.0,), r, y_hat)
+        return RewardParts(r, (r,), (1.0,), r, y_hat)
     if reward == "reference":
         p_label = (q * logp.exp()).sum(1)
-        return RewardTerms(regression + lam * p_label, (regression, p_label), (1.0, lam), regression, y_hat)
+        return RewardParts(regression + lam * p_label, (regression, p_label), (1.0, lam), regression, y_hat)
     raise ValueError(f'reward must be "paper" or "reference", not {reward!r}')
 
 
@@ -126,7 +126,7 @@ def reward_gradient(
     lam: float = 1.0,
     renormalize: bool = False,
 ) -> torch.Tensor:
-    """Derivative of each rollout's `refinement` (see :class:`RewardTerms`) with respect to its log-probabilities.
+    """Derivative of each rollout's `refinement` (see :class:`RewardParts`) with respect to its log-probabilities.
 
     ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "reference".
 
@@ -141,6 +141,11 @@ def reward_gradient(
         slope = slope + lam * label_weights(labels, values, validate=False)
     # Through l - logsumexp(l).
     return slope - p * slope.sum(1, keepdim=True) if renormalize else slope
+
+
+# The former names, kept for those who import them.
+RewardTerms = RewardParts
+reward_terms = reward_parts
 
 
 def _normalized(logp: torch.Tensor, renormalize: bool) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Rows(NamedTuple):
         return self._replace(hidden=self.hidden[rows], ids=self.ids if self.shared else self.ids[rows])
 
 
-class Stats(NamedTuple):
+class SoftmaxStats(NamedTuple):
     """What the backward pass needs of the forward pass; float32 (float64 for float64 hidden states).
 
     Attributes:
@@ -52,21 +52,21 @@ class Stats(NamedTuple):
     logp: torch.Tensor
     entropy: torch.Tensor | None = None
 
-    def part(self, rows: slice) -> Stats:
+    def part(self, rows: slice) -> SoftmaxStats:
         """Some of the rows."""
-        return Stats(self.row_max[rows], self.log_sum[rows], self.logp[rows])
+        return SoftmaxStats(self.row_max[rows], self.log_sum[rows], self.logp[rows])
 
 
-class Kept(NamedTuple):
+class SavedLogits(NamedTuple):
     """A chunk's logits in the form that an implementation keeps them in."""
 
     rows: Rows
-    stats: Stats
+    stats: SoftmaxStats
     buffer: torch.Tensor
     extra: Any = None
 
 
-class Head(Protocol):
+class HeadBackend(Protocol):
     """One implementation of the heavy primitives, for one lm_head."""
 
     weight: torch.Tensor
@@ -76,7 +76,7 @@ class Head(Protocol):
         """The weight of some vocabulary entries, [columns, D], as an operand of a matrix product."""
 
     def rows_per_chunk(self) -> int:
-        """Rows whose kept logits fit into the byte budget; at least one."""
+        """Rows whose saved logits fit into the byte budget; at least one."""
 
     def columns_per_chunk(self, n: int) -> int:
         """Vocabulary entries whose dL/dz for n rows fits into the byte budget; at least one."""
@@ -84,19 +84,19 @@ class Head(Protocol):
     def forward_by_default(self, n: int) -> bool:
         """Whether computing the gradient in the forward pass is the better choice for n rows."""
 
-    def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
-        """Log-probabilities, without keeping logits."""
+    def statistics(self, rows: Rows, entropy: bool = False) -> SoftmaxStats:
+        """Log-probabilities, without saving logits."""
 
     def buffer(self, n: int) -> torch.Tensor:
-        """Room for n rows of kept logits."""
+        """An uninitialised tensor for n rows of logits."""
 
-    def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
+    def keep(self, rows: Rows, buffer: torch.Tensor) -> SavedLogits:
         """Log-probabilities, and the logits in `buffer`, [n, V]."""
 
-    def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
-        """Overwrite kept logits with dL/dz [n, V], given u = dL/dlogp [n, m]."""
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
+        """Overwrite saved logits with dL/dz [n, V], given dlogp = dL/dlogp [n, m]."""
 
     def dlogits_columns(
-        self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
+        self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor
     ) -> None:
         """dL/dz of the vocabulary's columns first..last-1, computed again, into `out` [n, last - first]."""

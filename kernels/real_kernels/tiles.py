@@ -42,7 +42,7 @@ TILES: dict[str, tuple[Tile, ...]] = {
     "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
 }
 # float32 operands, multiplied exactly (no TF32): twice the bytes, and no matrix instructions.
-WIDE: dict[str, tuple[Tile, ...]] = {
+FLOAT32: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(64, 128, 32, 3, 8),),
     "sm_90": (Tile(64, 128, 32, 3, 8),),
     "sm_100": (Tile(64, 128, 32, 3, 8),),
@@ -85,7 +85,7 @@ def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile
     if arch == "interpreter":
         return INTERPRETED
     if dtype == torch.float32:
-        return WIDE[arch]
+        return FLOAT32[arch]
     if kind == "scores":
         return (SCORES[arch],)
     return (NARROW[arch],) if kind == "narrow" else TILES[arch]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from real_kernels.matmul import HALF, accumulator, mm_into, operand
-from real_kernels.rows import Kept, Rows, Stats
+from real_kernels.matmul import HALF, accum_dtype, mm_into, operand
+from real_kernels.rows import Rows, SavedLogits, SoftmaxStats
 
 # What a few rows of logits may take for passes over them to stay in a CPU's cache.
 CACHE_BYTES = 2 * 2**20
@@ -16,17 +16,19 @@ STATISTICS_BYTES = 32 * 2**20
 
 
 class TorchHead:
-    """See :class:`real_kernels.rows.Head`. Logits are float32 (float64), a chunk of rows or columns at a time.
+    """See :class:`real_kernels.rows.HeadBackend`. Logits are float32 (float64), a chunk of rows or columns at a time.
 
-    Kept logits are exp(z - row maximum), so that no exponential is taken twice.
+    Saved logits are exp(z - row maximum), so that no exponential is taken twice.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
         self.weight, self.bias, self.softcap, self.chunk_bytes = weight, bias, softcap, chunk_bytes
-        self.wide = accumulator(weight.dtype)
+        self.accum_dtype = accum_dtype(weight.dtype)
         self._operand: torch.Tensor | None = None
         # Of a logit; 16-bit operands of the products that follow are a copy.
-        self._bytes = self.wide.itemsize + (weight.element_size() if weight.is_cuda and weight.dtype in HALF else 0)
+        self._bytes = self.accum_dtype.itemsize + (
+            weight.element_size() if weight.is_cuda and weight.dtype in HALF else 0
+        )
 
     def columns(self, columns: slice) -> torch.Tensor:
         if columns.stop - columns.start < self.weight.shape[0]:
@@ -45,33 +47,33 @@ class TorchHead:
         # What float16 keeps of dL/dz before the loss is scaled may be 0; on the CPU it is kept in float32.
         return not (self.weight.is_cuda and self.weight.dtype == torch.float16)
 
-    def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
+    def statistics(self, rows: Rows, entropy: bool = False) -> SoftmaxStats:
         step = self.rows_per_chunk()
         if not rows.hidden.is_cuda:
             # Nothing is summed over chunks here, and small ones come out of memory that is warm.
-            step = min(step, max(128, STATISTICS_BYTES // (self.weight.shape[0] * self.wide.itemsize)))
-        room = self.buffer(min(step, rows.n))
+            step = min(step, max(128, STATISTICS_BYTES // (self.weight.shape[0] * self.accum_dtype.itemsize)))
+        buffer = self.buffer(min(step, rows.n))
         parts = [
-            self._keep(rows.part(chunk), room[: chunk.stop - chunk.start], entropy).stats
+            self._keep(rows.part(chunk), buffer[: chunk.stop - chunk.start], entropy).stats
             for chunk in chunks(rows.n, step)
         ]
         if not parts:
-            return self._keep(rows, room, entropy).stats
+            return self._keep(rows, buffer, entropy).stats
         row_max, log_sum = torch.cat([p.row_max for p in parts]), torch.cat([p.log_sum for p in parts])
         logp = torch.cat([p.logp for p in parts])
         entropies = [part.entropy for part in parts if part.entropy is not None]
-        return Stats(row_max, log_sum, logp, torch.cat(entropies) if entropy else None)
+        return SoftmaxStats(row_max, log_sum, logp, torch.cat(entropies) if entropy else None)
 
     def buffer(self, n: int) -> torch.Tensor:
-        return torch.empty(n, self.weight.shape[0], dtype=self.wide, device=self.weight.device)
+        return torch.empty(n, self.weight.shape[0], dtype=self.accum_dtype, device=self.weight.device)
 
-    def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
+    def keep(self, rows: Rows, buffer: torch.Tensor) -> SavedLogits:
         return self._keep(rows, buffer, False)
 
-    def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
-        rows, stats, p, slope = kept
-        factor = -u.sum(1, keepdim=True) * torch.exp(-stats.log_sum)[:, None]
-        values = selected_columns(stats.logp, u)
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
+        rows, stats, p, slope = saved
+        factor = -dlogp.sum(1, keepdim=True) * torch.exp(-stats.log_sum)[:, None]
+        values = selected_columns(stats.logp, dlogp)
         if rows.temperature != 1.0:
             factor, values = factor / rows.temperature, values / rows.temperature
         p.mul_(factor).scatter_(1, selected(rows), values)
@@ -79,14 +81,14 @@ class TorchHead:
             p.mul_(slope)
 
     def dlogits_columns(
-        self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
+        self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor
     ) -> None:
-        room = out if out.dtype == self.wide else torch.empty_like(out, dtype=self.wide)
-        z = self._logits(rows, slice(first, last), room)
+        buffer = out if out.dtype == self.accum_dtype else torch.empty_like(out, dtype=self.accum_dtype)
+        z = self._logits(rows, slice(first, last), buffer)
         slope = self._slope(z, rows.temperature)
         z.sub_(stats.row_max[:, None]).sub_(stats.log_sum[:, None])
-        dz = z.exp_().mul_(-u.sum(1, keepdim=True))
-        values = selected_columns(stats.logp, u)
+        dz = z.exp_().mul_(-dlogp.sum(1, keepdim=True))
+        values = selected_columns(stats.logp, dlogp)
         ids = selected(rows)
         for k in range(ids.shape[1]):
             row = ((ids[:, k] >= first) & (ids[:, k] < last)).nonzero()[:, 0]
@@ -95,12 +97,12 @@ class TorchHead:
         if dz is not out:
             out.copy_(dz)
 
-    def _keep(self, rows: Rows, buffer: torch.Tensor, entropy: bool) -> Kept:
+    def _keep(self, rows: Rows, buffer: torch.Tensor, entropy: bool) -> SavedLogits:
         z = self._logits(rows, slice(0, self.weight.shape[0]), buffer)
         slope = self._slope(z, rows.temperature)
         ids, n, m = selected(rows), rows.n, rows.selected
         row_max, total, ez = (z.new_empty(n) for _ in range(3))
-        chosen = z.new_empty(n, m)
+        selected_logits = z.new_empty(n, m)
         # A few rows at a time: on a CPU all these passes then run in its cache.
         step = max(n, 1) if z.is_cuda else max(1, CACHE_BYTES // (z.shape[1] * z.itemsize))
         for part in chunks(n, step):
@@ -108,7 +110,7 @@ class TorchHead:
             torch.amax(block, 1, out=row_max[part])
             # Minus the maximum: near p = 1 the log-sum-exp then keeps its last digits.
             block.sub_(row_max[part, None])
-            chosen[part] = block.gather(1, ids[part])
+            selected_logits[part] = block.gather(1, ids[part])
             if entropy:
                 # p log p is 0, not NaN, where a token is masked out by a bias of -inf.
                 shifted = block.clamp(min=torch.finfo(block.dtype).min)
@@ -117,8 +119,10 @@ class TorchHead:
                 block.exp_()
             torch.sum(block, 1, out=total[part])
         log_sum = total.log()
-        stats = Stats(row_max, log_sum, chosen - log_sum[:, None], log_sum - ez / total if entropy else None)
-        return Kept(rows, stats, z, slope)
+        stats = SoftmaxStats(
+            row_max, log_sum, selected_logits - log_sum[:, None], log_sum - ez / total if entropy else None
+        )
+        return SavedLogits(rows, stats, z, slope)
 
     def _logits(self, rows: Rows, columns: slice, out: torch.Tensor) -> torch.Tensor:
         h, w = operand(rows.hidden), self.columns(columns)
@@ -153,6 +157,6 @@ def selected(rows: Rows) -> torch.Tensor:
     return rows.ids[None, :].expand(rows.n, -1) if rows.shared else rows.ids[:, None]
 
 
-def selected_columns(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def selected_columns(logp: torch.Tensor, dlogp: torch.Tensor) -> torch.Tensor:
     """dL/dz of the selected tokens [n, m], in the form that does not cancel near p = 1."""
-    return -u * torch.expm1(logp) - logp.exp() * (u.sum(1, keepdim=True) - u)
+    return -dlogp * torch.expm1(logp) - logp.exp() * (dlogp.sum(1, keepdim=True) - dlogp)

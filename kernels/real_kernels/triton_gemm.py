@@ -16,7 +16,7 @@ import triton.language as tl
 
 # Small tensors that start anywhere, and counts that differ from call to call: each combination of what they happen to
 # be divisible by would be compiled anew.
-UNALIGNED = ["tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "u", "logp", "entropy", "ids"]
+UNALIGNED = ["tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "dlogp", "logp", "entropy", "ids"]
 
 
 @triton.jit
@@ -29,14 +29,14 @@ def expm1(x):
 
 
 @triton.jit
-def sum_of_u(u, rows, live, m, SHARED: tl.constexpr):
-    """U = sum_k u_k of each row."""
+def sum_of_dlogp(dlogp, rows, row_mask, m, SHARED: tl.constexpr):
+    """U = sum_k dlogp_k of each row."""
     if SHARED:
         total = tl.zeros_like(rows).to(tl.float32)
         for k in range(m):
-            total += tl.load(u + rows * m + k, mask=live, other=0.0)
+            total += tl.load(dlogp + rows * m + k, mask=row_mask, other=0.0)
     else:
-        total = tl.load(u + rows, mask=live, other=0.0)
+        total = tl.load(dlogp + rows, mask=row_mask, other=0.0)
     return total
 
 
@@ -52,9 +52,23 @@ def cap_slope(l_k, lse, ratio, CAP: tl.constexpr):
 
 @triton.jit
 def put_selected(
-    dz, columns, first, width, rows, live, ids, u, logp, total, m, lse, ratio, SHARED: tl.constexpr, CAP: tl.constexpr
+    dz,
+    columns,
+    first,
+    width,
+    rows,
+    row_mask,
+    ids,
+    dlogp,
+    logp,
+    total,
+    m,
+    lse,
+    ratio,
+    SHARED: tl.constexpr,
+    CAP: tl.constexpr,
 ):
-    """Overwrite the selected tokens' columns: -u_k expm1(l_k) - p_k sum_{j != k} u_j, in float32.
+    """Overwrite the selected tokens' columns: -dlogp_k expm1(l_k) - p_k sum_{j != k} u_j, in float32.
 
     `columns` are 0..width-1, counted from the tile's first; `ratio` is temperature / cap.
     """
@@ -62,14 +76,14 @@ def put_selected(
         for k in range(m):
             token = tl.load(ids + k).to(tl.int32) - first
             if (token >= 0) & (token < width):
-                u_k = tl.load(u + rows * m + k, mask=live, other=0.0)
-                l_k = tl.load(logp + rows * m + k, mask=live, other=0.0)
-                value = -u_k * expm1(l_k) - tl.exp(l_k) * (total - u_k)
+                dlogp_k = tl.load(dlogp + rows * m + k, mask=row_mask, other=0.0)
+                l_k = tl.load(logp + rows * m + k, mask=row_mask, other=0.0)
+                value = -dlogp_k * expm1(l_k) - tl.exp(l_k) * (total - dlogp_k)
                 value *= cap_slope(l_k, lse, ratio, CAP)
                 dz = tl.where((columns == token)[None, :], value[:, None], dz)
     else:
-        token = tl.load(ids + rows, mask=live, other=0).to(tl.int32) - first
-        l_t = tl.load(logp + rows, mask=live, other=0.0)
+        token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - first
+        l_t = tl.load(logp + rows, mask=row_mask, other=0.0)
         value = -total * expm1(l_t) * cap_slope(l_t, lse, ratio, CAP)
         dz = tl.where(columns[None, :] == token[:, None], value[:, None], dz)
     return dz
@@ -87,7 +101,7 @@ def logits_kernel(
     selected,  # [n, m] float32 logits
     row_max,  # [n] float32
     log_sum,  # [n] float32
-    u,  # [n, m] float32
+    dlogp,  # [n, m] float32
     logp,  # [n, m] float32
     out,  # [n, columns], by STORE
     n,
@@ -130,7 +144,7 @@ def logits_kernel(
     rows = row0 + tl.arange(0, BM)
     # Counted from the tile's first column: 64-odd numbers a thread then are constants instead of registers.
     columns = tl.arange(0, BN)
-    live = rows < n
+    row_mask = rows < n
     inside = columns < last - column0
 
     acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -172,15 +186,17 @@ def logits_kernel(
     z *= inverse_temperature
 
     if STORE == 2:
-        peak = tl.load(row_max + rows, mask=live, other=0.0)
-        norm = tl.load(log_sum + rows, mask=live, other=0.0)
-        total = sum_of_u(u, rows, live, m, SHARED)
+        peak = tl.load(row_max + rows, mask=row_mask, other=0.0)
+        norm = tl.load(log_sum + rows, mask=row_mask, other=0.0)
+        total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED)
         dz = tl.exp(z - peak[:, None] - norm[:, None]) * -total[:, None]
         ratio = 1 / (cap * inverse_temperature)
         if CAP:
             dz *= 1 - t * t
         # After the slope, which would have to wait in registers for what the selected columns branch on.
-        dz = put_selected(dz, columns, column0, BN, rows, live, ids, u, logp, total, m, peak + norm, ratio, SHARED, CAP)
+        dz = put_selected(
+            dz, columns, column0, BN, rows, row_mask, ids, dlogp, logp, total, m, peak + norm, ratio, SHARED, CAP
+        )
         value = tl.where(inside[None, :], dz * inverse_temperature, 0.0)
     else:
         if SHARED:
@@ -188,24 +204,24 @@ def logits_kernel(
                 token = tl.load(ids + k).to(tl.int32) - column0
                 if (token >= 0) & (token < tl.minimum(BN, last - column0)):
                     z_k = tl.sum(tl.where((columns == token)[None, :], z, 0.0), 1)
-                    tl.store(selected + rows * m + k, z_k, mask=live)
+                    tl.store(selected + rows * m + k, z_k, mask=row_mask)
         else:
-            token = tl.load(ids + rows, mask=live, other=0).to(tl.int32) - column0
+            token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - column0
             z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
             here = (token >= 0) & (token < tl.minimum(BN, last - column0))
-            tl.store(selected + rows, z_t, mask=live & here)
+            tl.store(selected + rows, z_t, mask=row_mask & here)
         z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.max(z, 1)
         # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
         base = tl.where(peak == float("-inf"), 0.0, peak)
         value = tl.exp(z - base[:, None])
         part = column_tile.to(tl.int64) * n + rows
-        tl.store(tile_max + part, peak, mask=live)
-        tl.store(tile_sum + part, tl.sum(value, 1), mask=live)
+        tl.store(tile_max + part, peak, mask=row_mask)
+        tl.store(tile_sum + part, tl.sum(value, 1), mask=row_mask)
         if ENTROPY:
             ez = tl.where(value > 0, value * (z - base[:, None]), 0.0)
-            tl.store(tile_ez + part, tl.sum(ez, 1), mask=live)
+            tl.store(tile_ez + part, tl.sum(ez, 1), mask=row_mask)
     if STORE > 0:
         at = out + rows.to(tl.int64)[:, None] * stride_out + (column0 - first) + columns[None, :]
-        room = columns < width - (column0 - first)
-        tl.store(at, value.to(out.dtype.element_ty), mask=live[:, None] & room[None, :])
+        in_row = columns < width - (column0 - first)
+        tl.store(at, value.to(out.dtype.element_ty), mask=row_mask[:, None] & in_row[None, :])

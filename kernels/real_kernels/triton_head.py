@@ -10,8 +10,9 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from real_kernels.matmul import HALF, operand
-from real_kernels.rollout_terms import RolloutOptions, RolloutTerms
-from real_kernels.rows import Kept, Rows, Stats
+from real_kernels.options import RealObjective
+from real_kernels.rollout_coefficients import RolloutCoefficients
+from real_kernels.rows import Rows, SavedLogits, SoftmaxStats
 from real_kernels.tiles import Kind, Tile, architecture, choose
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
@@ -23,7 +24,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WORTHWHILE_ROWS = 1024
 # dL/dz of a chunk of the vocabulary: more makes nothing faster, as each chunk's part of dW is written once anyhow.
 COLUMN_BYTES = 256 * 2**20
-# Kept rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
+# Saved rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
 _ALIGN = 64
 
 
@@ -38,9 +39,9 @@ def available(device: torch.device) -> bool:
 
 
 class TritonHead:
-    """See :class:`real_kernels.rows.Head`; for float16, bfloat16 and float32.
+    """See :class:`real_kernels.rows.HeadBackend`; for float16, bfloat16 and float32.
 
-    Kept logits are exp(z - tile maximum) in the weight's dtype: values in 0..1, so that a 16-bit one is off by its
+    Saved logits are exp(z - tile maximum) in the weight's dtype: values in 0..1, so that a 16-bit one is off by its
     rounding alone (2^-9 in bfloat16), where a 16-bit logit of 20 would be off by e^(1/16).
     """
 
@@ -58,8 +59,8 @@ class TritonHead:
         return step // 128 * 128 if step > 128 else step
 
     def columns_per_chunk(self, n: int) -> int:
-        room = min(self.chunk_bytes, COLUMN_BYTES)
-        columns = max(1, min(self.weight.shape[0], room // (max(n, 1) * self.weight.element_size())))
+        chunk_bytes = min(self.chunk_bytes, COLUMN_BYTES)
+        columns = max(1, min(self.weight.shape[0], chunk_bytes // (max(n, 1) * self.weight.element_size())))
         return columns // 256 * 256 if 256 < columns < self.weight.shape[0] else columns
 
     def forward_by_default(self, n: int) -> bool:
@@ -69,20 +70,20 @@ class TritonHead:
             return False
         return self.rows_per_chunk() >= min(n, WORTHWHILE_ROWS)
 
-    def statistics(self, rows: Rows, entropy: bool = False) -> Stats:
+    def statistics(self, rows: Rows, entropy: bool = False) -> SoftmaxStats:
         return self._forward(rows, None, entropy).stats
 
     def buffer(self, n: int) -> torch.Tensor:
         v = self.weight.shape[0]
         return torch.empty(n, _aligned(v), dtype=self.weight.dtype, device=self.weight.device)[:, :v]
 
-    def keep(self, rows: Rows, buffer: torch.Tensor) -> Kept:
+    def keep(self, rows: Rows, buffer: torch.Tensor) -> SavedLogits:
         if self.softcap is not None:
             raise ValueError('the Triton head has a soft-cap with mode="recompute" alone')
         return self._forward(rows, buffer, False)
 
-    def dlogits_(self, kept: Kept, u: torch.Tensor) -> None:
-        rows, stats, buffer, (tile_max, columns) = kept
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
+        rows, stats, buffer, (tile_max, columns) = saved
         n, v = buffer.shape
         if n:
             block = 16
@@ -92,7 +93,7 @@ class TritonHead:
                 tile_max,
                 stats.row_max,
                 stats.log_sum,
-                u,
+                dlogp,
                 stats.logp,
                 n,
                 _aligned(v),
@@ -106,24 +107,24 @@ class TritonHead:
             )
 
     def dlogits_columns(
-        self, rows: Rows, stats: Stats, u: torch.Tensor, first: int, last: int, out: torch.Tensor
+        self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor
     ) -> None:
         if not rows.n:
             return
         hidden = _rows_of(rows.hidden)
 
         def launch(tile: Tile) -> None:
-            self._launch(tile, hidden, rows, first, last, 2, out=out, stats=stats, u=u)
+            self._launch(tile, hidden, rows, first, last, 2, out=out, stats=stats, dlogp=dlogp)
 
         launch(choose(hidden.device, hidden.dtype, self._kind(rows), self._key(rows, last - first), launch))
 
-    def _forward(self, rows: Rows, buffer: torch.Tensor | None, entropy: bool) -> Kept:
+    def _forward(self, rows: Rows, buffer: torch.Tensor | None, entropy: bool) -> SavedLogits:
         n, v, m, device = rows.n, self.weight.shape[0], rows.selected, rows.hidden.device
         row_max, log_sum = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
         logp = torch.empty(n, m, dtype=torch.float32, device=device)
-        stats = Stats(row_max, log_sum, logp, torch.empty_like(row_max) if entropy else None)
+        stats = SoftmaxStats(row_max, log_sum, logp, torch.empty_like(row_max) if entropy else None)
         if not n:
-            return Kept(rows, stats, stats.logp if buffer is None else buffer, (None, 1))
+            return SavedLogits(rows, stats, stats.logp if buffer is None else buffer, (None, 1))
         hidden = _rows_of(rows.hidden)
         selected = torch.empty(n, m, dtype=torch.float32, device=device)
         store = 0 if buffer is None else 1
@@ -154,7 +155,7 @@ class TritonHead:
             BLOCK_TILES=at_once,
             BLOCK_ROWS=block,
         )
-        return Kept(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns))
+        return SavedLogits(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns))
 
     def _launch(
         self,
@@ -168,8 +169,8 @@ class TritonHead:
         out: torch.Tensor | None = None,
         parts: torch.Tensor | None = None,
         selected: torch.Tensor | None = None,
-        stats: Stats | None = None,
-        u: torch.Tensor | None = None,
+        stats: SoftmaxStats | None = None,
+        dlogp: torch.Tensor | None = None,
     ) -> None:
         """One launch of the GEMM. What a kind of epilogue does not use is given some tensor that is there."""
         n, d = hidden.shape
@@ -189,7 +190,7 @@ class TritonHead:
             any_tensor if selected is None else selected,
             any_tensor if stats is None else stats.row_max,
             any_tensor if stats is None else stats.log_sum,
-            any_tensor if u is None else u,
+            any_tensor if dlogp is None else dlogp,
             any_tensor if stats is None else stats.logp,
             any_tensor if out is None else out,
             n,
@@ -231,47 +232,47 @@ class TritonHead:
         return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))
 
 
-def rollout_terms(
+def rollout_coefficients(
     logp: torch.Tensor,
-    judged: torch.Tensor,
+    engine_score_logprobs: torch.Tensor | None,
     values: torch.Tensor,
     labels: torch.Tensor,
     group: torch.Tensor,
-    valid: torch.Tensor,
+    rollout_valid: torch.Tensor,
     counts: torch.Tensor,
-    options: RolloutOptions,
-) -> RolloutTerms:
-    """As :func:`real_kernels.rollout_terms.rollout_terms`, in one launch. float32."""
+    objective: RealObjective,
+) -> RolloutCoefficients:
+    """As :func:`real_kernels.rollout_coefficients.rollout_coefficients`, in one launch. float32."""
     m, k = logp.shape
     per_rollout = torch.empty(5, m, dtype=torch.float32, device=logp.device)
-    u = torch.empty(m, k, dtype=torch.float32, device=logp.device)
+    dlogp = torch.empty(m, k, dtype=torch.float32, device=logp.device)
     if m:
         block = 32
         reward_kernel[(triton.cdiv(m, block),)](
             logp.contiguous(),
-            judged.contiguous(),
+            (logp if engine_score_logprobs is None else engine_score_logprobs).contiguous(),
             values.contiguous(),
             labels.contiguous(),
             group.contiguous(),
-            valid.contiguous().view(torch.uint8),
+            rollout_valid.contiguous().view(torch.uint8),
             counts,
             *per_rollout,
-            u,
+            dlogp,
             m,
             k,
-            float(options.lam),
-            float(options.beta),
-            float(options.clip),
-            REFERENCE=options.reward == "reference",
-            RENORMALIZE=options.renormalize,
-            LEAVE_ONE_OUT=options.baseline == "leave_one_out",
-            NORMALIZE=options.normalize_std,
-            TOKEN_MEAN=options.loss_norm == "token_mean",
+            float(objective.lam),
+            float(objective.beta),
+            float(objective.advantage_clip),
+            REFERENCE=objective.reward == "reference",
+            RENORMALIZE=objective.renormalize,
+            LEAVE_ONE_OUT=objective.baseline == "leave_one_out",
+            NORMALIZE=objective.normalize_std,
+            TOKEN_MEAN=objective.loss_norm == "token_mean",
             BLOCK=block,
             KP=triton.next_power_of_2(k),
         )
     y_hat, reward, advantages, coefficient, refinement = per_rollout
-    return RolloutTerms(y_hat, reward, advantages, coefficient, refinement, u)
+    return RolloutCoefficients(y_hat, reward, advantages, coefficient, refinement, dlogp)
 
 
 def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

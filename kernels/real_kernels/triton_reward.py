@@ -1,7 +1,7 @@
 """Triton: rewards, group advantages, row coefficients and the refinement's gradient in one launch.
 
-The plain twin is :func:`real_kernels.rollout_terms.rollout_terms`: a dozen small PyTorch operations, each of which is a
-launch, on tensors of a few hundred numbers.
+The plain twin is :func:`real_kernels.rollout_coefficients.rollout_coefficients`: a dozen small PyTorch operations, each
+of which is a launch, on tensors of a few hundred numbers.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from real_kernels.advantage import STD_EPS
 
 _EPS = tl.constexpr(STD_EPS)
 _UNALIGNED = [
-    *("logp", "judged", "values", "labels", "group", "valid", "counts"),
-    *("y_hat", "reward", "advantages", "coefficient", "refinement", "u"),
+    *("logp", "engine_score_logprobs", "values", "labels", "group", "rollout_valid", "counts"),
+    *("y_hat", "reward", "advantages", "coefficient", "refinement", "dlogp"),
 ]
 
 
 @triton.jit
-def score_terms(logp, values, labels, rows, live, K, RENORMALIZE: tl.constexpr, KP: tl.constexpr):
+def score_terms(logp, values, labels, rows, row_mask, K, RENORMALIZE: tl.constexpr, KP: tl.constexpr):
     """p, q, the scale's values, y_hat, -(y_hat - y)^2, sum_k q_k l_k and sum_k q_k p_k of a block of rollouts."""
     k = tl.arange(0, KP)
-    there = live[:, None] & (k < K)[None, :]
+    there = row_mask[:, None] & (k < K)[None, :]
     at_l = tl.load(logp + rows[:, None] * K + k[None, :], mask=there, other=float("-inf"))
     # Rows past the end would be all -inf.
-    at_l = tl.where(live[:, None], at_l, 0.0)
+    at_l = tl.where(row_mask[:, None], at_l, 0.0)
     if RENORMALIZE:
         peak = tl.max(at_l, 1)
         at_l -= (peak + tl.log(tl.sum(tl.exp(at_l - peak[:, None]), 1)))[:, None]
@@ -34,7 +34,7 @@ def score_terms(logp, values, labels, rows, live, K, RENORMALIZE: tl.constexpr, 
     # The label's weights are linear interpolation: hat functions on the grid, one-sided at its ends.
     below = tl.load(values + k - 1, mask=(k > 0) & (k < K), other=float("-inf"))
     above = tl.load(values + k + 1, mask=k + 1 < K, other=float("inf"))
-    y = tl.load(labels + rows, mask=live, other=0.0)
+    y = tl.load(labels + rows, mask=row_mask, other=0.0)
     up = (y[:, None] - below[None, :]) / (v - below)[None, :]
     down = (above[None, :] - y[:, None]) / (above - v)[None, :]
     up = tl.where((k == 0)[None, :], 1.0, up)
@@ -71,18 +71,18 @@ def advantage(r, mean, variance, count, clip, LEAVE_ONE_OUT: tl.constexpr, NORMA
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=_UNALIGNED)
 def reward_kernel(
     logp,  # [M, K] score log-probabilities
-    judged,  # [M, K] those that the rewards and advantages come from; may be logp
+    engine_score_logprobs,  # [M, K] those that the rewards and advantages come from; may be logp
     values,  # [K]
     labels,  # [M]
     group,  # [M] int64
-    valid,  # [M] uint8
+    rollout_valid,  # [M] uint8
     counts,  # [2]: rollouts and tokens of the update
     y_hat,  # [M] out, as are all below
     reward,  # [M]
     advantages,  # [M]
     coefficient,  # [M]: of every log-probability of the rollout's text
     refinement,  # [M]: -beta / rollouts times what the refinement gradient goes through
-    u,  # [M, K]: derivative of the loss with respect to logp
+    dlogp,  # [M, K]: derivative of the loss with respect to logp
     M,
     K,
     lam,
@@ -98,19 +98,19 @@ def reward_kernel(
 ):
     """Grid: blocks of rollouts; each walks over all rollouts twice, for the mean and for the spread of its groups."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = i < M
-    mine = tl.load(group + i, mask=live, other=0)
-    ok = (tl.load(valid + i, mask=live, other=0) != 0) & live
+    row_mask = i < M
+    mine = tl.load(group + i, mask=row_mask, other=0)
+    ok = (tl.load(rollout_valid + i, mask=row_mask, other=0) != 0) & row_mask
     count = tl.zeros((BLOCK,), tl.float32)
     sum_a = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < M
-        fine = (tl.load(valid + j, mask=there, other=0) != 0) & there
+        fine = (tl.load(rollout_valid + j, mask=there, other=0) != 0) & there
         same = (mine[:, None] == tl.load(group + j, mask=there, other=0)[None, :]) & ok[:, None] & fine[None, :]
         _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
-            judged, values, labels, j, there, K, RENORMALIZE, KP
+            engine_score_logprobs, values, labels, j, there, K, RENORMALIZE, KP
         )
         a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
         count += tl.sum(same.to(tl.float32), 1)
@@ -124,17 +124,19 @@ def reward_kernel(
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         there = j < M
-        fine = (tl.load(valid + j, mask=there, other=0) != 0) & there
+        fine = (tl.load(rollout_valid + j, mask=there, other=0) != 0) & there
         same = (mine[:, None] == tl.load(group + j, mask=there, other=0)[None, :]) & ok[:, None] & fine[None, :]
         _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
-            judged, values, labels, j, there, K, RENORMALIZE, KP
+            engine_score_logprobs, values, labels, j, there, K, RENORMALIZE, KP
         )
         a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
         from_a = tl.where(same, a[None, :] - mean_a[:, None], 0.0)
         from_b = tl.where(same, b[None, :] - mean_b[:, None], 0.0)
         square_a += tl.sum(from_a * from_a, 1)
         square_b += tl.sum(from_b * from_b, 1)
-    _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(judged, values, labels, i, live, K, RENORMALIZE, KP)
+    _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
+        engine_score_logprobs, values, labels, i, row_mask, K, RENORMALIZE, KP
+    )
     a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
     advantage_i = advantage(a, mean_a, square_a / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
     reward_i = a
@@ -143,14 +145,14 @@ def reward_kernel(
         reward_i = a + lam * b
     # A left-out rollout may hold anything, NaN too.
     advantage_i = tl.where(ok, advantage_i, 0.0)
-    tl.store(reward + i, reward_i, mask=live)
-    tl.store(advantages + i, advantage_i, mask=live)
+    tl.store(reward + i, reward_i, mask=row_mask)
+    tl.store(advantages + i, advantage_i, mask=row_mask)
     rollouts = tl.load(counts)
     tokens = tl.load(counts + 1)
     share = -advantage_i / (tokens if TOKEN_MEAN else rollouts)
-    tl.store(coefficient + i, tl.where(ok, share, 0.0), mask=live)
+    tl.store(coefficient + i, tl.where(ok, share, 0.0), mask=row_mask)
 
-    p, q, v, y, hat, squared, log_label, p_label = score_terms(logp, values, labels, i, live, K, RENORMALIZE, KP)
+    p, q, v, y, hat, squared, log_label, p_label = score_terms(logp, values, labels, i, row_mask, K, RENORMALIZE, KP)
     gain = squared
     slope = -2 * (hat - y)[:, None] * v[None, :] * p
     if not REFERENCE:
@@ -159,8 +161,8 @@ def reward_kernel(
     if RENORMALIZE:
         slope -= p * tl.sum(slope, 1)[:, None]
     scale = tl.where(ok, -beta / rollouts, 0.0)
-    tl.store(y_hat + i, hat, mask=live)
-    tl.store(refinement + i, tl.where(ok, gain * scale, 0.0), mask=live)
+    tl.store(y_hat + i, hat, mask=row_mask)
+    tl.store(refinement + i, tl.where(ok, gain * scale, 0.0), mask=row_mask)
     k = tl.arange(0, KP)
-    at = u + i[:, None] * K + k[None, :]
-    tl.store(at, tl.where(ok[:, None], slope * scale[:, None], 0.0), mask=live[:, None] & (k < K)[None, :])
+    at = dlogp + i[:, None] * K + k[None, :]
+    tl.store(at, tl.where(ok[:, None], slope * scale[:, None], 0.0), mask=row_mask[:, None] & (k < K)[None, :])

@@ -1,11 +1,11 @@
-"""Triton: what follows the GEMM row by row: the log-sum-exp over tiles, and dL/dz from what the GEMM kept."""
+"""Triton: what follows the GEMM row by row: the log-sum-exp over tiles, and dL/dz from what the GEMM saved."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from real_kernels.triton_gemm import UNALIGNED, put_selected, sum_of_u
+from real_kernels.triton_gemm import UNALIGNED, put_selected, sum_of_dlogp
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -35,7 +35,7 @@ def combine_kernel(
 ):
     """Log-sum-exp of each row from its tiles', and the selected tokens' log-probabilities. All float32."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    live = rows < n
+    row_mask = rows < n
     # Finite, so that no tile's -inf minus it is NaN; far below any logit.
     peak = tl.full((BLOCK_ROWS,), -3.0e38, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -43,7 +43,7 @@ def combine_kernel(
     for t in range(0, tiles, BLOCK_TILES):
         tile = t + tl.arange(0, BLOCK_TILES)
         at = tile.to(tl.int64)[:, None] * n + rows[None, :]
-        mask = (tile < tiles)[:, None] & live[None, :]
+        mask = (tile < tiles)[:, None] & row_mask[None, :]
         top = tl.load(tile_max + at, mask=mask, other=float("-inf"))
         new = tl.maximum(peak, tl.max(top, 0))
         shift = top - new[None, :]
@@ -57,25 +57,25 @@ def combine_kernel(
         total = total * before + tl.sum(part * scale, 0)
         peak = new
     norm = tl.log(total)
-    tl.store(row_max + rows, peak, mask=live)
-    tl.store(log_sum + rows, norm, mask=live)
+    tl.store(row_max + rows, peak, mask=row_mask)
+    tl.store(log_sum + rows, norm, mask=row_mask)
     if ENTROPY:
-        tl.store(entropy + rows, norm - weighted / total, mask=live)
+        tl.store(entropy + rows, norm - weighted / total, mask=row_mask)
     for k in range(m):
-        z = tl.load(selected + rows * m + k, mask=live, other=0.0)
+        z = tl.load(selected + rows * m + k, mask=row_mask, other=0.0)
         l_k = z - peak - norm
         # Never above 0: rounding of the sum must not make a probability above 1. A minimum would make 0 of NaN.
-        tl.store(logp + rows * m + k, tl.where(l_k > 0, 0.0, l_k), mask=live)
+        tl.store(logp + rows * m + k, tl.where(l_k > 0, 0.0, l_k), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def dlogits_kernel(
-    kept,  # [n, V] exp(z - tile maximum), overwritten by dL/dz
+    saved,  # [n, V] exp(z - tile maximum), overwritten by dL/dz
     ids,
     tile_max,
     row_max,
     log_sum,
-    u,
+    dlogp,
     logp,
     n,
     width,  # of a row, the padding included
@@ -90,13 +90,13 @@ def dlogits_kernel(
     rows = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.program_id(0)
     columns = tl.arange(0, BN)
-    live = rows < n
-    total = sum_of_u(u, rows, live, m, SHARED)
-    shift = tl.load(tile_max + tile.to(tl.int64) * n + rows, mask=live, other=0.0)
-    shift -= tl.load(row_max + rows, mask=live, other=0.0) + tl.load(log_sum + rows, mask=live, other=0.0)
+    row_mask = rows < n
+    total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED)
+    shift = tl.load(tile_max + tile.to(tl.int64) * n + rows, mask=row_mask, other=0.0)
+    shift -= tl.load(row_max + rows, mask=row_mask, other=0.0) + tl.load(log_sum + rows, mask=row_mask, other=0.0)
     factor = -total * tl.exp(shift)
-    at = kept + rows.to(tl.int64)[:, None] * stride + tile * BN + columns[None, :]
-    mask = live[:, None] & (columns < width - tile * BN)[None, :]
+    at = saved + rows.to(tl.int64)[:, None] * stride + tile * BN + columns[None, :]
+    mask = row_mask[:, None] & (columns < width - tile * BN)[None, :]
     dz = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    dz = put_selected(dz, columns, tile * BN, BN, rows, live, ids, u, logp, total, m, 0.0, 0.0, SHARED, False)
-    tl.store(at, (dz * inverse_temperature).to(kept.dtype.element_ty), mask=mask)
+    dz = put_selected(dz, columns, tile * BN, BN, rows, row_mask, ids, dlogp, logp, total, m, 0.0, 0.0, SHARED, False)
+    tl.store(at, (dz * inverse_temperature).to(saved.dtype.element_ty), mask=mask)

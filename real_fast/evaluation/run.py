@@ -40,9 +40,10 @@ def evaluate(
 ) -> EvalResult:
     """Sample ``config.n`` feedbacks a row and predict its score by ``config.protocol``.
 
-    The prediction is the protocol's (:mod:`real_fast.score.protocol`): RAIL's expected score
     The prediction is the protocol's (:mod:`real_fast.score.protocol`): RAIL's expected score y_hat = sum_k k * p_k
-    one; or, with "decode", the mean of the scores that the model wrote itself, which stands beside it in either case.
+    (arXiv 2603.17145), p the softmax over the whole vocabulary at the score's position, averaged over the feedbacks
+    that have one; or, with "decode", the mean of the scores that the model wrote itself, which stands beside it in
+    either case.
     Where there is none, the prediction is None, never a made-up number.
 
     Args:

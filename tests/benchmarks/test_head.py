@@ -89,7 +89,7 @@ def test_small_budget_is_an_eighth_of_the_rows(monkeypatch):
 
     monkeypatch.setattr(head, "weighted_logprob", spy)
     contenders(CPU)["ours forward, small budget"](*head._make_inputs(TINY, CPU))()
-    assert seen["chunk_bytes"] == TINY.n // 8 * TINY.v * 4 and seen["mode"] == "forward"
+    assert seen["head"].chunk_bytes == TINY.n // 8 * TINY.v * 4 and seen["head"].mode == "forward"
 
 
 def test_run_records_everything_and_flags_larger_errors(monkeypatch, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from real_kernels import linear_logprob, score_logprobs, weighted_logprob
+from real_kernels import HeadOptions, linear_logprob, score_logprobs, weighted_logprob
 
 
 def make(n, d, v, dtype=torch.float64, scale=1.0, seed=0):
@@ -26,7 +26,7 @@ def test_gradcheck(chunk_bytes, temperature):
     hidden, weight, targets = make(5, 4, 13)
     coefficients = torch.randn(5, dtype=torch.float64)
     ids = torch.tensor([3, 1, 12])
-    options = {"temperature": temperature, "chunk_bytes": chunk_bytes}
+    options = {"head": HeadOptions(temperature=temperature, chunk_bytes=chunk_bytes)}
     assert gradcheck(lambda h, w: linear_logprob(h, w, targets, **options), (hidden, weight))
     assert gradcheck(lambda h, w: score_logprobs(h, w, ids, **options), (hidden, weight))
     assert gradcheck(lambda h, w: weighted_logprob(h, w, targets, coefficients, **options)[0], (hidden, weight))
@@ -36,7 +36,7 @@ def test_gradcheck(chunk_bytes, temperature):
 def test_float32_against_float64(shape):
     hidden, weight, targets = make(*shape, dtype=torch.float32)
     exact = reference(hidden, weight, targets)
-    ours = linear_logprob(hidden, weight, targets, chunk_bytes=5000)
+    ours = linear_logprob(hidden, weight, targets, head=HeadOptions(chunk_bytes=5000))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(shape[0])
@@ -50,7 +50,7 @@ def test_chunks_change_nothing_but_memory():
     hidden, weight, targets = make(33, 8, 101)
     whole = linear_logprob(hidden, weight, targets)
     for rows in (1, 2, 7, 32):
-        parts = linear_logprob(hidden, weight, targets, chunk_bytes=rows * 101 * 8)
+        parts = linear_logprob(hidden, weight, targets, head=HeadOptions(chunk_bytes=rows * 101 * 8))
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-13)
 
 
@@ -164,8 +164,6 @@ def test_tied_weight_gets_both_gradients():
         ({"targets": torch.zeros(5, dtype=torch.int32)}, "targets must be int64"),
         ({"targets": torch.full((5,), 13)}, r"targets must lie in 0\.\.12, and spans 13\.\.13"),
         ({"targets": torch.full((5,), -100)}, "targets must lie in"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

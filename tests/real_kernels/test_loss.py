@@ -1,11 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from real_kernels import expected_score, group_advantages, label_weights, real_loss, reward_terms
+from real_kernels import (
+    HeadOptions,
+    RealObjective,
+    expected_score,
+    group_advantages,
+    label_weights,
+    real_loss,
+    reward_parts,
+)
 from tests.real_kernels.naive import naive_advantages, naive_real_loss
 
 OPTIONS = {
@@ -19,6 +29,17 @@ OPTIONS = {
     "renormalize": False,
     "temperature": 1.0,
 }
+
+
+def records(**options):
+    """Options by name, as real_loss takes them."""
+    names = {f.name for f in fields(RealObjective) if f.init}
+    objective = {name: value for name, value in options.items() if name in names}
+    head = {name: value for name, value in options.items() if name not in names}
+    return {"objective": RealObjective(**objective), "head": HeadOptions(**head)}
+
+
+RECORDS = records(**OPTIONS)
 
 
 def make_sequences(seed, groups, size, d=5, v=23, k=4, longest=6, invalid=False):
@@ -56,7 +77,7 @@ def pack(sequences):
         "score_hidden": torch.stack([s["score_hidden"] for s in sequences]),
         "labels": torch.tensor([s["label"] for s in sequences], dtype=torch.float64),
         "group": torch.tensor([s["group"] for s in sequences]),
-        "valid": torch.tensor([s["valid"] for s in sequences]),
+        "rollout_valid": torch.tensor([s["valid"] for s in sequences]),
     }
 
 
@@ -93,7 +114,11 @@ def test_loss_and_gradients_against_naive(seed, groups, size, options, invalid):
     sequences, weight, score_ids, values = make_sequences(seed, groups, size, invalid=invalid)
     want, advantages = naive_real_loss(sequences, weight, score_ids.tolist(), values.tolist(), **options)
     out = real_loss(
-        weight=weight, score_ids=score_ids, score_values=values, chunk_bytes=23 * 8 * 3, **pack(sequences), **options
+        weight=weight,
+        score_ids=score_ids,
+        score_values=values,
+        **pack(sequences),
+        **records(chunk_bytes=23 * 8 * 3, **options),
     )
     torch.testing.assert_close(out.loss, want, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(out.advantages, torch.tensor(advantages, dtype=torch.float64), rtol=1e-9, atol=1e-9)
@@ -108,7 +133,7 @@ def test_loss_and_gradients_against_naive(seed, groups, size, options, invalid):
 def test_packing_does_not_change_loss_or_gradients(seed, norm):
     """The reference's mistake 9: its loss weights depend on how micro-batches are packed."""
     sequences, weight, score_ids, values = make_sequences(seed, 4, 3, invalid=True)
-    options = OPTIONS | {"loss_norm": norm}
+    options = records(**OPTIONS | {"loss_norm": norm})
     valid = [s for s in sequences if s["valid"]]
     totals = {"num_rollouts": max(len(valid), 1), "num_tokens": max(sum(len(s["targets"]) for s in valid), 1)}
     inputs = leaves(sequences, weight)
@@ -142,7 +167,7 @@ def test_permuting_rollouts_changes_nothing(seed):
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [sequences[i] for i in order]
     head = {"weight": weight, "score_ids": score_ids, "score_values": values}
-    first, second = real_loss(**pack(sequences), **head, **OPTIONS), real_loss(**pack(shuffled), **head, **OPTIONS)
+    first, second = real_loss(**pack(sequences), **head, **RECORDS), real_loss(**pack(shuffled), **head, **RECORDS)
     torch.testing.assert_close(second.loss, first.loss, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(second.advantages, first.advantages[order], rtol=1e-11, atol=1e-11)
     inputs = leaves(sequences, weight)
@@ -155,9 +180,9 @@ def test_invalid_rollouts_add_nothing_whatever_their_rows_hold():
     sequences, weight, score_ids, values = make_sequences(3, 2, 4)
     head = {"weight": weight, "score_ids": score_ids, "score_values": values}
     sequences[1]["valid"] = sequences[6]["valid"] = False
-    out = real_loss(**pack(sequences), **head, **OPTIONS)
+    out = real_loss(**pack(sequences), **head, **RECORDS)
     kept = [s for s in sequences if s["valid"]]
-    alone = real_loss(**pack(kept), **head, **OPTIONS)
+    alone = real_loss(**pack(kept), **head, **RECORDS)
     torch.testing.assert_close(out.loss, alone.loss, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(
         out.loss, [sequences[1]["score_hidden"], sequences[6]["score_hidden"]], allow_unused=True
@@ -172,8 +197,8 @@ def test_zero_rows_are_dropped_exactly_and_reported():
         for key in ("hidden", "targets", "score_hidden"):
             s[key] = sequences[0][key]
     head = {"weight": weight, "score_ids": score_ids, "score_values": values}
-    dropped = real_loss(**pack(sequences), **head, **OPTIONS)
-    kept = real_loss(**pack(sequences), **head, **OPTIONS, drop_zero_rows=False)
+    dropped = real_loss(**pack(sequences), **head, **RECORDS)
+    kept = real_loss(**pack(sequences), **head, **RECORDS, skip_zero_rows=False)
     torch.testing.assert_close(dropped.loss, kept.loss, rtol=1e-13, atol=1e-13)
     rows = sum(len(s["targets"]) for s in sequences)
     assert kept.computed.all() and int(dropped.computed.sum()) < rows
@@ -183,7 +208,7 @@ def test_zero_rows_are_dropped_exactly_and_reported():
 
 def test_every_group_of_one_gets_zero_advantage_and_still_refines():
     sequences, weight, score_ids, values = make_sequences(5, 3, 1)
-    out = real_loss(**pack(sequences), weight=weight, score_ids=score_ids, score_values=values, **OPTIONS)
+    out = real_loss(**pack(sequences), weight=weight, score_ids=score_ids, score_values=values, **RECORDS)
     assert not out.advantages.any() and out.exploration_loss == 0 and out.refinement_loss != 0
 
 
@@ -212,7 +237,7 @@ def test_labels_between_scores_are_not_turned_into_zero():
 def test_groups_with_equal_samples_but_different_probabilities_still_teach():
     """The reference's mistake 7: a group whose sampled scores are all right is thrown away."""
     logp = torch.log_softmax(torch.tensor([[0.0, 3.0, 0.0], [0.0, 4.0, 0.0]]), 1)
-    terms = reward_terms(logp, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0]))
+    terms = reward_parts(logp, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0]))
     advantages = group_advantages(terms.reward, torch.tensor([0, 0]))
     assert advantages[0] < 0 < advantages[1]
 
@@ -225,7 +250,7 @@ def test_row_coefficients_of_the_design():
     values = torch.arange(1, 6, dtype=torch.float64)
     labels = torch.tensor([1, 2.25, 3, 4.5, 5, 1.75], dtype=torch.float64)
     lam, w = 0.7, 1 / 6
-    terms = reward_terms(logp, values, labels, lam=lam)
+    terms = reward_parts(logp, values, labels, lam=lam)
     (u,) = torch.autograd.grad(-(terms.refinement.sum() * w), logp)
     p = logp.detach().exp()
     g_y = 2 * w * (expected_score(logp, values).detach() - labels)
@@ -270,33 +295,26 @@ def test_rounding_noise_is_not_blown_up():
         ({"labels": torch.ones(12)}, "labels must be torch.float64"),
         ({"rollout": torch.full((1,), 12)}, "rollout must"),
         ({"group": torch.zeros(5, dtype=torch.int64)}, "group must have shape"),
-        ({"valid": torch.ones(5, dtype=torch.bool)}, "valid must have shape"),
-        ({"loss_norm": "mean"}, "loss_norm"),
-        ({"reward": "accuracy"}, "reward must be"),
-        ({"baseline": "none"}, "baseline must be"),
+        ({"rollout_valid": torch.ones(5, dtype=torch.bool)}, "rollout_valid must have shape"),
         ({"score_hidden": torch.zeros(12, 4, dtype=torch.float64)}, "score_hidden has 4 columns"),
         ({"group": torch.zeros(12)}, "group must be int64"),
         ({"group": torch.zeros(11, dtype=torch.int64)}, r"group must have shape \(12,\)"),
-        ({"valid": torch.ones(12)}, "valid must be bool"),
+        ({"rollout_valid": torch.ones(12)}, "rollout_valid must be torch.bool"),
         ({"score_ids": torch.tensor([3, 4, 3, 5])}, "score_ids must be different tokens"),
         ({"score_ids": torch.tensor([3, 4, 23, 5])}, r"score_ids must lie in 0\.\.22"),
         ({"labels": torch.full((12,), 99.0, dtype=torch.float64)}, "off the scale"),
         ({"labels": torch.full((12,), float("nan"), dtype=torch.float64)}, "off the scale"),
-        ({"reward_logprobs": torch.zeros(12, 3)}, r"reward_logprobs must have shape \(12, 4\)"),
-        ({"reward_logprobs": torch.zeros(12, 4)}, "reward_logprobs must be torch.float64"),
+        ({"engine_score_logprobs": torch.zeros(12, 3)}, r"engine_score_logprobs must have shape \(12, 4\)"),
+        ({"engine_score_logprobs": torch.zeros(12, 4)}, "engine_score_logprobs must be torch.float64"),
         ({"bias": torch.zeros(22, dtype=torch.float64)}, r"bias must have shape \(23,\)"),
         ({"bias": torch.zeros(23)}, "bias is torch.float32 and weight torch.float64"),
-        ({"softcap": 0.0}, "softcap must be above 0"),
-        ({"impl": "cuda"}, "impl must be"),
-        ({"impl": "triton"}, "does not take torch.float64"),
-        ({"mode": "backward"}, "mode must be"),
-        ({"chunk_bytes": 0}, "chunk_bytes must be at least 1"),
+        ({"head": HeadOptions(impl="triton")}, "does not take torch.float64"),
         ({"num_rollouts": 0}, "num_rollouts must be above 0"),
         ({"score_ids": torch.tensor([3, 4, 6, 5], device="meta")}, "score_ids is on meta"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     sequences, weight, score_ids, values = make_sequences(0, 3, 4)
-    arguments = pack(sequences) | OPTIONS | {"weight": weight, "score_ids": score_ids, "score_values": values}
+    arguments = pack(sequences) | {"weight": weight, "score_ids": score_ids, "score_values": values}
     with pytest.raises(ValueError, match=message):
         real_loss(**(arguments | change))

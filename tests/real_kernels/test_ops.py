@@ -5,9 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from real_kernels import linear_logprob, logprob_and_entropy, ops, real_loss, score_logprobs, weighted_logprob
+from real_kernels import (
+    HeadOptions,
+    RealObjective,
+    linear_logprob,
+    logprob_and_entropy,
+    ops,
+    real_loss,
+    score_logprobs,
+    weighted_logprob,
+)
 from real_kernels.real_op import real_head
-from tests.real_kernels.test_loss import OPTIONS, make_sequences, pack
+from tests.real_kernels.test_loss import OPTIONS, make_sequences, pack, records
 
 
 def make(n=9, d=8, v=40, dtype=torch.float32):
@@ -31,21 +40,23 @@ def losses(impl):
     ids = torch.tensor([3, 1, 12])
 
     def own(h, w, t):
-        return linear_logprob(h, w, t, impl=impl, temperature=0.7).square().sum()
+        return linear_logprob(h, w, t, head=HeadOptions(impl=impl, temperature=0.7)).square().sum()
 
     def entropy(h, w, t):
-        logp, entropy = logprob_and_entropy(h, w, t, impl=impl)
+        logp, entropy = logprob_and_entropy(h, w, t, head=HeadOptions(impl=impl))
         return (logp * entropy).sum()
 
     def scores(h, w, t):
-        return score_logprobs(h, w, ids, impl=impl).exp().sum()
+        return score_logprobs(h, w, ids, head=HeadOptions(impl=impl)).exp().sum()
 
     def forward(h, w, t):
-        total, logp = weighted_logprob(h, w, t, torch.linspace(-1, 1, 9), impl=impl, mode="forward", chunk_bytes=700)
+        head = HeadOptions(impl=impl, mode="forward", chunk_bytes=700)
+        total, logp = weighted_logprob(h, w, t, torch.linspace(-1, 1, 9), head=head)
         return 2 * total + logp.sum()
 
     def recompute(h, w, t):
-        return weighted_logprob(h, w, t, torch.linspace(-1, 1, 9), impl=impl, mode="recompute", chunk_bytes=700)[0]
+        head = HeadOptions(impl=impl, mode="recompute", chunk_bytes=700)
+        return weighted_logprob(h, w, t, torch.linspace(-1, 1, 9), head=head)[0]
 
     return [own, entropy, scores, forward, recompute]
 
@@ -71,8 +82,8 @@ def test_compiled_is_eager_to_the_bit(impl, which, backend):
 
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
-@pytest.mark.parametrize("drop", [False, True])
-def test_compiled_real_loss(impl, mode, drop):
+@pytest.mark.parametrize("skip", [False, True])
+def test_compiled_real_loss(impl, mode, skip):
     sequences, weight, score_ids, values = make_sequences(4, 3, 3, invalid=True)
     packed = pack(sequences)
     dtype = torch.float32 if impl == "triton" else torch.float64
@@ -81,6 +92,7 @@ def test_compiled_real_loss(impl, mode, drop):
     leaves = [packed["hidden"].requires_grad_(), packed["score_hidden"].requires_grad_()]
     leaves.append(weight.detach().to(dtype).requires_grad_())
     values = values.to(dtype)
+    options = records(impl=impl, mode=mode, **OPTIONS)
 
     def run(hidden, score_hidden, head):
         return real_loss(
@@ -88,10 +100,8 @@ def test_compiled_real_loss(impl, mode, drop):
             weight=head,
             score_ids=score_ids,
             score_values=values,
-            impl=impl,
-            mode=mode,
-            drop_zero_rows=drop,
-            **OPTIONS,
+            skip_zero_rows=skip,
+            **options,
         )
 
     want = run(*leaves)
@@ -130,19 +140,16 @@ def test_opcheck(impl, needs):
     """Schema, fake implementation, autograd registration and AOT dispatch, by PyTorch's own checker."""
     hidden, weight, targets = make()
     hidden, weight = (x if need else x.detach() for x, need in zip((hidden, weight), needs, strict=True))
-    coefficients = torch.linspace(-1, 1, 9)
-    torch.library.opcheck(
-        ops.selected_logprobs, (hidden, weight, None, targets, False, 0.7, None, True, impl, 2000, True)
-    )
+    coefficients, options = torch.linspace(-1, 1, 9), HeadOptions(temperature=0.7)
+    torch.library.opcheck(ops.selected_logprobs, (hidden, weight, None, targets, False, True, options.text, impl, 2000))
     torch.library.opcheck(
         ops.weighted_logprob,
-        (hidden, weight, None, targets, coefficients, 0.7, None, impl, 2000, True, *needs, False),
+        (hidden, weight, None, targets, coefficients, options.text, impl, 2000, *needs, False),
     )
     group = torch.tensor([0, 0, 1])
     head = (hidden, make(3)[0].detach().requires_grad_(needs[0]), weight, None, targets, targets % 3)
     scale = (torch.tensor([3, 1, 12]), torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 2.5, 4.0]), group, None, None)
-    objective = ("paper", 1.0, 1.0, "leave_one_out", True, 1.0, "sequence_sum", False)
     for in_forward in (True, False):
         # Every row is computed: the checker takes NaN, which stands for rows that are not, for a difference.
-        rest = (0.7, None, None, None, False, in_forward, impl, 2000, True, *needs, False)
-        torch.library.opcheck(real_head, (*head, *scale, *objective, *rest))
+        rest = (RealObjective().text, options.text, in_forward, impl, 2000, None, None, False, *needs, False)
+        torch.library.opcheck(real_head, (*head, *scale, *rest))

@@ -12,18 +12,28 @@ from hypothesis import strategies as st
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed here (it has no wheel for this platform)", allow_module_level=True)
 
-from real_kernels import linear_logprob, logprob_and_entropy, real_loss, score_logprobs, tiles, weighted_logprob
-from real_kernels.rollout_terms import RolloutOptions, rollout_terms
+from real_kernels import (
+    HeadOptions,
+    RealObjective,
+    linear_logprob,
+    logprob_and_entropy,
+    real_loss,
+    score_logprobs,
+    tiles,
+    weighted_logprob,
+)
+from real_kernels.rollout_coefficients import rollout_coefficients
 from real_kernels.tiles import Tile
-from real_kernels.triton_head import rollout_terms as fused_rollout_terms
+from real_kernels.triton_head import rollout_coefficients as fused_rollout_coefficients
 from tests.real_kernels.naive import naive_real_loss
-from tests.real_kernels.test_loss import OPTIONS, make_sequences
+from tests.real_kernels.test_loss import OPTIONS, make_sequences, records
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 if CUDA:
     pytestmark = pytest.mark.gpu
 
+TRITON = HeadOptions(impl="triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, D, V: one row; odd everything; D that no depth divides; more than one tile each way.
 SHAPES = [(1, 8, 17), (5, 24, 130), (33, 40, 1003), (70, 72, 331)]
@@ -70,12 +80,13 @@ def exact(hidden, weight, ids, u):
 def results(kind, hidden, weight, ids, u, **options):
     """Log-probabilities, dX and dW of one way to the same numbers."""
     if kind == "score":
-        logp = score_logprobs(hidden, weight, ids[0], impl="triton", **options)
+        logp = score_logprobs(hidden, weight, ids[0], head=HeadOptions(impl="triton", **options))
         return logp.detach(), *torch.autograd.grad((logp * u).sum(), (hidden, weight))
     if kind == "recompute":
-        logp = linear_logprob(hidden, weight, ids[:, 0], impl="triton", **options)
+        logp = linear_logprob(hidden, weight, ids[:, 0], head=HeadOptions(impl="triton", **options))
         return logp.detach()[:, None], *torch.autograd.grad((logp * u[:, 0]).sum(), (hidden, weight))
-    total, logp = weighted_logprob(hidden, weight, ids[:, 0], u[:, 0], impl="triton", mode="forward", **options)
+    head = HeadOptions(impl="triton", mode="forward", **options)
+    total, logp = weighted_logprob(hidden, weight, ids[:, 0], u[:, 0], head=head)
     return logp[:, None], *torch.autograd.grad(total, (hidden, weight))
 
 
@@ -123,7 +134,7 @@ def test_score_probabilities_and_expected_score(dtype):
         weight[ids] += hidden.mean(0) + 0.5 * hidden[0]
         want = torch.softmax(hidden.double() @ weight.double().t(), 1)[:, ids]
         slow = torch.softmax((hidden @ weight.t()).float(), 1)[:, ids]
-        got = score_logprobs(hidden, weight, ids, impl="triton").exp()
+        got = score_logprobs(hidden, weight, ids, head=TRITON).exp()
     assert float(want.sum(1).max()) > 0.5
     for g, s, w in ((got, slow, want), (got @ values, slow @ values, want @ values.double())):
         assert error(g, w) <= (1e-5 if dtype == torch.float32 else error(s, w))
@@ -165,14 +176,15 @@ def test_no_rows_and_no_coefficients():
     hidden, weight, _, _ = make(4, 16, 33)
     none, nothing = hidden[:0].detach().requires_grad_(), torch.empty(0, dtype=torch.int64, device=DEVICE)
     for mode in ("forward", "recompute"):
-        total, logp = weighted_logprob(none, weight, nothing, torch.empty(0, device=DEVICE), impl="triton", mode=mode)
+        head = HeadOptions(impl="triton", mode=mode)
+        total, logp = weighted_logprob(none, weight, nothing, torch.empty(0, device=DEVICE), head=head)
         dh, dw = torch.autograd.grad(total, (none, weight))
         assert total == 0 and logp.shape == (0,) and dh.shape == (0, 16) and not dw.any()
         targets = torch.arange(4, device=DEVICE)
-        total, _ = weighted_logprob(hidden, weight, targets, torch.zeros(4, device=DEVICE), impl="triton", mode=mode)
+        total, _ = weighted_logprob(hidden, weight, targets, torch.zeros(4, device=DEVICE), head=head)
         dh, dw = torch.autograd.grad(total, (hidden, weight))
         assert total == 0 and not dh.any() and not dw.any()
-    assert score_logprobs(none, weight, torch.tensor([1, 2], device=DEVICE), impl="triton").shape == (0, 2)
+    assert score_logprobs(none, weight, torch.tensor([1, 2], device=DEVICE), head=TRITON).shape == (0, 2)
 
 
 @pytest.mark.parametrize("mode", ["forward", "recompute"])
@@ -181,7 +193,7 @@ def test_same_tensor_twice(mode):
     _, weight, _, _ = make(1, 16, 40)
     targets = torch.arange(40, device=DEVICE).flip(0)
     u = torch.randn(40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    total, _ = weighted_logprob(weight, weight, targets, u, impl="triton", mode=mode)
+    total, _ = weighted_logprob(weight, weight, targets, u, head=HeadOptions(impl="triton", mode=mode))
     w = weight.detach().double().requires_grad_()
     want = (torch.log_softmax(w @ w.t(), 1).gather(1, targets[:, None])[:, 0] * u).sum()
     assert error(torch.autograd.grad(total, weight)[0], torch.autograd.grad(want, w)[0]) < 1e-5
@@ -199,15 +211,16 @@ def test_bias_softcap_temperature_entropy(options, biased, impl):
     want = distribution.gather(1, targets[:, None])[:, 0]
     exact_inputs = [x for x in (h, w, b) if x is not None]
     exact_gradients = torch.autograd.grad((want * u).sum(), exact_inputs, retain_graph=True)
-    logp, entropy = logprob_and_entropy(hidden, weight, targets, bias=bias, impl=impl, chunk_bytes=9000, **options)
+    logp, entropy = logprob_and_entropy(
+        hidden, weight, targets, bias=bias, head=HeadOptions(impl=impl, chunk_bytes=9000, **options)
+    )
     assert error(logp, want) < 1e-5 and not entropy.requires_grad
     assert error(entropy, -(distribution.exp() * distribution).sum(1)) < 1e-5
     found = [torch.autograd.grad((logp * u).sum(), inputs)]
     modes = ["recompute"] if impl == "triton" and "softcap" in options else ["recompute", "forward"]
     for mode in modes:
-        total, _ = weighted_logprob(
-            hidden, weight, targets, u, bias=bias, impl=impl, mode=mode, chunk_bytes=9000, **options
-        )
+        head = HeadOptions(impl=impl, mode=mode, chunk_bytes=9000, **options)
+        total, _ = weighted_logprob(hidden, weight, targets, u, bias=bias, head=head)
         found.append(torch.autograd.grad(total, inputs))
     for gradients in found:
         assert max(error(g, e) for g, e in zip(gradients, exact_gradients, strict=True)) < 1e-5
@@ -221,7 +234,8 @@ def test_score_tokens_with_bias_and_softcap(impl):
     h, w, b = wide(hidden, weight, bias)
     want = torch.log_softmax(reference_logits(h, w, b, softcap=5.0, temperature=0.8), 1)[:, ids]
     exact_gradients = torch.autograd.grad((want * u).sum(), (h, w, b))
-    got = score_logprobs(hidden, weight, ids, bias=bias, softcap=5.0, temperature=0.8, impl=impl, chunk_bytes=9000)
+    head = HeadOptions(softcap=5.0, temperature=0.8, impl=impl, chunk_bytes=9000)
+    got = score_logprobs(hidden, weight, ids, bias=bias, head=head)
     assert error(got, want) < 1e-5
     gradients = torch.autograd.grad((got * u).sum(), (hidden, weight, bias))
     assert max(error(g, e) for g, e in zip(gradients, exact_gradients, strict=True)) < 1e-5
@@ -234,7 +248,7 @@ def test_tokens_masked_by_the_bias():
     with torch.no_grad():
         bias[60:] = -torch.inf
     for impl in ("triton", "torch"):
-        logp, entropy = logprob_and_entropy(hidden, weight, targets, bias=bias, impl=impl)
+        logp, entropy = logprob_and_entropy(hidden, weight, targets, bias=bias, head=HeadOptions(impl=impl))
         want = torch.log_softmax(hidden.double() @ weight.double()[:60].t() + bias.double()[:60], 1)
         assert error(logp, want.gather(1, targets[:, None])[:, 0]) < 1e-5
         assert error(entropy, -(want.exp() * want).sum(1)) < 1e-5
@@ -261,8 +275,8 @@ def test_strided_ids():
             got = results(kind, hidden, weight, ids[:, None], torch.ones(12, 1, device=DEVICE))
             assert max(error(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
     scores = torch.arange(10, device=DEVICE)[::3]
-    got = score_logprobs(hidden, weight, scores, impl="triton")
-    assert torch.equal(got, score_logprobs(hidden, weight, scores.contiguous(), impl="triton"))
+    got = score_logprobs(hidden, weight, scores, head=TRITON)
+    assert torch.equal(got, score_logprobs(hidden, weight, scores.contiguous(), head=TRITON))
 
 
 def test_nan_stays_nan():
@@ -270,8 +284,8 @@ def test_nan_stays_nan():
     hidden, weight, targets, _ = make(5, 16, 65)
     with torch.no_grad():
         hidden[1] = float("nan")
-    assert linear_logprob(hidden, weight, targets, impl="triton").isnan().tolist() == [False, True, *[False] * 3]
-    assert score_logprobs(hidden, weight, torch.tensor([3, 4], device=DEVICE), impl="triton")[1].isnan().all()
+    assert linear_logprob(hidden, weight, targets, head=TRITON).isnan().tolist() == [False, True, *[False] * 3]
+    assert score_logprobs(hidden, weight, torch.tensor([3, 4], device=DEVICE), head=TRITON)[1].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -280,7 +294,7 @@ def test_upstream_gradient_is_not_rounded(dtype, impl):
     """A loss divided by 3, or scaled by 65536 as in mixed precision: 16 bits hold neither exactly."""
     hidden, weight, targets, _ = make(9, 16, 65, dtype)
     u = torch.full((9,), 1e-3, device=DEVICE)
-    total, _ = weighted_logprob(hidden, weight, targets, u, impl=impl, mode="forward")
+    total, _ = weighted_logprob(hidden, weight, targets, u, head=HeadOptions(impl=impl, mode="forward"))
     one = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     for factor in (1 / 3, 65536.0):
         many = torch.autograd.grad(total * factor, (hidden, weight), retain_graph=True)
@@ -292,7 +306,7 @@ def test_float16_keeps_small_gradients():
     """1 / 8192 times a probability of 1e-4 is 0 in float16, unless the loss's scale comes first."""
     hidden, weight, targets, _ = make(8, 16, 300, torch.float16, scale=0.1)
     u = torch.full((8,), 1e-4 / 8192, device=DEVICE)
-    total, _ = weighted_logprob(hidden, weight, targets, u, impl="triton")
+    total, _ = weighted_logprob(hidden, weight, targets, u, head=TRITON)
     got = torch.autograd.grad(total * 2.0**20, (hidden, weight))
     want = exact(hidden, weight, targets[:, None], u[:, None] * 2.0**20)[1:]
     assert max(error(g, w) for g, w in zip(got, want, strict=True)) < 2e-3
@@ -302,7 +316,7 @@ def test_second_derivatives_are_refused():
     hidden, weight, targets, _ = make(5, 16, 33)
     u = torch.ones(5, device=DEVICE)
     for mode in ("forward", "recompute"):
-        total, _ = weighted_logprob(hidden, weight, targets, u, impl="triton", mode=mode)
+        total, _ = weighted_logprob(hidden, weight, targets, u, head=HeadOptions(impl="triton", mode=mode))
         with pytest.raises(RuntimeError):
             first = torch.autograd.grad(total, hidden, create_graph=True)[0]
             torch.autograd.grad(first.sum(), weight)
@@ -328,14 +342,14 @@ def test_strided_hidden_states():
     """A slice of a larger tensor, one that starts off a 16-byte boundary, and a transposed one."""
     hidden, weight, targets, _ = make(12, 33, 65, torch.bfloat16)
     want = torch.log_softmax(hidden.double()[:, :24] @ weight.double()[:, :24].t(), 1).gather(1, targets[:, None])[:, 0]
-    got = linear_logprob(hidden[:, :24], weight[:, :24], targets, impl="triton")
+    got = linear_logprob(hidden[:, :24], weight[:, :24], targets, head=TRITON)
     assert error(got, want) < 1e-5
     offset = torch.log_softmax(hidden.double()[:, 1:25] @ weight.double()[:, 1:25].t(), 1)
-    got = linear_logprob(hidden[:, 1:25], weight[:, 1:25], targets, impl="triton")
+    got = linear_logprob(hidden[:, 1:25], weight[:, 1:25], targets, head=TRITON)
     assert error(got, offset.gather(1, targets[:, None])[:, 0]) < 1e-5
     turned = hidden.detach().t().contiguous().t()
-    got = linear_logprob(turned, weight.detach(), targets, impl="triton")
-    assert torch.equal(got, linear_logprob(hidden.detach(), weight.detach(), targets, impl="triton"))
+    got = linear_logprob(turned, weight.detach(), targets, head=TRITON)
+    assert torch.equal(got, linear_logprob(hidden.detach(), weight.detach(), targets, head=TRITON))
 
 
 def pack32(sequences):
@@ -352,7 +366,7 @@ def pack32(sequences):
         .requires_grad_(),
         "labels": torch.tensor([s["label"] for s in sequences], dtype=torch.float32, device=DEVICE),
         "group": torch.tensor([s["group"] for s in sequences], device=DEVICE),
-        "valid": torch.tensor([s["valid"] for s in sequences], device=DEVICE),
+        "rollout_valid": torch.tensor([s["valid"] for s in sequences], device=DEVICE),
     }
 
 
@@ -378,10 +392,10 @@ def pack32(sequences):
     ),
     mode=st.sampled_from(["forward", "recompute"]),
     rows=st.sampled_from([2, 7, 1000]),
-    drop=st.booleans(),
+    skip=st.booleans(),
     invalid=st.booleans(),
 )
-def test_real_loss_against_naive(seed, groups, size, options, mode, rows, drop, invalid):
+def test_real_loss_against_naive(seed, groups, size, options, mode, rows, skip, invalid):
     sequences, weight, score_ids, values = make_sequences(seed, groups, size, invalid=invalid)
     # The same numbers for both: rounded to float32 first.
     with torch.no_grad():
@@ -397,12 +411,9 @@ def test_real_loss_against_naive(seed, groups, size, options, mode, rows, drop, 
         weight=head,
         score_ids=score_ids.to(DEVICE),
         score_values=values.to(DEVICE, torch.float32),
-        impl="triton",
-        mode=mode,
-        chunk_bytes=64 * 4 * rows,
-        drop_zero_rows=drop,
+        skip_zero_rows=skip,
         **packed,
-        **options,
+        **records(impl="triton", mode=mode, chunk_bytes=64 * 4 * rows, **options),
     )
     torch.testing.assert_close(out.loss.double().cpu(), want.detach(), rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(
@@ -427,27 +438,27 @@ def test_real_loss_against_naive(seed, groups, size, options, mode, rows, drop, 
 @pytest.mark.parametrize("reward", ["paper", "reference"])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("m", [1, 7, 150])
-def test_fused_rollout_terms(reward, renormalize, m):
+def test_fused_rollout_coefficients(reward, renormalize, m):
     """One kernel against the plain operations in float64, groups of all sizes, some rollouts left out."""
     g = torch.Generator().manual_seed(m)
     k = 5
     logp = torch.log_softmax(torch.randn(m, k + 3, generator=g), 1)[:, :k]
-    judged = torch.log_softmax(torch.randn(m, k + 3, generator=g), 1)[:, :k]
+    engine = torch.log_softmax(torch.randn(m, k + 3, generator=g), 1)[:, :k]
     values = torch.tensor([1.0, 2.0, 3.0, 5.0, 8.0])
     labels = 1 + 7 * torch.rand(m, generator=g)
     labels[: m // 2] = values[torch.randint(k, (m // 2,), generator=g)]
     group, valid = torch.randint(12, (m,), generator=g), torch.rand(m, generator=g) > 0.2
-    judged[~valid] = float("nan")
+    engine[~valid] = float("nan")
     counts = torch.tensor([9.0, 77.0])
     for norm, baseline, scaled, clip in (
         ("sequence_sum", "leave_one_out", True, 1.0),
         ("token_mean", "mean", False, 0.0),
     ):
-        options = RolloutOptions(reward, 0.7, 0.5, baseline, scaled, clip, norm, renormalize)
-        tensors = (logp, judged, values, labels, group, valid, counts)
+        objective = RealObjective(reward, 0.7, 0.5, baseline, scaled, clip, norm, renormalize)
+        tensors = (logp, engine, values, labels, group, valid, counts)
         wide_tensors = [t.double() if t.is_floating_point() else t for t in tensors]
-        want = rollout_terms(*wide_tensors, options)
-        got = fused_rollout_terms(*(t.to(DEVICE) for t in tensors), options)
+        want = rollout_coefficients(*wide_tensors, objective)
+        got = fused_rollout_coefficients(*(t.to(DEVICE) for t in tensors), objective)
         for name, a, b in zip(want._fields, got, want, strict=True):
             keep = valid if name == "reward" else torch.ones_like(valid)
             torch.testing.assert_close(a.double().cpu()[keep], b[keep], rtol=2e-4, atol=2e-5, msg=name)
@@ -464,16 +475,15 @@ def test_rows_of_left_out_rollouts_may_hold_anything(mode, impl):
         "weight": head,
         "score_ids": score_ids.to(DEVICE),
         "score_values": values.to(DEVICE, torch.float32),
-        "impl": impl,
-        "mode": mode,
+        "head": HeadOptions(impl=impl, mode=mode),
     }
     want = real_loss(**pack32(sequences), **arguments)
     packed = pack32(sequences)
     with torch.no_grad():
         packed["hidden"][packed["rollout"] == 2] = float("nan")
         packed["score_hidden"][2] = float("nan")
-    for drop in (False, True):
-        got = real_loss(**packed, **arguments, drop_zero_rows=drop)
+    for skip in (False, True):
+        got = real_loss(**packed, **arguments, skip_zero_rows=skip)
         torch.testing.assert_close(got.loss, want.loss)
         dw = torch.autograd.grad(got.loss, head)[0]
         torch.testing.assert_close(dw, torch.autograd.grad(want.loss, head, retain_graph=True)[0])
@@ -495,9 +505,8 @@ def test_default_options_agree_with_the_torch_implementation():
                 weight=head,
                 score_ids=score_ids.to(DEVICE),
                 score_values=values.to(DEVICE, torch.float32),
-                impl=impl,
                 **packed,
-                **OPTIONS,
+                **records(impl=impl, **OPTIONS),
             )
             losses.append(out.loss.detach())
             gradients.append(torch.autograd.grad(out.loss, (head, packed["hidden"], packed["score_hidden"])))
@@ -516,7 +525,7 @@ def test_autotuning_takes_one_of_the_set(monkeypatch):
     times = [2.0, 1.0] * 8
     monkeypatch.setattr(tiles, "_chosen", {})
     hidden, weight, targets, _ = make(40, 24, 130, torch.bfloat16)
-    got = linear_logprob(hidden, weight, targets, impl="triton")
+    got = linear_logprob(hidden, weight, targets, head=TRITON)
     got.sum().backward()
     assert len(tiles._chosen) == 2
     if not CUDA:

@@ -292,13 +292,13 @@ def test_an_upload_that_hangs_or_fails_at_the_end_does_not_undo_the_run(tiny_jud
 
 
 def test_tracts_two_stages_are_two_runs(tiny_judge, tmp_path, services, monkeypatch):
-    def finished(trainer, rows, sample=tract._sample):
+    def finished(stage, config, sample=tract.sample_feedback):
         rollouts = sample(trainer, rows)
         for group in rollouts:
             group[0].finish = "eos"
         return rollouts
 
-    monkeypatch.setattr(tract, "_sample", finished)
+    monkeypatch.setattr(tract, "sample_feedback", finished)
     output = tmp_path / "judge"
     more = [*SUPERVISED, "--method", "tract", "--data.max_train", "20", *ALL]
     assert main(flags(tiny_judge, output, *more)) == 0

@@ -293,7 +293,7 @@ def test_an_upload_that_hangs_or_fails_at_the_end_does_not_undo_the_run(tiny_jud
 
 def test_tracts_two_stages_are_two_runs(tiny_judge, tmp_path, services, monkeypatch):
     def finished(stage, config, sample=tract.sample_feedback):
-        rollouts = sample(trainer, rows)
+        rollouts = sample(stage, config)
         for group in rollouts:
             group[0].finish = "eos"
         return rollouts

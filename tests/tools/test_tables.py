@@ -13,15 +13,15 @@ ROOT = tables.ROOT
 # Each marker and the pages that have it: a table that no page shows is a mistake.
 WHERE = {
     "quickstart": "README.md",
-    "bench-step": "README.md",
-    "bench-sweep": "README.md",
-    "bench-plots": "README.md",
-    "bench-rollout": "README.md",
+    "bench-step": "README.md docs/packing.md",
+    "bench-sweep": "docs/packing.md",
+    "bench-plots": "docs/packing.md",
+    "bench-rollout": "docs/rollouts.md",
     "bench-head": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
     "kernels": "docs/kernels.md",
-    "measured": "README.md",
-    "experiment": "README.md",
+    "measured": "docs/measured.md",
+    "experiment": "docs/methods.md",
 } | dict.fromkeys(
     ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
     "docs/experiment.md",

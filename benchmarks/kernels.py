@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for every architecture, without a GPU: ``python -m benchmarks.kernels``.
 
 Per kernel, tile and architecture: registers, spills, shared memory, and the matrix instructions in the machine code.
-Writes ``kernels.csv`` beside the other results, and the table between the markers of ``docs/kernels.md``. Exit status
-1 if a kernel spills, does not fit, or multiplies without the instructions that it should use.
+Writes ``kernels.csv`` beside the other results; ``python -m tools.tables`` writes it into ``docs/kernels.md``. Exit
+status 1 if a kernel spills, does not fit, or multiplies without the instructions that it should use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.record import RESULTS
-from benchmarks.report import KERNELS, fill
 from real_kernels.tiles import FLOAT32, NARROW, SCORES, TILES, Tile
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
@@ -285,20 +284,7 @@ def main() -> int:
         writer = csv.DictWriter(file, [field.name for field in fields(Resources)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(line) for line in lines)
-    if arguments.csv == RESULTS / "kernels.csv" and KERNELS.is_file():
-        KERNELS.write_text(fill(KERNELS.read_text(), "kernels", table(lines)))
     return int(any(line.verdict != "fine" for line in lines))
-
-
-def table(lines: list[Resources]) -> str:
-    """Default tiles and alternatives, a line each."""
-    out = ["| for | kernel | variant | dtype | tile | warps | registers | spilled | shared memory | instructions |"]
-    out.append("|---|---|---|---|---|---|---|---|---|---|")
-    for line in lines:
-        instructions = " ".join(x for x in (line.matrix_instructions, line.copies) if x != "-") or "-"
-        cells = [line.arch, line.kernel, line.variant, line.dtype, line.tile, line.warps, line.registers]
-        out.append(f"| {' | '.join(map(str, [*cells, f'{line.spills} B', f'{line.shared:,} B', instructions]))} |")
-    return "\n".join(out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Tables, plots and ratios out of ``results/benchmarks.csv``: ``python -m benchmarks.report``.
+"""Ratios and plots out of ``results/benchmarks.csv``: ``python -m benchmarks.report``.
 
-Writes ``summary.json`` and PNG files beside the CSV, and the tables between the markers of the README. Ratios compare
-measurements of one run alone; of several runs of the same thing, the newest counts.
+Writes ``summary.json`` and PNG files beside the CSV; ``python -m tools.tables`` makes tables of the same numbers.
+Ratios compare measurements of one run alone; of several runs of the same thing, the newest counts.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from benchmarks import report_head
 from benchmarks.record import RESULTS, read
 from benchmarks.steps import VARIANTS
 
-ROOT = Path(__file__).resolve().parent.parent
-README, KERNELS = ROOT / "README.md", ROOT / "docs" / "kernels.md"
 CONTENDERS = ("reference", "trl", *VARIANTS, "ours and rollouts")
 PHASES = ("rollout", "pack", "body forward", "head", "backward", "optimizer", "sync", "step")
 _COLOURS = ("#56B4E9", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999933")
-_NAMES = {
+NAMES = {
     "reference": "reference-style",
     "trl": "TRL GRPOTrainer",
     "ours": "real-fast",
@@ -97,65 +95,6 @@ def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
     return {"step_speedup": table, "step_cases": rows, "head_cases": heads}
 
 
-def step_table(lines: list[dict[str, str]]) -> str:
-    """The README's table: the case with the most contenders, per machine and model."""
-    steps = newest(lines, "step")
-    best: dict[tuple[str, str], Key] = {}
-    for key, variants in steps.items():
-        if len(variants) > len(steps.get(best.get(key[:2], ("", "", "")), {})):
-            best[key[:2]] = key
-    out = []
-    for key in best.values():
-        variants = steps[key]
-        if "ours" not in variants:
-            continue
-        ours = variants["ours"]["seconds"]
-        p = parameters(key[2])
-        prompts = "1 prompt" if p["prompts"] == 1 else f"{p['prompts']:.0f} prompts"
-        out += [
-            f"{key[1]}, K = {p['K']:.0f}, P = {p['P']:.0f}, R = {p['R']:.0f}, {prompts} a step; {key[0]}:\n",
-            "| step | seconds | samples/s | tokens through the body | memory above the weights | over real-fast |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name in CONTENDERS:
-            if name in variants:
-                v = variants[name]
-                peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
-                cells = [_NAMES[name], f"{v['seconds']:.1f}", f"{v['samples_per_s']:.2f}", f"{v['body_tokens']:,.0f}"]
-                cells += [peak, "" if name.startswith("ours") else f"{v['seconds'] / ours:.1f} ×"]
-                out.append(f"| {' | '.join(cells)} |")
-        out.append("")
-    return "\n".join(out).rstrip()
-
-
-def sweep_table(lines: list[dict[str, str]]) -> str:
-    """Gain over the reference-style step per case, beside what the operations predict."""
-    out = ["| data | K | P | R | P/R | measured | predicted by FLOPs | over TRL |", "|---|---|---|---|---|---|---|---|"]
-    rows = speedups(newest(lines, "step"))
-    for row in sorted(rows, key=lambda r: (r["machine"], r["model"], r["case"].split()[0], r["K"])):
-        if "over_reference" in row:
-            cells = [row["case"].split()[0], *(f"{row[n]:.0f}" for n in "KPR"), f"{row['P'] / row['R']:.1f}"]
-            cells += [f"{row['over_reference']:.1f} ×", f"{row['predicted_by_flops']:.1f} ×"]
-            cells.append(f"{row['over_trl']:.1f} ×" if "over_trl" in row else "-")
-            out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
-
-
-def rollout_table(lines: list[dict[str, str]]) -> str:
-    """Sampled tokens per second, and memory."""
-    names = {
-        "ours": "real-fast's Transformers engine",
-        "no shared prefill": "… with a prefill per rollout",
-        "transformers generate": "`model.generate(num_return_sequences=K)`, which gives no score",
-    }
-    out = ["| rollouts | case | tokens/s | memory above the weights |", "|---|---|---|---|"]
-    for (machine, model, case), variants in newest(lines, "rollout").items():
-        for name, v in variants.items():
-            peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
-            out.append(f"| {names.get(name, name)} | {model}, {case}; {machine} | {v['tokens_per_s']:.0f} | {peak} |")
-    return "\n".join(out)
-
-
 def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
     """One figure per machine: seconds by phase, gain over K, gain over P/R. Returns the files' names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -176,7 +115,7 @@ def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
             widths = [mine[key][n].get(f"seconds/{phase}", 0.0) for n in shown]
             if any(widths):
                 label = "whole step (TRL)" if phase == "step" else phase
-                bars.barh([_NAMES[n] for n in shown], widths, left=left, color=colour, label=label)
+                bars.barh([NAMES[n] for n in shown], widths, left=left, color=colour, label=label)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
         bars.set_xlabel("seconds per update")
         bars.set_title(f"{key[1]}, {key[2]}", fontsize=10)
@@ -203,28 +142,12 @@ def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
     return names
 
 
-def fill(text: str, marker: str, content: str) -> str:
-    """Replace what stands between two markers; a marker that is not there changes nothing."""
-    pattern = re.compile(rf"(<!-- {marker}:start -->\n).*?(<!-- {marker}:end -->)", re.S)
-    return pattern.sub(lambda m: f"{m[1]}{content}\n{m[2]}", text)
-
-
 def main() -> None:
-    """Read the CSV, write everything else."""
+    """Read the CSV; write summary.json and the figures."""
     lines = read()
     (RESULTS / "summary.json").write_text(json.dumps(summarize(lines), indent=2) + "\n")
-    plots, heads = plot(lines, RESULTS), newest(lines, "head")
-    head_plots = report_head.plot(heads, RESULTS)
-    print(step_table(lines), sweep_table(lines), report_head.table(heads), sep="\n\n")
-    if ROOT / "benchmarks" / "results" == RESULTS and README.is_file():
-        images = [f"![Seconds by phase; gain over K and over P/R](benchmarks/results/{name})" for name in plots]
-        text = fill(README.read_text(), "bench-step", step_table(lines))
-        text = fill(text, "bench-rollout", rollout_table(lines))
-        text = fill(text, "bench-plots", "\n\n".join(images))
-        README.write_text(fill(text, "bench-sweep", sweep_table(lines)))
-        images = [f"![Seconds and peak memory of the head](../benchmarks/results/{name})" for name in head_plots]
-        text = fill(KERNELS.read_text(), "bench-head", report_head.table(heads))
-        KERNELS.write_text(fill(text, "bench-head-plots", "\n\n".join(images)))
+    plot(lines, RESULTS)
+    report_head.plot(newest(lines, "head"), RESULTS)
 
 
 if __name__ == "__main__":

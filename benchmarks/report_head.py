@@ -17,7 +17,7 @@ OURS = (
     "ours recompute",
     "ours recompute, tuned",
 )
-_LABELS = {
+LABELS = {
     "ours forward": "real_kernels, gradient in forward",
     "ours forward, small budget": "real_kernels, gradient in forward, 8 chunks",
     "ours forward, tuned": "real_kernels, gradient in forward, tuned",
@@ -56,35 +56,6 @@ def cases(found: dict[Key, Metrics]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(found: dict[Key, Metrics]) -> str:
-    """Forward and backward, a table per machine and shape; the peak is above inputs and resulting gradients."""
-    out = []
-    for (machine, model, case), variants in sorted(found.items()):
-        if not case.endswith("+backward"):
-            continue
-        forward = found.get((machine, model, case.removesuffix("+backward")), {})
-        out += [
-            f"{model.replace(' fp', ', fp').replace(' bf', ', bf')}, {case.split()[0]}; {machine}:\n",
-            "| head | forward | forward and backward | of the matmul rate | peak memory | gradient error |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name in (*OURS, *(n for n in NAMES if n not in OURS)):
-            m = variants.get(name)
-            if m is None:
-                continue
-            only = f"{_time(forward[name]['seconds'])}" if name in forward else "-"
-            peak = f"{m['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in m else "-"
-            cells = [_LABELS[name], only, _time(m["seconds"]), f"{m['of_matmul_rate']:.0%}", peak]
-            cells.append(f"{m['gradient_error']:.1e}")
-            out.append(f"| {' | '.join(cells)} |")
-        out.append("")
-    return "\n".join(out).rstrip()
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1}f} ms"
-
-
 def plot(found: dict[Key, Metrics], folder: Path) -> list[str]:
     """One figure per machine: seconds and peak memory per shape, forward and backward. Returns the files' names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,7 +73,7 @@ def plot(found: dict[Key, Metrics], folder: Path) -> list[str]:
             variants = mine[key]
             order = [n for n in (*OURS, *(n for n in NAMES if n not in OURS)) if n in variants][::-1]
             colours = ["#0072B2" if n in OURS else "#999999" for n in order]
-            labels = [_LABELS[n].replace("`", "") for n in order]
+            labels = [LABELS[n].replace("`", "") for n in order]
             axes[0].barh(labels, [variants[n]["seconds"] for n in order], color=colours)
             axes[0].set_xlabel("seconds, forward and backward")
             axes[0].set_title(f"{key[1]}, {key[2].split()[0]}", fontsize=10)

@@ -71,7 +71,7 @@ class Collator:
 
 
 def examples_from(source: str, tokenizer: Any, scale: ScoreScale, max_tokens: int = 2048) -> list[dict[str, Any]]:
-    """Token ids up to the phrase's last token, and the label, of each row of a JSONL (see the main README)."""
+    """Token ids up to the phrase's last token, and the label, of each row of a JSONL (see docs/data.md)."""
     builder, rejected = PromptBuilder(PromptConfig(template="short", system=""), tokenizer, scale), []
     rows = load_rows(source, "train", builder, scale, max_tokens, rejected)
     check_enough_rows(rows, 1, source, rejected)

@@ -30,6 +30,26 @@ from hypothesis import settings
 
 TinyLlama = Callable[..., Any]
 _ROOT = Path(__file__).resolve().parent.parent
+# What `make check` leaves out, being longest: files whose tests train or serve whole runs, or run kernels in Triton's
+# interpreter or compile them; and single tests.
+SLOW = {
+    "test_examples",
+    "test_experiment",
+    "test_golden",
+    "test_methods",
+    "test_plots",
+    "test_ref_policy",
+    "test_resources",
+    "test_vllm_engine",
+    "test_score_edges",
+    "test_trackers",
+    "test_train",
+    "test_triton",
+    "test_p_values_of_equals_are_spread_over_the_unit_interval",
+    "test_smollm2_itself",
+    "test_the_body_compiles_in_one_graph",
+    "test_the_seeds_of_two_methods_are_drawn_in_pairs",
+}
 
 # Times vary on a shared machine, so no test fails for its own; CI draws the same examples every time.
 settings.register_profile("real-fast", deadline=None, derandomize="CI" in os.environ)
@@ -37,7 +57,10 @@ settings.load_profile("real-fast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is none."""
+    """Mark what is slow; skip tests marked ``gpu`` where there is none."""
+    for item in items:
+        if item.path.stem in SLOW or getattr(item, "originalname", "") in SLOW:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

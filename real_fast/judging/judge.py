@@ -142,7 +142,7 @@ class Judge(PrometheusNames):
         """Grade many responses, one :class:`Grade` per row, in order.
 
         Args:
-            rows: Mappings with the fields of judge data, Prometheus's or the common ones (see the README); others, a
+            rows: Mappings with the fields of judge data, Prometheus's or the common ones (see docs/data.md); others, a
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
             seed: See :class:`Judge`.
         """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.report import fill, newest, rollout_table, step_table, summarize, sweep_table
+from benchmarks.report import newest, summarize
+from tools.benchmark_tables import rollout_table, step_table, sweep_table
 
 CASE = "vicuna K=8 P=1000 R=100 prompts=1"
 
@@ -50,9 +51,3 @@ def test_tables():
     assert "| vicuna | 8 | 1000 | 100 | 10.0 | 5.0 × | 6.0 × | - |" in sweep_table(lines)
     rollouts = [line("ours", "tokens_per_s", 52.3, suite="rollout"), line("ours", "peak_bytes", 2**30, suite="rollout")]
     assert "| 52 | 1.0 GiB |" in rollout_table(rollouts)
-
-
-def test_fill_replaces_what_stands_between_the_markers_alone():
-    text = "a\n<!-- x:start -->\nold\n<!-- x:end -->\nb\n"
-    assert fill(text, "x", "new") == "a\n<!-- x:start -->\nnew\n<!-- x:end -->\nb\n"
-    assert fill(text, "y", "new") == text

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from experiments import data, launch, longer, page, results, run
+from experiments import data, launch, longer, results, run
 from experiments.settings import Data, Experiment, load, run_folder
 from real_fast.config import Config, PromptConfig, cli
 from real_fast.data import synthetic
@@ -25,6 +25,7 @@ from real_fast.errors import ConfigError, DataError
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
+from tools import experiment_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
@@ -198,8 +199,9 @@ def test_an_experiment_from_its_files_to_its_table(
     assert "| in_domain | real |" in printed and "| seen |" not in printed and "from `sft`" in printed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
     assert 0 <= found["runs"]["real-0"]["zero_spread"] <= 1 and found["runs"]["real-0"]["kl"] >= 0
-    readme, text = page.filled(table, page.README.read_text("utf-8"), page.PAGE.read_text("utf-8"))
-    assert "| `real` | 1 |" in readme and "| `real` | 1 | 2 |" in text and "- Everything." in text
+    pages = experiment_tables.tables(table)
+    assert "| `real` | 1 |" in pages["experiment"] and "| `real` | 1 | 2 |" in pages["runs"]
+    assert pages["reduced"] == "- Everything."
     # Without the runs: what is finished, in the runs' own folder.
     assert run.main([*argv[:-2], "--results-only"]) == 0
     assert json.loads((output / "results" / "summary.json").read_text()) == found
@@ -228,11 +230,6 @@ def test_an_experiment_from_its_files_to_its_table(
     assert "more-0 failed with status 7: see " in err and "| in_domain | real |" in out
     written(config, common={**common, "optim": {"lr": 1.0}}, seeds=[0])
     assert run.main(argv) == 2 and "was made with other settings" in capsys.readouterr().err
-
-
-def test_the_committed_pages_have_the_committed_results() -> None:
-    texts = page.README.read_text("utf-8"), page.PAGE.read_text("utf-8")
-    assert page.filled(page.HERE, *texts) == texts, "run: python -m experiments.page"
 
 
 def test_its_own_template_goes_with_the_runs(tmp_path: Path) -> None:

@@ -1,7 +1,4 @@
-"""Write the experiment's tables into README and docs/experiment.md: ``python -m experiments.page``.
-
-They come from what ``make experiment`` left in experiments/.
-"""
+"""Tables of the experiment, out of what ``make experiment`` left in experiments/."""
 
 from __future__ import annotations
 
@@ -10,26 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import fill
-
-HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
-PAGE = HERE.parent / "docs" / "experiment.md"
 _SHOWN = {"pearson": "Pearson", "rmse": "RMSE"}
 
 
-def main() -> None:
-    """The table of README, and those of docs/experiment.md."""
-    readme, page = filled(HERE, README.read_text(encoding="utf-8"), PAGE.read_text(encoding="utf-8"))
-    README.write_text(readme, encoding="utf-8")
-    PAGE.write_text(page, encoding="utf-8")
-
-
-def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
-    """README and page with the tables of `results`, a folder that the experiment wrote."""
-    lines = _csv(results / "comparison.csv")
+def tables(results: Path) -> dict[str, str]:
+    """The tables by their markers' names, of `results`, a folder that the experiment wrote."""
     summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
-    tables = {
+    made = {
+        "experiment": methods(_csv(results / "comparison.csv"), _SHOWN),
         "comparison": (results / "comparison.md").read_text(encoding="utf-8").strip(),
         "reduced": "\n".join(f"- {line}" for line in summary["reduced"]),
         "seeds": per_seed(summary["results"]),
@@ -40,12 +25,10 @@ def filled(results: Path, readme: str, page: str) -> tuple[str, str]:
         "runs": runs_table(summary["runs"], summary["machines"]),
     }
     if (results / "longer").is_dir():
-        tables["longer"] = (results / "longer" / "comparison.md").read_text(encoding="utf-8").strip()
+        made["longer"] = (results / "longer" / "comparison.md").read_text(encoding="utf-8").strip()
     if (results / "again").is_dir():
-        tables["again"] = methods(_csv(results / "again" / "comparison.csv"), _SHOWN)
-    for name, table in tables.items():
-        page = fill(page, name, table)
-    return fill(readme, "experiment", methods(lines, _SHOWN)), page
+        made["again"] = methods(_csv(results / "again" / "comparison.csv"), _SHOWN)
+    return made
 
 
 def _csv(file: Path) -> list[dict[str, str]]:
@@ -165,7 +148,3 @@ def runs_table(runs: dict[str, dict[str, Any]], machines: list[dict[str, Any]]) 
 def _mean(runs: list[dict[str, Any]], key: str, digits: int) -> str:
     known = [run[key] for run in runs if run[key] is not None]
     return f"{sum(known) / len(known):.{digits}f}" if known else "-"
-
-
-if __name__ == "__main__":
-    main()

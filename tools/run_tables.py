@@ -1,29 +1,26 @@
-"""Write the README tables from the summaries in docs/results/: ``python docs/tables.py [RUN_FOLDER NAME]...``.
-
-With arguments, a run's summary.json and plots are first copied to docs/results/NAME*.
-"""
+"""Tables of kept runs, out of their summaries in docs/results/."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import fill
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
-
-
-def keep(run: Path, name: str) -> None:
-    """Copy what a table or a page shows of a run."""
-    RESULTS.mkdir(exist_ok=True)
-    shutil.copyfile(run / "summary.json", RESULTS / f"{name}.json")
+def keep(run: Path, name: str, results: Path) -> None:
+    """Copy what a table or a page shows of a run to `results`, under this name."""
+    results.mkdir(exist_ok=True)
+    shutil.copyfile(run / "summary.json", results / f"{name}.json")
     for plot in run.glob("*.png"):
-        shutil.copyfile(plot, RESULTS / f"{name}-{plot.name}")
+        shutil.copyfile(plot, results / f"{name}-{plot.name}")
+
+
+def tables(results: Path) -> dict[str, str]:
+    """The tables by their markers' names, of the runs that were kept in `results`."""
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))}
+    first = {name: run for name, run in runs.items() if name.startswith("quickstart")}
+    return {"quickstart": quickstart(first), "measured": measured(runs)}
 
 
 def pearson(e: dict[str, Any] | None) -> str:
@@ -75,18 +72,3 @@ def measured(runs: dict[str, dict[str, Any]]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in machine.items() if k not in ("device", "threads"))
     lines.append(f"\nMachine: {machine['device']}, {machine['threads']} cores; {versions}.")
     return "\n".join(lines)
-
-
-def main(arguments: list[str]) -> None:
-    """Copy the runs named on the command line, then write both tables."""
-    for run, name in zip(arguments[::2], arguments[1::2], strict=True):
-        keep(Path(run), name)
-    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    text = README.read_text(encoding="utf-8")
-    text = fill(text, "quickstart", quickstart({k: v for k, v in runs.items() if k.startswith("quickstart")}))
-    text = fill(text, "measured", measured(runs))
-    README.write_text(text, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

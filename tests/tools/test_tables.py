@@ -1,0 +1,98 @@
+"""Generated tables: the committed pages hold exactly what the committed results make."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tools import run_tables, tables
+
+ROOT = tables.ROOT
+# Each marker and the pages that have it: a table that no page shows is a mistake.
+WHERE = {
+    "quickstart": "README.md",
+    "bench-step": "README.md docs/packing.md",
+    "bench-sweep": "docs/packing.md",
+    "bench-plots": "docs/packing.md",
+    "bench-rollout": "docs/rollouts.md",
+    "bench-head": "docs/kernels.md",
+    "bench-head-plots": "docs/kernels.md",
+    "kernels": "docs/kernels.md",
+    "measured": "docs/measured.md",
+    "experiment": "docs/methods.md",
+} | dict.fromkeys(
+    ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
+    "docs/experiment.md",
+)
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, str]:
+    return tables.tables(ROOT)
+
+
+@pytest.mark.parametrize("page", tables.pages(ROOT), ids=lambda page: page.name)
+def test_the_committed_pages_have_the_committed_results(page: Path, made: dict[str, str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text, page, made, ROOT) == text, "run: make tables"
+
+
+def test_every_table_has_its_page(made: dict[str, str]) -> None:
+    found: dict[str, list[str]] = {}
+    for page in tables.pages(ROOT):
+        for name in tables.markers(page.read_text(encoding="utf-8"), page.name):
+            found.setdefault(name, []).append(page.relative_to(ROOT).as_posix())
+    assert {name: " ".join(pages) for name, pages in found.items()} == WHERE and made.keys() == WHERE.keys()
+
+
+def test_fill_replaces_what_stands_between_the_markers_alone() -> None:
+    text = "a\n<!-- x:start -->\nold\n<!-- x:end -->\nb\n"
+    assert tables.fill(text, "x", "new") == "a\n<!-- x:start -->\nnew\n<!-- x:end -->\nb\n"
+    assert tables.fill(text, "y", "new") == text
+
+
+def test_images_are_linked_from_where_the_page_lies(tmp_path: Path) -> None:
+    text = "<!-- x:start -->\n<!-- x:end -->\n"
+    made = {"x": "![a](/docs/a.png)"}
+    for page, link in (("README.md", "docs/a.png"), ("docs/page.md", "../docs/a.png")):
+        assert f"![a]({link})" in tables.filled(text, tmp_path / page, made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- x:start -->\n", "page.md: every .* needs its"),
+        ("<!-- x:end -->\n<!-- x:start -->\n", "needs its"),
+        ("<!-- y:start -->\n<!-- y:end -->\n", "page.md: no table is called y; there are x"),
+    ],
+)
+def test_markers_that_cannot_be_filled(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(tables.MarkerError, match=message):
+        tables.filled(text, tmp_path / "page.md", {"x": ""}, tmp_path)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a copy of the results with an old README: keep a run, write the pages, find nothing left to write."""
+    for folder in ("docs/results", "benchmarks/results", "experiments"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- measured:start -->\nold\n<!-- measured:end -->\n", encoding="utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copyfile(ROOT / "docs" / "results" / "vicuna.json", run / "summary.json")
+    (run / "training.png").write_bytes(b"png")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.main(["keep", str(run), "mine"]) == 0
+    assert "README.md: written" in capsys.readouterr().out and "| mine | vllm |" in readme.read_text("utf-8")
+    assert (tmp_path / "docs" / "results" / "mine-training.png").read_bytes() == b"png"
+    assert tables.main([]) == 0 and "up to date" in capsys.readouterr().out
+    assert tables.main(["keep", str(tmp_path / "gone"), "mine"]) == 2 and "gone" in capsys.readouterr().err
+    assert tables.main(["keep"]) == 2
+    assert tables.main(["show"]) == 0 and "| reference-style |" in capsys.readouterr().out
+
+
+def test_a_run_without_a_score_has_dashes() -> None:
+    assert run_tables.pearson(None) == "-" == run_tables.rmse(None)
+    assert run_tables.pearson({"pearson": None}) == "-"

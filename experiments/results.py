@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.settings import Experiment, merged, run_folder
-from real_fast.compare import csv_text, markdown
 from real_fast.comparison.compare import AVERAGE, compare
 from real_fast.comparison.find import Evaluation
 from real_fast.comparison.plot import comparison_plot
+from real_fast.comparison.text import csv_text, markdown
 from real_fast.errors import OutputError
 from real_fast.evaluation.metrics import correlations
 from real_fast.runs.folder import check_writable

@@ -1,8 +1,6 @@
-"""Train a judge by REAL (Regression-Aware Reinforcement Learning for LLM-as-a-Judge, arXiv 2603.17145).
+"""Train a judge by REAL (arXiv 2603.17145), or by one of the methods that it is compared with.
 
-Or by one of the methods that it is compared with.
-
-    python -m real_fast.train --config configs/quickstart.yaml
+python -m real_fast.train --config configs/quickstart.yaml
 """
 
 from __future__ import annotations
@@ -15,13 +13,16 @@ from typing import Any
 from tqdm import tqdm
 
 from real_fast.config import Config, cli
+from real_fast.config.debug import smaller
 from real_fast.errors import run_command
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import method_class
 from real_fast.reports import report
 from real_fast.runs import checkpoint, log
 from real_fast.runs.stop import Stopped, StopSignal
+from real_fast.training.debug import Profile, debugging
 from real_fast.training.held_out import evaluate_held_out, log_known
+from real_fast.training.rollout_log import rollout_lines
 from real_fast.training.saving import save_checkpoint, save_final
 from real_fast.training.setup import build
 from real_fast.training.step_metrics import StepMetrics
@@ -36,16 +37,16 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.parts = parts = build(config)
-        self.world, self.state, self.timer, self.run = parts.world, parts.state, parts.timer, parts.run
-        self.method, self.policy, self.updater, self.groups = parts.method, parts.policy, parts.updater, parts.groups
+        self.parts = p = build(config)
+        self.world, self.state, self.timer, self.run = p.world, p.state, p.timer, p.run
+        self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
         self.stop = StopSignal()
-        resumed_after = self.state.step if parts.resume_from else None
-        report.start(config, parts.data, parts.scale, self.policy, self.groups.engine.name, resumed_after)
+        resumed_after = self.state.step if p.resume_from else None
+        report.start(config, p.data, p.scale, self.policy, self.groups.engine.name, resumed_after)
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
-        with self.run:
+        with self.run, debugging(self.config.debug):
             try:
                 with self.stop:
                     self.train()
@@ -60,39 +61,37 @@ class Trainer:
 
     def train(self) -> None:
         """Warm up, then update, save and evaluate in turn."""
-        steps, every = self.config.train.steps, self.config.eval.every
+        config, state = self.config, self.state
         if not self.parts.resume_from:
             self.begin()
-        if self.config.warmup.steps and self.state.step == 0:
+        if config.warmup.steps and state.step == 0:
             self.evaluate("warmup")
-        with tqdm(total=steps, initial=self.state.step, desc=self.method.name, unit="step") as bar:
+        profile = Profile(config.profile, self.run.folder.path, self.policy.model.device)
+        with tqdm(total=config.train.steps, initial=state.step, desc=self.method.name, unit="step") as bar, profile:
             while True:
-                if every and 0 < self.state.step < steps and self.state.step % every == 0:
-                    self.evaluate(f"step-{self.state.step:06d}")  # after the checkpoint, which a stop would need
-                if self.state.step >= steps:
+                if 0 < state.step < config.train.steps and self.due(config.eval.every):
+                    self.evaluate(f"step-{state.step:06d}")  # its checkpoint has been written before
+                if state.step >= config.train.steps:
                     break
                 report.advance(bar, self.step())
-                if self.save_is_due():
+                profile.step()
+                stopping = self.world.any(self.stop.requested)
+                if stopping or state.step == config.train.steps or self.due(config.save.every):
                     self.save()
                 self.stop.check()
         self.evaluate("after")
 
+    def due(self, every: int) -> bool:
+        """Whether something that comes every so many updates comes now; 0 is never."""
+        return every > 0 and self.state.step % every == 0
+
     def begin(self) -> None:
         """Evaluate, warm up, freeze the reference policy, write the first checkpoint."""
-        if self.config.eval.on_start:
-            self.evaluate("before")
         p, config = self.parts, self.config
+        if config.eval.on_start:
+            self.evaluate("before")
         if config.warmup.steps:
-            warm_up(
-                self.updater,
-                p.sft_rows,
-                config.warmup,
-                config.seed,
-                p.tokenizer,
-                p.scale,
-                self.run.log,
-                self.stop.check,
-            )
+            warm_up(self.updater, p.sft_order, config.warmup, p.tokenizer, p.scale, self.run.log, self.stop.check)
         self.groups.publish(self.policy)
         with self.timer("save"):
             self.method.begin(self.policy, self.run.folder.path)
@@ -101,14 +100,13 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One update: sample (or take given feedback), forward and backward, optimiser, sync. Returns its metrics."""
         self.timer.start_update()
+        shown = self.config.rollout.log_prompts if self.due(self.config.rollout.log_every) else 0
         groups = self.groups.next(self.state)
         metrics = StepMetrics(groups, self.parts.scale)
         self.update(groups, metrics)
         self.groups.publish(self.policy)
-        self.state.step += 1
-        self.state.rows_seen += len(groups)
-        self.state.num_tokens += metrics.num_tokens
-        self.state.sampled_tokens += metrics.sampled_tokens if self.method.uses_rollouts else 0
+        sampled = metrics.sampled_tokens if self.method.uses_rollouts else None
+        self.state.advance(len(groups), metrics.num_tokens, sampled or 0)
         record = {
             "phase": self.method.name,
             "step": self.state.step,
@@ -116,16 +114,16 @@ class Trainer:
             **metrics.result(),
             **self.updater.metrics(),
             "num_tokens": self.state.num_tokens,
-            **self.timer.metrics(metrics.sampled_tokens if self.method.uses_rollouts else None),
+            **self.timer.metrics(sampled),
         }
         self.run.log(record)
+        self.run.log_rollouts(rollout_lines(metrics, self.state.step, shown, self.parts.scale, self.parts.tokenizer))
         return record
 
     def update(self, groups: Sequence[Group], metrics: StepMetrics) -> None:
         """The optimiser steps on one batch of groups; further ones, if any, keep the advantages of the first."""
-        rollout = self.config.rollout
-        compare = self.method.uses_rollouts and rollout.check_every > 0 and self.state.step % rollout.check_every == 0
-        counts = self.world.sum(UpdateCounts.of(groups))  # so that the loss does not depend on the sharding
+        compare = self.method.uses_rollouts and self.due(self.config.rollout.check_every)
+        counts = self.world.sum(UpdateCounts.of(groups))  # of all processes: the loss does not depend on the sharding
         with self.timer("update"):
             self.policy.train()
             batches = self.updater.micro_batches(groups)
@@ -142,8 +140,8 @@ class Trainer:
                 if iteration == 0 and self.method.uses_rollouts:
                     gap = metrics.compare_engine()
                     if compare and self.world.all(metrics.finite):
-                        gap.raise_if_above(rollout, self.state.step)
-            self.updater.step()
+                        gap.raise_if_above(self.config.rollout, self.state.step)
+            self.updater.step()  # clip, skip what is not finite, optimiser, schedule
 
     def evaluate(self, name: str) -> None:
         """Evaluate on the held-out rows; an evaluation that an interrupted run already made is kept."""
@@ -156,12 +154,6 @@ class Trainer:
             check = self.stop.check
             evaluate_held_out(name, step, self.run, self.groups.engine, p.data.eval, p.scale, self.config, check)
 
-    def save_is_due(self) -> bool:
-        """On the grid of save.every, at the last step, and when a signal came."""
-        step, every = self.state.step, self.config.save.every
-        on_grid = bool(every and step % every == 0)
-        return self.world.any(self.stop.requested) or step == self.config.train.steps or on_grid
-
     def save(self) -> None:
         """Write a checkpoint of the current step."""
         with self.timer("save"):
@@ -169,32 +161,29 @@ class Trainer:
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""
+        folder, config, p = self.run.folder, self.config, self.parts
         with self.timer("save"):
-            save_final(self.run.folder, self.updater, self.parts.tokenizer, self.config)
-        device = self.policy.model.device
-        report.finish(self.run.folder, self.config, self.state, self.parts.data, self.groups.engine.name, device)
-
-    def trained(self) -> Trained:
-        """What the next stage of the method works with."""
-        self.groups.catch_up(self.policy)
-        return Trained(self.groups.engine, self.parts.data, self.parts.scale, self.run.folder.path)
+            save_final(folder, self.updater, p.tokenizer, config)
+        report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.model.device)
 
 
 def train(config: Config) -> bool:
     """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
-    stages = method_class(config).stages(config)
-    stage = next(stages)
-    while True:
+    stages = method_class(config).stages(smaller(config) if config.debug else config)
+    stage: Config | None = next(stages)
+    while stage is not None:
         trainer = Trainer(stage)
         if not trainer.fit():
             return False
-        trained = trainer.trained()
-        del trainer  # its optimiser, before the next stage has one
+        trainer.groups.catch_up(trainer.policy)
+        p = trainer.parts
+        done = Trained(p.groups.engine, p.data, p.scale, p.run.folder.path)
+        del trainer, p  # and with them the optimiser, before the next stage has one
         try:
-            stage = stages.send(trained)
+            stage = stages.send(done)
         except StopIteration:
-            return True
-        del trained
+            stage = None
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:

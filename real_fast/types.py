@@ -130,6 +130,7 @@ class Group:
         label: Label on the scale.
         rollouts: K rollouts.
         labels: A label for each rollout, where they differ (feedback by several raters).
+        row_id: Id of the row that it was made of.
     """
 
     index: int
@@ -137,6 +138,7 @@ class Group:
     label: float
     rollouts: Sequence[Rollout]
     labels: Sequence[float] | None = None
+    row_id: str = ""
 
     @property
     def longest(self) -> int:

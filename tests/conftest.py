@@ -122,6 +122,14 @@ def tiny_llama() -> TinyLlama:
 
 
 @pytest.fixture(scope="session")
+def golden_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny model of the golden trajectories, with a tokenizer of one token a byte."""
+    from tests.golden.trajectories import make_model
+
+    return make_model(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="session")
 def judge_data() -> Path:
     """Folder with real judge rows: mt_bench.jsonl, vicuna.jsonl, topical_chat.jsonl."""
     folder = Path(os.environ.get("REAL_FAST_DATA") or _ROOT.parent / "shared" / "data")

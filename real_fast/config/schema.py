@@ -85,6 +85,8 @@ class RolloutConfig:
         check_score: Largest allowed mean difference of the expected score, as a share of the scale's range.
         gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
         max_num_seqs: Sequences decoded at a time.
+        log_every: Write rollouts to rollouts.jsonl on the first step and then every so many; 0 for never.
+        log_prompts: Of so many prompts.
     """
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
@@ -99,6 +101,8 @@ class RolloutConfig:
     check_score: float = 0.05
     gpu_memory_utilization: float = 0.4
     max_num_seqs: int = above(0, 256)
+    log_every: int = at_least(0, 10)
+    log_prompts: int = above(0, 2)
 
 
 @dataclass
@@ -287,6 +291,9 @@ class Config:
         report_to: Log to these too, beside metrics.jsonl: tensorboard (into `output`/tensorboard), trackio, wandb; each
             needs its package: pip install "real-fast[wandb]". One name, or a list: [tensorboard, wandb].
         log_level: Messages on standard error: debug, info, warning or error, and what is more severe.
+        debug: A small run for finding mistakes: few steps, rows and tokens, deterministic algorithms, anomaly
+            detection, engine and trainer compared at every step.
+        profile: Profile so many updates, after the first, into `output`/profile; 0 for none.
         run_name: Name of the run there; without it, that of the folder `output`.
         scale: The score scale.
         prompt: How a row becomes a prompt.
@@ -312,6 +319,8 @@ class Config:
     report_to: list[TrackerName] | TrackerName = field(default_factory=list)
     run_name: str = ""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    debug: bool = False
+    profile: int = at_least(0, 0)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     data: DataConfig = field(default_factory=DataConfig)

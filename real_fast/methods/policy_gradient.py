@@ -129,7 +129,10 @@ class PolicyGradient(Method):
             seed=step_seed(self.config.seed, step),
         )
         rollouts = engine.generate([row.prompt_ids for row in rows], params)
-        return [Group(n, row.prompt_ids, row.label, r) for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))]
+        return [
+            Group(n, row.prompt_ids, row.label, r, row_id=row.id)
+            for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))
+        ]
 
     def prepare(self, batches: Sequence[Batch], step: int) -> None:
         """Give the batches the reference policy's log-probabilities, where an update trains on, or measures, KL."""

@@ -93,9 +93,9 @@ def supervised_group(row: JudgeRow, indices: Sequence[int], place: int, tokenize
         return Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None)
 
     if not indices:
-        return Group(place, row.prompt_ids, row.label, [answer(None)])
+        return Group(place, row.prompt_ids, row.label, [answer(None)], row_id=row.id)
     answers = [answer(row.feedbacks[i]) for i in indices]
-    return Group(place, row.prompt_ids, row.label, answers, [row.feedback_labels[i] for i in indices])
+    return Group(place, row.prompt_ids, row.label, answers, [row.feedback_labels[i] for i in indices], row.id)
 
 
 def pick_feedback(row: JudgeRow, most: int, seed: int, position: int) -> list[int]:

@@ -37,6 +37,8 @@ class PlanConfig(Config):
         method: The training method.
         seed: Not used.
         log_level: Not used.
+        debug: Not used.
+        profile: Not used.
         resume: Not used.
         overwrite: Not used.
         trust_remote_code: Run Python code that comes with the model.

@@ -53,13 +53,27 @@ td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; p
 {% for r in worst %}<tr><td>{{ r.id }}</td><td>{{ "%.2f"|format(r.label) }}</td>
 <td>{{ "%.2f"|format(r.prediction) }}</td><td class="text">{{ r.feedback }}</td></tr>
 {% endfor %}</table>
+{% if rollouts %}<h2>Newest rollouts (update {{ rollouts[0].step }})</h2>
+<table><tr><th>row</th><th>label</th><th>ŷ</th><th>reward</th><th>advantage</th><th class="text">distribution</th>
+<th class="text">text</th></tr>
+{% for r in rollouts %}<tr><td>{{ r.id }}</td><td>{{ number(r.label) }}</td><td>{{ number(r.expected_score) }}</td>
+<td>{{ number(r.reward) }}</td><td>{{ number(r.advantage) }}</td>
+<td class="text">{% for k, p in (r.distribution or {}).items() %}{{ k }}: {{ number(p) }}
+{% endfor %}</td><td class="text">{{ r.text }}</td></tr>
+{% endfor %}</table>{% endif %}
 <h2>Numbers</h2><pre>{{ summary }}</pre>
 <h2>Settings</h2><pre>{{ settings }}</pre>
 </body></html>
 """
 
 
-def write(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+def write(
+    folder: Path,
+    summary: dict[str, Any],
+    metrics: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    rollouts: list[dict[str, Any]],
+) -> None:
     """Write ``report.html`` into a run's folder, whose figures and config.yaml are there already.
 
     Args:
@@ -67,6 +81,7 @@ def write(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]], 
         summary: As in summary.json.
         metrics: Lines of the training phase.
         rows: Predictions of the last evaluation.
+        rollouts: Lines of rollouts.jsonl; those of the newest update are shown.
     """
     evaluations = [(name, [_cell(e, c) for c in _COLUMNS]) for name, e in summary["eval"].items() if e]
     figures = [
@@ -87,6 +102,8 @@ def write(folder: Path, summary: dict[str, Any], metrics: list[dict[str, Any]], 
         evaluations=evaluations,
         figures=figures,
         worst=[{**r, "feedback": _first(r["feedback"])} for r in worst],
+        rollouts=[r for r in rollouts if r["step"] == rollouts[-1]["step"]],
+        number=lambda x: "-" if x is None else f"{x:.2f}",
         summary=yaml.safe_dump({k: v for k, v in summary.items() if k != "eval"}, sort_keys=False),
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )

@@ -97,7 +97,7 @@ def finish(
     draw(folder.path, metrics, predictions)
     health.health_curves(real, folder.path / "health.png")
     health.score_histogram(predictions, folder.path / "histogram.png")
-    html.write(folder.path, clean(summary), real, predictions["after"])
+    html.write(folder.path, clean(summary), real, predictions["after"], folder.lines("rollouts.jsonl"))
     write_json(folder.path / "summary.json", clean(summary))
     print_table({name: evaluation for name, evaluation in evaluations.items() if evaluation})
     print(f"time by phase: {', '.join(f'{k} {v:.0f} s' for k, v in state.seconds.items())}")

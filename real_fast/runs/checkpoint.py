@@ -44,6 +44,13 @@ class TrainState:
     seconds: dict[str, float] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
 
+    def advance(self, rows: int, num_tokens: int, sampled_tokens: int) -> None:
+        """An update is done."""
+        self.step += 1
+        self.rows_seen += rows
+        self.num_tokens += num_tokens
+        self.sampled_tokens += sampled_tokens
+
 
 def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
     """Write a normal Hugging Face folder, atomically.

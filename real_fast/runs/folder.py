@@ -101,28 +101,41 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; numbers that are not finite become null."""
-        append_jsonl(self.path / "metrics.jsonl", clean(record))
+        self.append("metrics.jsonl", record)
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Append one line to a file of the run."""
+        append_jsonl(self.path / name, clean(record))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics.jsonl."""
-        file = self.path / "metrics.jsonl"
+        return self.lines("metrics.jsonl")
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """All lines of a JSON Lines file of the run; none where it is not there."""
+        file = self.path / name
         return list(read_jsonl(file)) if file.is_file() else []
 
     def rewind(self, step: int) -> None:
         """Set aside metric lines and evaluations after `step`, which a resumed run makes again (-1: all of them)."""
         lines = self.metrics()
-        keep = [m for m in lines if m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")]
-        keep = keep if step >= 0 else []
-        for line in lines:
-            if line not in keep:
-                append_jsonl(self.path / "metrics.superseded.jsonl", line)
-        write_jsonl(self.path / "metrics.jsonl", keep)  # also rids the file of a last line that was cut off
+        kept = [m for m in lines if m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")]
+        self._keep("metrics", lines, kept if step >= 0 else [])
+        if rollouts := self.lines("rollouts.jsonl"):
+            self._keep("rollouts", rollouts, [r for r in rollouts if r["step"] <= step])
         for file in (self.path / "eval").glob("*.json*"):
             name = file.name.partition(".")[0]
             made_at = int(name.removeprefix("step-")) if name.startswith("step-") else 0
             if step < made_at or step < 0 or name == "after":
                 (self.path / "eval" / "superseded").mkdir(exist_ok=True)
                 os.replace(file, self.path / "eval" / "superseded" / file.name)
+
+    def _keep(self, name: str, lines: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
+        """Write the kept lines of a file, and the others to the one beside it."""
+        for line in lines:
+            if line not in kept:
+                self.append(f"{name}.superseded.jsonl", line)
+        write_jsonl(self.path / f"{name}.jsonl", kept)  # also rids the file of a last line that was cut off
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
         """Summary of an evaluation that an interrupted run has already made."""

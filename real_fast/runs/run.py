@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +38,11 @@ class Run:
         """A line of metrics.jsonl, which the trackers get too."""
         self.folder.log(record)
         self.trackers.log(record)
+
+    def log_rollouts(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Lines of rollouts.jsonl."""
+        for line in lines:
+            self.folder.append("rollouts.jsonl", line)
 
     def complete(self) -> None:
         """The run has come to its end."""

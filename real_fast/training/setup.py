@@ -30,7 +30,7 @@ from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.preflight import check_rows_fit
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
-from real_fast.training.warmup import Pairs, rows_with_feedback
+from real_fast.training.warmup import SftOrder, sft_order
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Parts:
         tokenizer: The model's tokenizer.
         scale: The score scale.
         data: Training and evaluation rows, and those that were rejected.
-        sft_rows: What the warm-up trains on.
+        sft_order: What the warm-up trains on.
         method: The training method.
         policy: The model that is trained.
         updater: Micro-batches, optimiser and schedule.
@@ -59,7 +59,7 @@ class Parts:
     tokenizer: Any
     scale: ScoreScale
     data: Dataset
-    sft_rows: Pairs
+    sft_order: SftOrder
     method: Method
     policy: Policy
     updater: Updater
@@ -90,7 +90,7 @@ def build(config: Config) -> Parts:
         data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, prompts_per_step, key)
         method.use_rows(data)
         longest = check_rows_fit(data.train, method, config, tokenizer, scale)
-        sft_rows = rows_with_feedback(data.train, config.warmup, config.data.train)
+        order = sft_order(data.train, config.warmup, config.data.train, config.seed)
 
         torch.manual_seed(config.seed)
         policy = load_policy(config, str(resume_from or config.initial_weights))
@@ -114,9 +114,7 @@ def build(config: Config) -> Parts:
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer)
-    return Parts(
-        world, state, timer, tokenizer, scale, data, sft_rows, method, policy, updater, groups, run, resume_from
-    )
+    return Parts(world, state, timer, tokenizer, scale, data, order, method, policy, updater, groups, run, resume_from)
 
 
 def load_policy(config: Config, source: str) -> Policy:

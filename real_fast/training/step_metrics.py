@@ -33,7 +33,7 @@ class StepMetrics:
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens that the model sampled in this update."""
+        """Tokens that the model sampled in this update (or that were given)."""
         return sum(len(r.sampled_ids) for r in self.rollouts)
 
     @property

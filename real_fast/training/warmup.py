@@ -20,11 +20,11 @@ from real_fast.training.optim import build_optimizer, clip_and_step
 from real_fast.training.update import Updater
 from real_fast.types import JudgeRow
 
-Pairs = Sequence[tuple[JudgeRow, int]]
+SftOrder = PromptSampler[tuple[JudgeRow, int]]
 
 
-def rows_with_feedback(rows: Sequence[JudgeRow], warmup: WarmupConfig, source: str) -> Pairs:
-    """Training rows for the warm-up, one entry per feedback text.
+def sft_order(rows: Sequence[JudgeRow], warmup: WarmupConfig, source: str, seed: int) -> SftOrder:
+    """The order of the warm-up's rows, one entry per feedback text.
 
     Raises:
         DataError: There is to be a warm-up, and no row has feedback.
@@ -35,14 +35,13 @@ def rows_with_feedback(rows: Sequence[JudgeRow], warmup: WarmupConfig, source: s
             f"warmup.steps is {warmup.steps}, and no row of {source} has feedback: "
             "set warmup.steps to 0, or give feedback with the rows"
         )
-    return pairs
+    return PromptSampler(pairs, warmup.batch_size, seed)
 
 
 def warm_up(
     updater: Updater,
-    pairs: Pairs,
+    order: SftOrder,
     warmup: WarmupConfig,
-    seed: int,
     tokenizer: Any,
     scale: ScoreScale,
     log: Callable[[dict[str, Any]], None],
@@ -52,9 +51,8 @@ def warm_up(
 
     Args:
         updater: Makes micro-batches and knows the policy, the clipping and the timer.
-        pairs: As :func:`rows_with_feedback` gives them.
+        order: As :func:`sft_order` gives it.
         warmup: steps, batch_size and lr.
-        seed: Of the order of the rows.
         tokenizer: The model's tokenizer.
         scale: The score scale.
         log: Called with the metrics of every step.
@@ -63,7 +61,6 @@ def warm_up(
     policy = updater.policy
     optimizer = build_optimizer(policy, OptimConfig(lr=warmup.lr))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=warmup.steps)
-    order = PromptSampler(pairs, warmup.batch_size, seed)
     for step in tqdm(range(warmup.steps), desc="warm-up (cross-entropy)", unit="step"):
         check_stop()
         policy.train()

@@ -6,12 +6,7 @@ import json
 
 import pytest
 
-from tests.golden.trajectories import CASES, FOLDER, differences, make_model, record
-
-
-@pytest.fixture(scope="session")
-def golden_model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("golden"))
+from tests.golden.trajectories import CASES, FOLDER, differences, record
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -154,6 +154,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def run_flags(model: Path, output: Path, *more: str) -> list[str]:
+    """The command line of a run with the settings of all cases, and more."""
+    settings = output.parent / f"{output.name}.yaml"
+    settings.write_text(_SETTINGS, encoding="utf-8")
+    return ["--config", str(settings), "--model", str(model), "--output", str(output), *more]
+
+
 def record(case: str, model: Path, output: Path) -> dict[str, Any]:
     """Run a case and return what the file of it holds.
 
@@ -164,9 +171,7 @@ def record(case: str, model: Path, output: Path) -> dict[str, Any]:
     """
     from real_fast.train import main
 
-    settings = output.parent / f"{case}.yaml"
-    settings.write_text(_SETTINGS, encoding="utf-8")
-    flags = ["--config", str(settings), "--model", str(model), "--output", str(output), *CASES[case]]
+    flags = run_flags(model, output, *CASES[case])
     with one_thread():
         if main(flags) != 0:
             raise RuntimeError(f"the run {case} failed: real_fast.train {' '.join(flags)}")

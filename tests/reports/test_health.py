@@ -16,6 +16,19 @@ def prediction(i, label, score):
 
 
 ROWS = [prediction(i, 1 + i % 3, 1.5 + 0.1 * (i % 7)) for i in range(20)] + [prediction(99, 3.0, 0.1)]
+ROLLOUTS = [
+    {
+        "step": s,
+        "id": "a<b",
+        "label": 2.0,
+        "expected_score": 1.5,
+        "reward": None,
+        "advantage": 0.5,
+        "distribution": None,
+        "text": "<script>",
+    }
+    for s in (1, 11)
+]
 METRICS = [
     {"step": t, "score/off_scale_mass": 0.5, "reward_std": 1.0, "completions/mean_length": 20.0, "grad_norm": None}
     for t in range(1, 9)
@@ -51,8 +64,9 @@ def test_the_page_stands_alone_and_escapes_what_models_write(tmp_path):
         "model": "tiny", "method": "real", "steps": 8, "train_rows": 9, "seed": 0, "rejected_rows": 0,
         "skipped_steps": 0, "eval": {"before": None, "after": evaluation},
     }  # fmt: skip
-    html.write(tmp_path, summary, METRICS, ROWS)
+    html.write(tmp_path, summary, METRICS, ROWS, ROLLOUTS)
     page = (tmp_path / "report.html").read_text()
+    assert "Newest rollouts (update 11)" in page and page.count("a&lt;b") == 1 and "<script>" not in page
     assert "0.500 [0.400, 0.600]" in page and "data:image/png;base64," in page
     assert "<b>feedback" not in page and "&lt;b&gt;feedback 99&lt;/b&gt; &amp; more" in page
     assert re.findall(r"<td>(row-\d+)", page)[0] == "row-99"  # the largest error first

@@ -1,0 +1,34 @@
+"""``--debug``: a run made small, so that every part of it has been seen within a minute or two."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from real_fast.config.schema import Config
+
+
+def smaller(config: Config) -> Config:
+    """The settings with sizes cut to a few steps, rows and tokens, and engine and trainer compared at every step."""
+    c = config
+    return replace(
+        c,
+        log_level="debug",
+        data=replace(c.data, max_train=_cut(c.data.max_train, 64), max_eval=_cut(c.data.max_eval, 8)),
+        rollout=replace(
+            c.rollout,
+            prompts_per_step=min(c.rollout.prompts_per_step, 2),
+            group_size=min(c.rollout.group_size, 4),
+            max_tokens=min(c.rollout.max_tokens, 48),
+            check_every=1,
+            log_every=1,
+        ),
+        supervised=replace(c.supervised, prompts_per_step=min(c.supervised.prompts_per_step, 2)),
+        warmup=replace(c.warmup, steps=min(c.warmup.steps, 2), batch_size=min(c.warmup.batch_size, 4)),
+        train=replace(c.train, steps=min(c.train.steps, 3)),
+        eval=replace(c.eval, bootstrap=min(c.eval.bootstrap, 50)),
+    )
+
+
+def _cut(value: int, most: int) -> int:
+    """A limit of which 0 means none."""
+    return min(value, most) if value else most

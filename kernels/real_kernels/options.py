@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
-Reward = Literal["paper", "reference"]
+Reward = Literal["paper", "authors"]
 Baseline = Literal["leave_one_out", "mean"]
 LossNorm = Literal["sequence_sum", "token_mean"]
 Impl = Literal["auto", "triton", "torch"]
@@ -53,7 +53,7 @@ class RealObjective(Options):
     """What REAL's loss is (arXiv 2603.17145): the reward, the advantages, the weights. :func:`real_kernels.real_loss`.
 
     Attributes:
-        reward: "paper" or "reference" (the authors' code), see :func:`real_kernels.reward_parts`.
+        reward: "paper" or "authors" (their code's), see :func:`real_kernels.reward_parts`.
         lam: Weight of the label's (log-)probability in the reward, a finite number.
         beta: Weight of the refinement gradient, a finite number; 1 is the exact gradient, 0 is exploration alone.
         baseline: What a rollout's reward is compared with: "leave_one_out", the mean of the others of its group, or

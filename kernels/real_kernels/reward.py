@@ -86,14 +86,14 @@ def reward_parts(
 
     "paper" (arXiv 2603.17145): ``r = -(y_hat - y)^2 + lam * log p_y``, with ``log p_y`` interpolated between two
     scores' log-probabilities for a label between them; one advantage, and the refinement gradient is that of r.
-    "reference" (the authors' code): ``-(y_hat - y)^2`` and ``lam * p_y`` each with an advantage of its own, and the
+    "authors" (their code): ``-(y_hat - y)^2`` and ``lam * p_y`` each with an advantage of its own, and the
     refinement gradient is that of the squared error alone.
 
     Args:
         logp: [M, K] log-probabilities of the score tokens.
         values: [K] ascending scores, same dtype as `logp`.
         labels: [M] labels on the scale, same dtype.
-        reward: "paper" or "reference".
+        reward: "paper" or "authors".
         lam: Weight of the label's probability.
         renormalize: See :func:`expected_score`.
         validate: See :func:`label_weights`.
@@ -111,10 +111,10 @@ def reward_parts(
         # 0 log 0 is 0: a score that the bias masks out counts for labels on it alone.
         r = regression + lam * torch.where(q > 0, q * logp, 0.0).sum(1)
         return RewardParts(r, (r,), (1.0,), r, y_hat)
-    if reward == "reference":
+    if reward == "authors":
         p_label = (q * logp.exp()).sum(1)
         return RewardParts(regression + lam * p_label, (regression, p_label), (1.0, lam), regression, y_hat)
-    raise ValueError(f'reward must be "paper" or "reference", not {reward!r}')
+    raise ValueError(f'reward must be "paper" or "authors", not {reward!r}')
 
 
 def reward_gradient(
@@ -128,7 +128,7 @@ def reward_gradient(
 ) -> torch.Tensor:
     """Derivative of each rollout's `refinement` (see :class:`RewardParts`) with respect to its log-probabilities.
 
-    ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "reference".
+    ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "authors".
 
     Returns:
         [M, K].

@@ -263,7 +263,7 @@ def rollout_coefficients(
             float(objective.lam),
             float(objective.beta),
             float(objective.advantage_clip),
-            REFERENCE=objective.reward == "reference",
+            REFERENCE=objective.reward == "authors",
             RENORMALIZE=objective.renormalize,
             LEAVE_ONE_OUT=objective.baseline == "leave_one_out",
             NORMALIZE=objective.normalize_std,

@@ -27,7 +27,7 @@ class ResultRow:
         predictions: Of all seeds.
         no_score: How many of them are missing; they count in no statistic.
         estimates: By statistic of :data:`real_fast.evaluation.metrics.WITH_INTERVALS`.
-        reference: The method that it is compared with, itself for the reference; None where there is none.
+        compared_to: The method that it is compared with, itself for that one; None where there is none.
         differences: This method minus the reference, on the rows that both have scored; empty for the reference.
         paired_rows: How many these are.
     """
@@ -41,7 +41,7 @@ class ResultRow:
     predictions: int
     no_score: int
     estimates: dict[str, Estimate]
-    reference: str | None = None
+    compared_to: str | None = None
     differences: dict[str, Estimate] = field(default_factory=dict)
     paired_rows: int = 0
 

@@ -56,7 +56,7 @@ def csv_text(lines: Sequence[ResultRow]) -> str:
         for name, e in line.estimates.items():
             d = line.differences.get(name, Estimate(None))
             paired = line.paired_rows if line.differences else ""
-            difference = [line.reference, d.value, d.low, d.high, d.p, paired]
+            difference = [line.compared_to, d.value, d.low, d.high, d.p, paired]
             writer.writerow([*about, name, e.value, e.low, e.high, *difference])
     return file.getvalue()
 
@@ -76,7 +76,7 @@ def _interval(e: Estimate, digits: int, bold: bool = False) -> str:
 
 
 def _difference(line: ResultRow, statistic: str) -> str:
-    if line.reference == line.method:
+    if line.compared_to == line.method:
         return "reference"
     if statistic not in line.differences:
         return "-"

@@ -112,8 +112,8 @@ class ObjectiveConfig:
     These are baseline, normalize_std, advantage_clip, loss_norm, and kl_coef with all that follows it.
 
     Args:
-        reward: "paper": -(y_hat - y)^2 + lam * log p_y; "reference": the authors' code, -(y_hat - y)^2 and lam * p_y
-            with an advantage each.
+        reward: "paper": -(y_hat - y)^2 + lam * log p_y; "authors", as in their code: -(y_hat - y)^2 and lam * p_y with
+            an advantage each. ("reference" is an earlier name of "authors".)
         lam: Weight of the probability of the label in the reward.
         beta: Weight of the gradient of the reward itself (prediction refinement); 1 is the exact gradient, 0 is
             exploration alone.
@@ -134,7 +134,7 @@ class ObjectiveConfig:
         epsilon: In the further iterations, clip a token's probability ratio to 1 plus or minus this, as PPO does.
     """
 
-    reward: Literal["paper", "reference"] = "paper"
+    reward: Literal["paper", "authors", "reference"] = "paper"
     lam: float = 1.0
     beta: float = 1.0
     exploration: bool = True

@@ -78,8 +78,8 @@ def evaluate(
     step = max(1, _SEQUENCES_PER_CALL // config.n)
     for at in range(0, len(rows), step):
         some = rows[at : at + step]
-        how = sampling(config, rollout, call_seed(seed, at))
-        rollouts.extend(engine.generate([row.prompt_ids for row in some], how))
+        params = sampling(config, rollout, call_seed(seed, at))
+        rollouts.extend(engine.generate([row.prompt_ids for row in some], params))
         if progress is not None:
             progress(len(some))
     seconds = time.perf_counter() - start

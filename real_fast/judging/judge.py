@@ -188,7 +188,7 @@ class Judge(PrometheusNames):
     def _sampling(self, seed: int) -> SamplingParams:
         return sampling(self.config.eval, self.config.rollout, seed)
 
-    def _grade(self, rows: Sequence[Any], how: SamplingParams) -> list[Grade]:
+    def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]:
         """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
         with self._lock:
             if self._engine is None:
@@ -203,9 +203,9 @@ class Judge(PrometheusNames):
                     grades.append(Grade())
                 except (RowError, PromptError) as error:
                     grades.append(Grade(error=str(error)))
-            step = max(1, self.config.rollout.max_num_seqs // how.n)
+            step = max(1, self.config.rollout.max_num_seqs // params.n)
             for at in range(0, len(prompts), step):
-                some = replace(how, seed=call_seed(how.seed, at))
+                some = replace(params, seed=call_seed(params.seed, at))
                 found = self._sample(self._engine, prompts[at : at + step], some)
                 for place, rollouts in zip(places[at : at + step], found, strict=True):
                     grades[place] = self._verdict(rollouts)
@@ -219,18 +219,18 @@ class Judge(PrometheusNames):
         return ids
 
     def _sample(
-        self, engine: RolloutEngine, prompts: list[list[int]], how: SamplingParams
+        self, engine: RolloutEngine, prompts: list[list[int]], params: SamplingParams
     ) -> list[list[Rollout] | str]:
         """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
         try:
-            return list(engine.generate(prompts, how))
+            return list(engine.generate(prompts, params))
         except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
             if len(prompts) == 1:
                 # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.
                 return [f"sampling failed: {type(error).__name__}: {error}"]
         half = len(prompts) // 2
-        later = replace(how, seed=call_seed(how.seed, half))
-        return self._sample(engine, prompts[:half], how) + self._sample(engine, prompts[half:], later)
+        later = replace(params, seed=call_seed(params.seed, half))
+        return self._sample(engine, prompts[:half], params) + self._sample(engine, prompts[half:], later)
 
     def _verdict(self, rollouts: list[Rollout] | str) -> Grade:
         if isinstance(rollouts, str):

@@ -28,7 +28,7 @@ class PrometheusNames(ABC):
     def _sampling(self, seed: int) -> SamplingParams: ...
 
     @abstractmethod
-    def _grade(self, rows: Sequence[Any], how: SamplingParams) -> list[Grade]: ...
+    def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]: ...
 
     def single_absolute_grade(
         self,
@@ -100,11 +100,19 @@ class PrometheusNames(ABC):
                 f"params has {unknown[0]!r}: {given[unknown[0]]!r}, and a judge understands {', '.join(_PARAMS)}: "
                 "leave it out"
             )
-        how = replace(self._sampling(0), **given)
-        whole = all(isinstance(value, int) for value in (how.n, how.max_tokens, how.seed))
-        if not whole or how.n < 1 or how.max_tokens < 1 or how.temperature < 0 or not 0 < how.top_p <= 1:
+        sampling_params = replace(self._sampling(0), **given)
+        whole = all(
+            isinstance(value, int) for value in (sampling_params.n, sampling_params.max_tokens, sampling_params.seed)
+        )
+        if (
+            not whole
+            or sampling_params.n < 1
+            or sampling_params.max_tokens < 1
+            or sampling_params.temperature < 0
+            or not 0 < sampling_params.top_p <= 1
+        ):
             raise ConfigError(
                 f"params {given}: n and max_tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most "
                 "1, seed a whole number"
             )
-        return how
+        return sampling_params

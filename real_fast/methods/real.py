@@ -25,8 +25,9 @@ class Real(PolicyGradient):
         super().__init__(config, tokenizer, scale)
         o = config.objective
         self.explores = o.exploration
+        self.reward = "authors" if o.reward == "reference" else o.reward  # its earlier name
         self.objective = RealObjective(
-            reward=o.reward,
+            reward=self.reward,
             lam=o.lam,
             beta=o.beta,
             baseline=o.baseline,
@@ -102,7 +103,7 @@ class Real(PolicyGradient):
             logp,
             self.values(logp),
             batch.labels.to(logp.dtype),
-            reward=self.options.reward,
+            reward=self.reward,
             lam=self.options.lam,
             renormalize=self.options.renormalize,
             validate=not logp.is_cuda,

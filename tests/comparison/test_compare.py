@@ -82,7 +82,7 @@ def test_estimates_are_those_of_an_evaluations_summary() -> None:
         e = line.estimates[name]
         assert e.value == pytest.approx(want[name])
         assert [e.low, e.high] == pytest.approx(want["ci95"][name], abs=0.03)  # other resamples
-    assert (line.rows, line.no_score, line.reference, line.differences, notes) == (90, 4, None, {}, [])
+    assert (line.rows, line.no_score, line.compared_to, line.differences, notes) == (90, 4, None, {}, [])
 
 
 def test_pairing_sees_a_difference_that_the_intervals_hide() -> None:

@@ -73,7 +73,7 @@ def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
     assert len(experiment.seeds) >= 3
     methods = {m: cli.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
     assert {config.method for config in methods.values()} == {"sft", "raft", "tract", "binary_rl", "real"}
-    assert methods["base"].train.steps == 0 and methods["real_reference"].objective.reward == "reference"
+    assert methods["base"].train.steps == 0 and methods["real_reference"].objective.reward == "authors"
     assert (
         methods["real_no_refinement"].objective.beta == 0 and not methods["real_no_exploration"].objective.exploration
     )

@@ -188,7 +188,7 @@ def test_later_iteration_against_full_logits(tiny_llama, method, changes):
     "changes",
     [
         {},
-        {"reward": "reference", "beta": 0.1, "loss_norm": "token_mean"},
+        {"reward": "authors", "beta": 0.1, "loss_norm": "token_mean"},
         {"renormalize": True, "lam": 0.3, "baseline": "mean"},
         {"exploration": False},
         {"reward_from": "engine", "normalize_std": False},

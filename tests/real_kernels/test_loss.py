@@ -97,7 +97,7 @@ def gradients(loss, inputs):
     size=st.integers(1, 5),
     options=st.fixed_dictionaries(
         {
-            "reward": st.sampled_from(["paper", "reference"]),
+            "reward": st.sampled_from(["paper", "authors"]),
             "lam": st.sampled_from([0.0, 0.5, 1.0]),
             "beta": st.sampled_from([0.0, 0.3, 1.0]),
             "baseline": st.sampled_from(["leave_one_out", "mean"]),

@@ -22,7 +22,7 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 @pytest.mark.parametrize(
     ("record", "field", "value", "message"),
     [
-        (RealObjective, "reward", "accuracy", 'reward must be "paper" or "reference"'),
+        (RealObjective, "reward", "accuracy", 'reward must be "paper" or "authors"'),
         (RealObjective, "lam", math.nan, "lam must be a finite number"),
         (RealObjective, "lam", math.inf, "lam must be a finite number"),
         (RealObjective, "lam", "1", "lam must be a finite number, not '1'"),
@@ -56,7 +56,7 @@ def test_bad_values_are_refused_by_name(record, field, value, message):
 @given(
     st.builds(
         RealObjective,
-        reward=st.sampled_from(["paper", "reference"]),
+        reward=st.sampled_from(["paper", "authors"]),
         lam=finite | st.integers(-9, 9),
         beta=finite,
         baseline=st.sampled_from(["leave_one_out", "mean"]),

@@ -378,7 +378,7 @@ def pack32(sequences):
     size=st.integers(1, 5),
     options=st.fixed_dictionaries(
         {
-            "reward": st.sampled_from(["paper", "reference"]),
+            "reward": st.sampled_from(["paper", "authors"]),
             "lam": st.sampled_from([0.0, 0.5, 1.0]),
             "beta": st.sampled_from([0.0, 1.0]),
             "baseline": st.sampled_from(["leave_one_out", "mean"]),
@@ -435,7 +435,7 @@ def test_real_loss_against_naive(seed, groups, size, options, mode, rows, skip, 
         torch.testing.assert_close(g.double().cpu(), e, rtol=1e-3, atol=3e-4)
 
 
-@pytest.mark.parametrize("reward", ["paper", "reference"])
+@pytest.mark.parametrize("reward", ["paper", "authors"])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("m", [1, 7, 150])
 def test_fused_rollout_coefficients(reward, renormalize, m):

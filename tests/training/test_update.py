@@ -72,7 +72,7 @@ def naive(policy, groups, config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"reward": "reference", "beta": 0.01, "loss_norm": "token_mean"}, {"renormalize": True, "lam": 0.3}],
+    [{}, {"reward": "authors", "beta": 0.01, "loss_norm": "token_mean"}, {"renormalize": True, "lam": 0.3}],
 )
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shared", [False, True])

@@ -98,3 +98,15 @@ def test_methods_are_named_in_methods_alone():
             names = {e.value for e in flat if isinstance(e, ast.Constant)}
             about = any(isinstance(side, ast.Attribute) and side.attr == "method" for side in sides)
             assert not (about and names), f"{module}:{node.lineno} tests a method's name"
+
+
+def test_no_test_imports_another_test():
+    tests = Path(__file__).resolve().parent
+    for path in tests.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            wrong = [
+                name for name in names if name.startswith("tests.") and name.rpartition(".")[2].startswith("test_")
+            ]
+            assert not wrong, f"{path.name} imports {wrong[0]}: what tests share lies in tests/*.py beside conftest.py"

@@ -22,7 +22,7 @@ from real_fast.types import Group, JudgeRow, Rollout
 from real_fast.utils.jsonio import read_jsonl
 from real_fast.utils.seeds import random_stream
 from tests.helpers import SCALE, SUPERVISED, flags, make_groups, make_method
-from tests.real_kernels.naive import naive_advantages
+from tests.oracles import naive_advantages
 
 LONG = 10**6
 

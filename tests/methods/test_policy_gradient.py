@@ -16,7 +16,7 @@ from real_fast.methods.policy_gradient import clipped_surrogate, k3
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
 from tests.helpers import SCALE, make_groups, make_method
-from tests.real_kernels.naive import interpolate, naive_advantages
+from tests.oracles import interpolate, naive_advantages
 
 TEMPERATURE = 0.8
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,76 +7,15 @@ from hypothesis import strategies as st
 
 from real_kernels import (
     HeadOptions,
-    RealObjective,
     expected_score,
     group_advantages,
     label_weights,
     real_loss,
     reward_parts,
 )
-from tests.real_kernels.naive import naive_advantages, naive_real_loss
-
-OPTIONS = {
-    "reward": "paper",
-    "lam": 1.0,
-    "beta": 1.0,
-    "baseline": "leave_one_out",
-    "normalize_std": True,
-    "advantage_clip": 1.0,
-    "loss_norm": "sequence_sum",
-    "renormalize": False,
-    "temperature": 1.0,
-}
-
-
-def records(**options):
-    """Options by name, as real_loss takes them."""
-    names = {f.name for f in fields(RealObjective) if f.init}
-    objective = {name: value for name, value in options.items() if name in names}
-    head = {name: value for name, value in options.items() if name not in names}
-    return {"objective": RealObjective(**objective), "head": HeadOptions(**head)}
-
+from tests.oracles import OPTIONS, make_sequences, naive_advantages, naive_real_loss, pack, records
 
 RECORDS = records(**OPTIONS)
-
-
-def make_sequences(seed, groups, size, d=5, v=23, k=4, longest=6, invalid=False):
-    g = torch.Generator().manual_seed(seed)
-    values = torch.sort(torch.randperm(12, generator=g)[:k].double())[0]
-    score_ids = torch.randperm(v, generator=g)[:k]
-    weight = torch.randn(v, d, generator=g, dtype=torch.float64).requires_grad_()
-    sequences = []
-    for group in range(groups):
-        label = values[0] + (values[-1] - values[0]) * torch.rand((), generator=g, dtype=torch.float64)
-        label = label if group % 2 else values[int(torch.randint(k, (), generator=g))]
-        for _ in range(size):
-            length = int(torch.randint(0, longest + 1, (), generator=g))
-            sequences.append(
-                {
-                    "hidden": torch.randn(length, d, generator=g, dtype=torch.float64).requires_grad_(),
-                    "targets": torch.randint(v, (length,), generator=g).tolist(),
-                    "score_hidden": torch.randn(d, generator=g, dtype=torch.float64).requires_grad_(),
-                    "label": float(label),
-                    "group": group,
-                    "valid": not (invalid and bool(torch.rand((), generator=g) < 0.3)),
-                }
-            )
-    return sequences, weight, score_ids, values
-
-
-def pack(sequences):
-    hidden = torch.cat([s["hidden"] for s in sequences])
-    targets = torch.tensor([t for s in sequences for t in s["targets"]], dtype=torch.int64)
-    rollout = torch.tensor([i for i, s in enumerate(sequences) for _ in s["targets"]], dtype=torch.int64)
-    return {
-        "hidden": hidden,
-        "targets": targets,
-        "rollout": rollout,
-        "score_hidden": torch.stack([s["score_hidden"] for s in sequences]),
-        "labels": torch.tensor([s["label"] for s in sequences], dtype=torch.float64),
-        "group": torch.tensor([s["group"] for s in sequences]),
-        "rollout_valid": torch.tensor([s["valid"] for s in sequences]),
-    }
 
 
 def leaves(sequences, weight):

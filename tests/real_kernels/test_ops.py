@@ -16,7 +16,7 @@ from real_kernels import (
     weighted_logprob,
 )
 from real_kernels.real_op import real_head
-from tests.real_kernels.test_loss import OPTIONS, make_sequences, pack, records
+from tests.oracles import OPTIONS, make_sequences, pack, records
 
 
 def make(n=9, d=8, v=40, dtype=torch.float32):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import real_kernels
 from real_kernels import HeadOptions, RealObjective, linear_logprob, real_loss
-from tests.real_kernels.test_loss import make_sequences, pack
+from tests.oracles import make_sequences, pack
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)

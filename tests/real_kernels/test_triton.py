@@ -25,8 +25,7 @@ from real_kernels import (
 from real_kernels.rollout_coefficients import rollout_coefficients
 from real_kernels.tiles import Tile
 from real_kernels.triton_head import rollout_coefficients as fused_rollout_coefficients
-from tests.real_kernels.naive import naive_real_loss
-from tests.real_kernels.test_loss import OPTIONS, make_sequences, records
+from tests.oracles import OPTIONS, make_sequences, naive_real_loss, records
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -17,7 +17,7 @@ from real_fast.score.scale import ScoreScale
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.types import JudgeRow, Rollout
 from tests.helpers import EOS, LONG, SCALE, make_groups, run_update
-from tests.real_kernels.naive import naive_real_loss
+from tests.oracles import naive_real_loss
 
 
 def policy_of(tiny_llama, shared=True, **config):

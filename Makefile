@@ -35,8 +35,8 @@ experiment: $(STAMP) ## train a judge by every method on real judge data and com
 	$(PY) -m experiments.run --results experiments $(ARGS)
 	$(PY) -m tools.tables
 
-check: lint ## what to run while you work: style, types and the quicker tests (2 minutes on 2 free cores)
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+check: lint ## what to run while you work: style, types and the unit tests
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not e2e and not vllm and not gpu" $(ARGS)
 
 test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)

@@ -10,6 +10,7 @@ import yaml
 
 from real_fast.config import Config, cli
 from real_fast.errors import ConfigError
+from real_fast.methods.registry import check_config
 
 # In the folder of the runs.
 TEMPLATE = Path("data") / "template.jinja"
@@ -134,7 +135,7 @@ def load(path: Path, folder: Path) -> Experiment:
         done.add(method)
         check = experiment.config(method, experiment.seeds[0], folder)
         try:
-            cli.from_namespace(Config, {**check, "init_from": None}).validate()
+            check_config(cli.from_namespace(Config, {**check, "init_from": None}))
         except Exception as error:  # jsonargparse raises several kinds
             raise ConfigError(f"{path}: {method}: {error}") from error
     return experiment

@@ -58,7 +58,7 @@ class EvaluateConfig:
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
         scale: The score scale.
         prompt: How a row becomes a prompt.
-        rollout: SamplingParams of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
+        rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
         eval: The protocol, how many feedbacks, how warm, how many resamples.
     """
 

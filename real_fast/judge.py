@@ -38,7 +38,7 @@ class JudgeConfig:
             answer and protocol are taken over; flags override them.
         data: A .jsonl or .jsonl.gz file in place of standard input.
         n: Feedbacks sampled per row; their score distributions are averaged.
-        temperature: SamplingParams temperature of the feedback; 0 for greedy.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
         protocol: How a score comes about. "real": the score distribution behind the phrase that the model wrote, or as
             rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and the
             phrase is appended; "raft": no feedback, the score is read right behind the phrase; "decode": the mean of
@@ -52,7 +52,7 @@ class JudgeConfig:
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
         scale: The score scale.
         prompt: How a row becomes a prompt.
-        rollout: SamplingParams of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
+        rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
     """
 
     model: str = ""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from real_fast.config import cli
 from real_fast.errors import ConfigError, ModelError, UserError, run_command
 from real_fast.planning.plan import PlanConfig, load_config, make_plan, report
+from real_fast.runs import log
 
 _OWN = {"gpus", "gpu_memory", "prompt_tokens", "response_tokens"}
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for flag, value in [_split(argument)]
     ]
     config = cli.parse(PlanConfig, "real_fast.plan", "Will a run fit, and how much work is it?", given)
+    log.set_up()
     return run_command("real_fast.plan", lambda: _main(config), "stopped")
 
 

@@ -16,7 +16,7 @@ from real_fast.config import Config, cli
 from real_fast.config.debug import smaller
 from real_fast.errors import run_command
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
-from real_fast.methods.registry import method_class
+from real_fast.methods.registry import check_config
 from real_fast.reports import report
 from real_fast.runs import checkpoint, log
 from real_fast.runs.stop import Stopped, StopSignal
@@ -41,8 +41,7 @@ class Trainer:
         self.world, self.state, self.timer, self.run = p.world, p.state, p.timer, p.run
         self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
         self.stop = StopSignal()
-        resumed_after = self.state.step if p.resume_from else None
-        report.start(config, p.data, p.scale, self.policy, self.groups.engine.name, resumed_after)
+        report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, p.state.step if p.resume_from else None)
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
@@ -78,7 +77,8 @@ class Trainer:
                 stopping = self.world.any(self.stop.requested)
                 if stopping or state.step == config.train.steps or self.due(config.save.every):
                     self.save()
-                self.stop.check()
+                if stopping:
+                    raise Stopped
         self.evaluate("after")
 
     def due(self, every: int) -> bool:
@@ -107,6 +107,7 @@ class Trainer:
         self.groups.publish(self.policy)
         sampled = metrics.sampled_tokens if self.method.uses_rollouts else None
         self.state.advance(len(groups), metrics.num_tokens, sampled or 0)
+        times = self.timer.metrics(sampled)  # before the metrics wait for the device
         record = {
             "phase": self.method.name,
             "step": self.state.step,
@@ -114,7 +115,7 @@ class Trainer:
             **metrics.result(),
             **self.updater.metrics(),
             "num_tokens": self.state.num_tokens,
-            **self.timer.metrics(sampled),
+            **times,
         }
         self.run.log(record)
         self.run.log_rollouts(rollout_lines(metrics, self.state.step, shown, self.parts.scale, self.parts.tokenizer))
@@ -123,12 +124,13 @@ class Trainer:
     def update(self, groups: Sequence[Group], metrics: StepMetrics) -> None:
         """The optimiser steps on one batch of groups; further ones, if any, keep the advantages of the first."""
         compare = self.method.uses_rollouts and self.due(self.config.rollout.check_every)
-        counts = self.world.sum(UpdateCounts.of(groups))  # of all processes: the loss does not depend on the sharding
+        counts = UpdateCounts.of(groups, self.world)  # the loss does not depend on how groups are spread
         with self.timer("update"):
             self.policy.train()
             batches = self.updater.micro_batches(groups)
-            with self.timer("reference", within="update"):
-                self.method.prepare(batches, self.state.step)
+            if self.method.prepares(self.state.step):
+                with self.timer("reference", within="update"):
+                    self.method.prepare(batches)
         old: list[LossOutput | None] = [None] * len(batches)
         for iteration in range(self.method.iterations):
             with self.timer("update"):
@@ -151,8 +153,7 @@ class Trainer:
             return
         self.groups.catch_up(self.policy)
         with self.timer("eval"):
-            check = self.stop.check
-            evaluate_held_out(name, step, self.run, self.groups.engine, p.data.eval, p.scale, self.config, check)
+            evaluate_held_out(name, step, p.run, p.groups.engine, p.data.eval, p.scale, self.config, self.stop.check)
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -169,9 +170,13 @@ class Trainer:
 
 def train(config: Config) -> bool:
     """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
-    stages = method_class(config).stages(smaller(config) if config.debug else config)
-    stage: Config | None = next(stages)
-    while stage is not None:
+    stages = check_config(config).stages(config)
+    done: Trained | None = None
+    while True:
+        try:
+            stage = stages.send(done)
+        except StopIteration:
+            return True
         trainer = Trainer(stage)
         if not trainer.fit():
             return False
@@ -179,16 +184,12 @@ def train(config: Config) -> bool:
         p = trainer.parts
         done = Trained(p.groups.engine, p.data, p.scale, p.run.folder.path)
         del trainer, p  # and with them the optimiser, before the next stage has one
-        try:
-            stage = stages.send(done)
-        except StopIteration:
-            stage = None
-    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
     config = cli.parse(Config, "real_fast.train", "Train a judge.", None if argv is None else list(argv))
+    config = smaller(config) if config.debug else config
     log.set_up(config.log_level)
     interrupted = "stopped at once; the newest complete checkpoint is kept: go on with --resume"
     return run_command("real_fast.train", lambda: 0 if train(config) else 130, interrupted)

@@ -30,20 +30,23 @@ from hypothesis import settings
 
 TinyLlama = Callable[..., Any]
 _ROOT = Path(__file__).resolve().parent.parent
-# What `make check` leaves out, being longest: files whose tests train or serve whole runs, or run kernels in Triton's
-# interpreter or compile them; and single tests.
-SLOW = {
+# What `make check` leaves out, by file or by test: whole runs from the command line, kernels in Triton's interpreter or
+# compiled, many resamples. Those that start vLLM say so themselves.
+E2E = {
+    "test_conformance",
     "test_examples",
     "test_experiment",
     "test_golden",
     "test_methods",
-    "test_plots",
+    "test_open",
     "test_ref_policy",
-    "test_resources",
-    "test_vllm_engine",
     "test_score_edges",
     "test_trackers",
     "test_train",
+}
+SLOW = {
+    "test_plots",
+    "test_resources",
     "test_triton",
     "test_p_values_of_equals_are_spread_over_the_unit_interval",
     "test_smollm2_itself",
@@ -57,9 +60,12 @@ settings.load_profile("real-fast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is slow; skip tests marked ``gpu`` where there is none."""
+    """Mark whole runs and what is slow; skip tests marked ``gpu`` where there is none."""
     for item in items:
-        if item.path.stem in SLOW or getattr(item, "originalname", "") in SLOW:
+        names = {item.path.stem, getattr(item, "originalname", "")}
+        if names & E2E:
+            item.add_marker(pytest.mark.e2e)
+        if names & SLOW:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -17,7 +17,7 @@ from real_fast.errors import NoEvaluationError
 from real_fast.utils.jsonio import read_jsonl
 
 # Settings that say where a run is, not what it does.
-_OF_ONE_RUN = ("seed", "output", "resume", "overwrite", "run_name", "report_to")
+_OF_ONE_RUN = ("seed", "output", "resume", "overwrite", "run_name", "report_to", "log_level", "profile")
 
 
 @dataclass(frozen=True)

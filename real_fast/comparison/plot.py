@@ -31,7 +31,7 @@ def comparison_plot(lines: Sequence[ResultRow], path: str | Path) -> None:
                     continue
                 ends = (e.value if e.low is None else e.low, e.value if e.high is None else e.high)
                 spread = [[max(0.0, e.value - ends[0])], [max(0.0, ends[1] - e.value)]]
-                color = ORANGE if line.method == line.compared_to else BLUE
+                color = ORANGE if line.compared_to == line.method else BLUE
                 axes.errorbar([e.value], [place], xerr=spread, fmt="o", color=color, capsize=4, elinewidth=1.6)
             axes.set_yticks(range(len(some)), [line.method for line in some])
             axes.set_ylim(len(some) - 0.5, -0.5)

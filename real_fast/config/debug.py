@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from real_fast.config.schema import Config
 
+EVAL_ROWS = 8  # a run evaluates on the first of them: a limit in data takes whole prompts, which may be large
+
 
 def smaller(config: Config) -> Config:
     """The settings with sizes cut to a few steps, rows and tokens, and engine and trainer compared at every step."""
@@ -13,7 +15,6 @@ def smaller(config: Config) -> Config:
     return replace(
         c,
         log_level="debug",
-        data=replace(c.data, max_train=_cut(c.data.max_train, 64), max_eval=_cut(c.data.max_eval, 8)),
         rollout=replace(
             c.rollout,
             prompts_per_step=min(c.rollout.prompts_per_step, 2),
@@ -27,8 +28,3 @@ def smaller(config: Config) -> Config:
         train=replace(c.train, steps=min(c.train.steps, 3)),
         eval=replace(c.eval, bootstrap=min(c.eval.bootstrap, 50)),
     )
-
-
-def _cut(value: int, most: int) -> int:
-    """A limit of which 0 means none."""
-    return min(value, most) if value else most

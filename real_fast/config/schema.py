@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from real_fast.config.validation import above, at_least, check_config
+from real_fast.config.validation import above, at_least, check_config, finite
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -76,7 +76,7 @@ class RolloutConfig:
         prompts_per_step: Judge prompts per update.
         group_size: K, rollouts per prompt.
         max_tokens: Longest feedback, phrase and score included, in tokens.
-        temperature: SamplingParams temperature; training computes its log-probabilities at the same one.
+        temperature: Sampling temperature; training computes its log-probabilities at the same one.
         top_p: Nucleus sampling; below 1 the sampled and the trained distribution differ.
         answer: "forced" appends the phrase where the model did not write it, so every rollout has a score;
             "generated" reads the model's own score and masks out (and counts) rollouts without one.
@@ -135,8 +135,8 @@ class ObjectiveConfig:
     """
 
     reward: Literal["paper", "authors", "reference"] = "paper"
-    lam: float = 1.0
-    beta: float = 1.0
+    lam: float = finite(1.0)
+    beta: float = finite(1.0)
     exploration: bool = True
     baseline: Literal["leave_one_out", "mean"] = "leave_one_out"
     normalize_std: bool = True
@@ -206,8 +206,8 @@ class WarmupConfig:
     """
 
     steps: int = at_least(0, 0)
-    batch_size: int = above(0, 16)
-    lr: float = above(0, 1e-5)
+    batch_size: int = at_least(0, 16)
+    lr: float = at_least(0, 1e-5)
 
 
 @dataclass
@@ -241,7 +241,7 @@ class EvalConfig:
     Args:
         every: Also evaluate every so many steps; 0 for the start, the end of the warm-up and the end alone.
         n: Feedbacks sampled per row; their expected scores are averaged.
-        temperature: SamplingParams temperature of the feedback; 0 for greedy.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
         bootstrap: Resamples (of whole prompts) for the 95 % intervals.
         protocol: How a prediction comes about. "real": the score distribution behind the phrase that the model wrote,
             or as rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and
@@ -298,7 +298,7 @@ class Config:
         scale: The score scale.
         prompt: How a row becomes a prompt.
         data: Where rows come from.
-        rollout: SamplingParams of feedback.
+        rollout: Sampling of feedback.
         objective: The objective on rollouts.
         supervised: Training on given feedback.
         warmup: Cross-entropy before REAL.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ def above(low: float, default: Any, below: float | None = None, at_most: float |
 def at_least(low: float, default: Any) -> Any:
     """A dataclass field that must be `low` or more."""
     return dataclasses.field(default=default, metadata={"at_least": low})
+
+
+def finite(default: float) -> Any:
+    """A dataclass field that must be a finite number."""
+    return dataclasses.field(default=default, metadata={"finite": True})
 
 
 def check_bounds(settings: Any, prefix: str = "") -> None:
@@ -34,6 +40,8 @@ def check_bounds(settings: Any, prefix: str = "") -> None:
 
 
 def _problem(value: Any, bounds: Any) -> str | None:
+    if bounds.get("finite"):
+        return None if math.isfinite(value) else "be a finite number"
     low, high, most = bounds.get("above"), bounds.get("below"), bounds.get("at_most")
     if low is not None and high is not None:
         return None if low < value < high else f"lie between {low} and {high}"
@@ -57,6 +65,10 @@ def check_config(config: Any) -> None:
             raise ConfigError(f"{key} is not set: give --{key} or put it into the config file")
     if not config.data.train:
         raise ConfigError("data.train is not set: give --data.train FILE_OR_HUB_DATASET")
+    if config.debug and config.resume:
+        raise ConfigError(
+            "debug makes small runs of its own, which are not gone on with: leave out --resume or --debug"
+        )
     if config.rollout.group_size < 1:
         raise ConfigError(f"rollout.group_size is {config.rollout.group_size}: at least 1 rollout per prompt is needed")
     if config.init_from is not None:
@@ -64,6 +76,9 @@ def check_config(config: Any) -> None:
         if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():
             raise ConfigError(f"init_from {config.init_from} is a run that has no final/ yet: finish it first")
     check_bounds(config)
+    for name in ("batch_size", "lr") if config.warmup.steps else ():
+        if not getattr(config.warmup, name) > 0:
+            raise ConfigError(f"warmup.{name} is {getattr(config.warmup, name)}: it must be above 0")
     if not config.data.eval and not 0 < config.data.eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction is {config.data.eval_fraction}: it must lie between 0 and 1")
     if len(config.scale.values) < 2 or len(set(config.scale.values)) != len(config.scale.values):

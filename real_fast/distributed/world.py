@@ -52,3 +52,6 @@ class OneProcess:
     def max(self, count: int) -> int:
         """The count as it is."""
         return count
+
+
+ALONE = OneProcess()

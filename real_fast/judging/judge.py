@@ -48,7 +48,7 @@ class Judge(PrometheusNames):
         scale: The scores, or scores and phrase.
         engine: "auto" takes vLLM where it can be imported; a loaded model is sampled with Transformers.
         n: Feedbacks sampled per response; their score distributions are averaged.
-        temperature: SamplingParams temperature of the feedback; 0 for greedy.
+        temperature: Sampling temperature of the feedback; 0 for greedy.
         protocol: How the score is read: see :mod:`real_fast.score.protocol`. None for the folder's, or "real".
         prompt: How a request becomes a prompt. A mapping, such as ``{"max_tokens": 4096}``, changes some settings and
             leaves the folder's others; a PromptConfig stands in place of all of them.

@@ -12,6 +12,7 @@ import torch
 
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset
+from real_fast.distributed.world import ALONE, World
 from real_fast.model.policy import Policy
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
@@ -31,10 +32,11 @@ class UpdateCounts:
     tokens: int
 
     @classmethod
-    def of(cls, groups: Sequence[Group]) -> UpdateCounts:
-        """Count rollouts with a score and their sampled tokens."""
+    def of(cls, groups: Sequence[Group], world: World = ALONE) -> UpdateCounts:
+        """Count rollouts with a score and their sampled tokens, over all processes."""
         valid = [r for g in groups for r in g.rollouts if r.has_score]
-        return cls(max(len(valid), 1), max(sum(len(r.sampled_ids) for r in valid), 1))
+        counts = world.sum(cls(len(valid), sum(len(r.sampled_ids) for r in valid)))
+        return cls(max(counts.rollouts, 1), max(counts.tokens, 1))
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Trained:
     folder: Path
 
 
-Stages = Generator[Config, Trained, None]
+Stages = Generator[Config, Trained | None, None]
 
 
 class Method(ABC):
@@ -186,12 +188,15 @@ class Method(ABC):
             engine: Samples, for a method that uses rollouts.
         """
 
-    def prepare(self, batches: Sequence[Batch], step: int) -> None:  # noqa: B027
+    def prepares(self, step: int) -> bool:
+        """Whether the update behind `step` others needs :meth:`prepare`."""
+        return False
+
+    def prepare(self, batches: Sequence[Batch]) -> None:  # noqa: B027
         """What an update needs before its forward passes, such as a reference's log-probabilities in the batches.
 
         Args:
             batches: The update's micro-batches.
-            step: Updates done before this one.
         """
 
     @abstractmethod

@@ -134,13 +134,17 @@ class PolicyGradient(Method):
             for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))
         ]
 
-    def prepare(self, batches: Sequence[Batch], step: int) -> None:
-        """Give the batches the reference policy's log-probabilities, where an update trains on, or measures, KL."""
+    def prepares(self, step: int) -> bool:
+        """Where the update trains on the KL, or measures it."""
         done, every = step + 1, self.options.kl_every
-        due = every and (done % every == 0 or done == self.config.train.steps)
-        if self.ref_policy is not None and (self.options.kl_coef or due):
-            for batch, logprobs in zip(batches, self.ref_policy.logprobs(batches), strict=True):
-                batch.ref_logprobs = logprobs
+        due = every > 0 and (done % every == 0 or done == self.config.train.steps)
+        return self.ref_policy is not None and (self.options.kl_coef > 0 or due)
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Give the batches the reference policy's log-probabilities."""
+        assert self.ref_policy is not None
+        for batch, logprobs in zip(batches, self.ref_policy.logprobs(batches), strict=True):
+            batch.ref_logprobs = logprobs
 
     @abstractmethod
     def score(self, logp: torch.Tensor, batch: Batch) -> Scored:

@@ -135,7 +135,7 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
     Cross-entropy is a mean over all tokens of the update that it counts; the squared error a mean over its answers.
 
     Args:
-        weights: Of the weights.
+        weights: Of the loss's terms.
         scale: The score scale.
         counts: Counts over the update.
         renormalize: y_hat from the softmax over the score tokens alone.

@@ -65,13 +65,14 @@ class Tract(Supervised):
         if not generated.is_file():
             first = replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")
             stage = yield _sampling_next(_resumed(first))
+            assert stage is not None
             logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
             started = time.perf_counter()
             rollouts = sample_feedback(stage, config)
             _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
             write_jsonl(held_out, (record(row, row.feedbacks) for row in stage.data.eval))
             needed = config.supervised.prompts_per_step
-            _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed)
+            _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
             stage.engine.close()
             del stage
         data = DataConfig(train=str(generated), eval=str(held_out))
@@ -118,17 +119,24 @@ def _sampling_next(config: Config) -> Config:
 
 
 def _write(
-    path: Path, rows: Sequence[JudgeRow], rollouts: Iterable[Sequence[Rollout]], phrase: str, needed: int
+    path: Path,
+    rows: Sequence[JudgeRow],
+    rollouts: Iterable[Sequence[Rollout]],
+    phrase: str,
+    needed: int,
+    keep_cut: bool,
 ) -> None:
     """Rows with the feedback that was finished; what was cut off at the limit stands beside it and is not trained on.
+
+    `keep_cut`, of a debugging run, trains on that too.
 
     Raises:
         DataError: Too few rows have a finished feedback; what there is stands in ``self_generated.rejected.jsonl``.
     """
     records, kept, cut = [], 0, 0
     for row, samples in zip(rows, rollouts, strict=True):
-        done = [feedback_of(r, phrase) for r in samples if r.finish != "length"]
-        unfinished = [r.text for r in samples if r.finish == "length"]
+        done = [feedback_of(r, phrase) for r in samples if keep_cut or r.finish != "length"]
+        unfinished = [r.text for r in samples if r.finish == "length" and not keep_cut]
         done = [text for text in done if text]
         kept, cut = kept + len(done), cut + len(samples) - len(done)
         records.append({**record(row, done), "unfinished_feedbacks": unfinished})

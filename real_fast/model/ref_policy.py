@@ -27,7 +27,7 @@ class RefPolicy:
 
     Args:
         policy: The policy, as it is now.
-        temperature: SamplingParams temperature of the feedback.
+        temperature: Sampling temperature of the feedback.
         resident: Keep the copy on the policy's device; otherwise it waits in the host's memory between uses, which are
             before an update's forward passes, so that it adds nothing to the update's peak.
     """

@@ -74,7 +74,7 @@ def _dtype(config: Config) -> torch.dtype:
 
 
 def _takes_vllm(config: Config, device: str) -> bool:
-    """Whether the engine is vLLM; says so on stderr where "auto" falls back to Transformers. Raises ConfigError."""
+    """Whether the engine is vLLM; says so where "auto" falls back to Transformers. Raises ConfigError."""
     wanted = config.rollout.engine
     if wanted == "transformers":
         return False

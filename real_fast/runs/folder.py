@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, its metrics, and stopping without losing anything."""
+"""A run's folder: who may write there, its metrics and evaluations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -118,11 +118,14 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Set aside metric lines and evaluations after `step`, which a resumed run makes again (-1: all of them)."""
-        lines = self.metrics()
-        kept = [m for m in lines if m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")]
-        self._keep("metrics", lines, kept if step >= 0 else [])
-        if rollouts := self.lines("rollouts.jsonl"):
-            self._keep("rollouts", rollouts, [r for r in rollouts if r["step"] <= step])
+
+        def metric_stays(m: dict[str, Any]) -> bool:
+            before = m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")
+            return step >= 0 and before
+
+        self._keep("metrics", metric_stays)
+        if (self.path / "rollouts.jsonl").is_file():
+            self._keep("rollouts", lambda r: r["step"] <= step)
         for file in (self.path / "eval").glob("*.json*"):
             name = file.name.partition(".")[0]
             made_at = int(name.removeprefix("step-")) if name.startswith("step-") else 0
@@ -130,10 +133,13 @@ class RunFolder:
                 (self.path / "eval" / "superseded").mkdir(exist_ok=True)
                 os.replace(file, self.path / "eval" / "superseded" / file.name)
 
-    def _keep(self, name: str, lines: list[dict[str, Any]], kept: list[dict[str, Any]]) -> None:
-        """Write the kept lines of a file, and the others to the one beside it."""
-        for line in lines:
-            if line not in kept:
+    def _keep(self, name: str, stays: Callable[[dict[str, Any]], bool]) -> None:
+        """Leave the lines that stay in a file, and move the others to the one beside it."""
+        kept = []
+        for line in self.lines(f"{name}.jsonl"):
+            if stays(line):
+                kept.append(line)
+            else:
                 self.append(f"{name}.superseded.jsonl", line)
         write_jsonl(self.path / f"{name}.jsonl", kept)  # also rids the file of a last line that was cut off
 

@@ -33,6 +33,7 @@ def set_up(level: Level = "info") -> None:
     """Show messages of this level and above on standard error: for the commands."""
     logger = logging.getLogger(_ROOT)
     logger.setLevel(level.upper())
+    logger.propagate = False  # or a library's own handler on the root would show everything twice
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         handler = _Stderr()
         handler.setFormatter(_Plain())

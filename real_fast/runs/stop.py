@@ -39,4 +39,4 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        logger.info("stopping after this step, with a checkpoint; once more to stop at once")
+        logger.info("\nstopping after this step, with a checkpoint; once more to stop at once")

@@ -51,12 +51,10 @@ class Profile:
 
     def step(self) -> None:
         """An update is done: start behind the first, stop when enough have been seen."""
-        if not self.steps or self._done > self.steps:
-            return
-        if self._done == 0:
-            self._start()
         self._done += 1
-        if self._done > self.steps:
+        if self.steps and self._done == 1:
+            self._start()
+        elif self._done > self.steps:
             self._stop()
 
     def __exit__(
@@ -77,12 +75,18 @@ class Profile:
             return
         profiler, self._profiler = self._profiler, None
         profiler.__exit__(None, None, None)
-        self.folder.mkdir(exist_ok=True)
-        profiler.export_chrome_trace(str(self.folder / "trace.json"))
-        key = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=key, row_limit=40)
-        (self.folder / "table.txt").write_text(table, encoding="utf-8")
-        if self.cuda:
-            torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-        logger.info("profile of %d updates in %s", min(self._done, self.steps), self.folder)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            key = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
+            table = profiler.key_averages().table(sort_by=key, row_limit=40)
+            (self.folder / "table.txt").write_text(table, encoding="utf-8")
+            if self.cuda:
+                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+        except (OSError, RuntimeError) as error:
+            logger.warning("the profile could not be written to %s: %s", self.folder, error)
+            return
+        finally:
+            if self.cuda:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        logger.info("profile of %d updates in %s", self._done - 1, self.folder)

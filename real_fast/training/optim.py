@@ -8,9 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from real_fast.config import OptimConfig
-from real_fast.distributed.world import OneProcess, World
-
-ALONE = OneProcess()
+from real_fast.distributed.world import ALONE, World
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

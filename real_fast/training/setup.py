@@ -11,6 +11,7 @@ import torch
 from real_fast.attention.interface import pick_backend
 from real_fast.attention.support import check_span
 from real_fast.config import Config
+from real_fast.config.debug import EVAL_ROWS
 from real_fast.data.dataset import Dataset, load_train_eval, write_rejected
 from real_fast.data.sampler import PromptSampler
 from real_fast.distributed.world import OneProcess, World
@@ -89,6 +90,8 @@ def build(config: Config) -> Parts:
         builder = PromptBuilder(config.prompt, tokenizer, scale)
         data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, prompts_per_step, key)
         method.use_rows(data)
+        if config.debug:
+            data.eval = data.eval[:EVAL_ROWS]
         longest = check_rows_fit(data.train, method, config, tokenizer, scale)
         order = sft_order(data.train, config.warmup, config.data.train, config.seed)
 

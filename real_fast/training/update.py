@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from real_fast.runs.checkpoint import TrainState
 from real_fast.training.optim import clip_and_step
 from real_fast.training.timer import Timer
 from real_fast.types import Batch, Group
+
+logger = logging.getLogger(__name__)
 
 
 class Updater:
@@ -61,9 +64,10 @@ class Updater:
         """The groups of an update, spread over micro-batches on the policy's device."""
         with self.timer("pack", within="update"):
             batches = micro_batches(groups, self.train.micro_batch_tokens, self.pad_id, self.train.shared_prompt)
-        if self.world.max(len(batches)) != len(batches):
+        if not self.world.all(self.world.max(len(batches)) == len(batches)):
             raise RuntimeError("processes with different numbers of micro-batches are not supported yet")
         self._first = {}
+        logger.debug("%d groups in %d micro-batches", len(groups), len(batches))
         return [batch.to(self.policy.model.device) for batch in batches]
 
     @contextmanager

@@ -68,7 +68,7 @@ def warm_up(
             started = time.perf_counter()
             picked = order.batch(step * warmup.batch_size)
             groups = [supervised_group(row, [i], n, tokenizer, scale) for n, (row, i) in enumerate(picked)]
-            counts = updater.world.sum(UpdateCounts.of(groups))
+            counts = UpdateCounts.of(groups, updater.world)
             loss = score_loss = 0.0
             for batch in updater.micro_batches(groups):
                 out = policy(batch, supervised_loss(SFT, scale, counts))

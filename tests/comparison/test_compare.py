@@ -89,7 +89,7 @@ def test_pairing_sees_a_difference_that_the_intervals_hide() -> None:
     good, poor = evaluation("good", predictions(0.15, 1)), evaluation("poor", predictions(0.8, 2))
     lines, _ = compare([poor, good], bootstrap=500)
     a, b = by(lines, "good"), by(lines, "poor")
-    assert a.reference == b.reference == "good" and a.differences == {} and b.paired_rows == 90
+    assert a.compared_to == b.compared_to == "good" and a.differences == {} and b.paired_rows == 90
     assert a.estimates["pearson"].low < b.estimates["pearson"].high
     d = b.differences["pearson"]
     assert d.value == pytest.approx(b.estimates["pearson"].value - a.estimates["pearson"].value)
@@ -130,7 +130,7 @@ def test_other_rows_are_compared_apart_and_said_so() -> None:
     assert {line.method: line.benchmark for line in lines if line.benchmark != AVERAGE} == {
         "a": "b.jsonl", "d": "b.jsonl", "b": "b.jsonl [rows 2]", "c": "b.jsonl [rows 3]",
     }  # fmt: skip
-    assert by(lines, "a").reference == "d" and by(lines, "b", "b.jsonl [rows 2]").reference is None
+    assert by(lines, "a").compared_to == "d" and by(lines, "b", "b.jsonl [rows 2]").compared_to is None
     assert len(notes) == 2 and "60 and 90 rows, 60 ids in common" in notes[0] and notes[1].startswith("c (")
 
 
@@ -150,7 +150,7 @@ def test_the_average_over_benchmarks() -> None:
     # The mean of two independent numbers: an interval narrower than theirs by about the square root of two.
     width = a.estimates["pearson"].high - a.estimates["pearson"].low
     assert width < 0.85 * np.mean([e.high - e.low for e in each])
-    assert a.reference == "b" and a.paired_rows == a.rows == 180 and a.differences["pearson"].p < 0.05
+    assert a.compared_to == "b" and a.paired_rows == a.rows == 180 and a.differences["pearson"].p < 0.05
 
 
 def test_constants_and_single_prompts_leave_gaps_and_no_numbers(tmp_path: Path) -> None:

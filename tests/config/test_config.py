@@ -5,6 +5,7 @@ import yaml
 
 from real_fast.config import Config, cli
 from real_fast.errors import ConfigError
+from real_fast.methods.registry import check_config
 
 
 def parse(*argv):
@@ -47,7 +48,6 @@ def test_switches_need_no_value():
         (["--rollout.group_size", "many"], "rollout.group_size"),
         (["--rollout.engine", "sglang"], "rollout.engine"),
         (["--optim.lr", "fast"], "optim.lr"),
-        (["--method", "ppo"], "method"),
     ],
 )
 def test_wrong_flags_are_named_in_one_line(argv, named, capsys):
@@ -118,12 +118,21 @@ def test_dump_and_load_round_trip(tmp_path):
         ({"data__eval_fraction": 1.0}, "data.eval_fraction"),
         ({"scale__values": [1.0]}, "scale.values"),
         ({"scale__phrase": " "}, "scale.phrase"),
+        ({"objective__lam": float("nan")}, "objective.lam is nan: it must be a finite number"),
+        ({"optim__lr": float("nan")}, "optim.lr is nan"),
+        ({"warmup__steps": 1, "warmup__batch_size": 0}, "warmup.batch_size is 0: it must be above 0"),
+        ({"debug": True, "resume": True}, "debug makes small runs of its own"),
+        ({"method": "reel"}, "method is 'reel': did you mean real"),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(ConfigError, match=message):
-        good(**changes).validate()
+        check_config(good(**changes))
 
 
 def test_one_rollout_is_fine_without_leave_one_out():
-    good(rollout__group_size=1, objective__baseline="mean").validate()
+    check_config(good(rollout__group_size=1, objective__baseline="mean"))
+
+
+def test_a_warm_up_of_no_steps_is_not_looked_at():
+    check_config(good(warmup__batch_size=0, warmup__lr=0.0))

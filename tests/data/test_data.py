@@ -464,6 +464,13 @@ def test_no_limit() -> None:
 # A run's data
 
 
+def load(config, loader):
+    """As a run of REAL loads its rows."""
+    needed = config.rollout.prompts_per_step
+    limit = config.prompt.max_tokens
+    return load_train_eval(config.data, limit, loader.builder, loader.scale, needed, "rollout.prompts_per_step")
+
+
 def config_of(train: Path | str, **data: Any) -> Config:
     config = Config()
     config.data.train = str(train)
@@ -479,35 +486,35 @@ def prompts(*names: str) -> list[dict[str, Any]]:
 
 def test_part_of_the_prompts_is_held_out_whatever_the_seed_of_the_run(loader: Loader) -> None:
     config = config_of(loader.write(*prompts("w", "x", "y", "z"), {}), eval_fraction=0.5)
-    data = load_train_eval(config, loader.builder, loader.scale)
+    data = load(config, loader)
     assert (len(data.train), len(data.eval), len(data.rejected), data.overlap) == (4, 4, 1, 0)
     config.seed = 5
-    assert load_train_eval(config, loader.builder, loader.scale) == data
+    assert load(config, loader) == data
 
 
 def test_separate_files_report_shared_prompts(loader: Loader) -> None:
     train = loader.write(*prompts("w", "x", "y"), name="train.jsonl")
     held_out = loader.write(*[r | {"prompt_id": "0"} for r in prompts("y ", "v")], {}, name="eval.jsonl")
-    data = load_train_eval(config_of(train, eval=str(held_out)), loader.builder, loader.scale)
+    data = load(config_of(train, eval=str(held_out)), loader)
     assert (len(data.train), len(data.eval), data.overlap) == (6, 4, 1)
     assert [Path(r.source).name for r in data.rejected] == ["eval.jsonl"]
 
 
 def test_limits_apply(loader: Loader) -> None:
     config = config_of(loader.write(*prompts("w", "x", "y", "z")), eval_fraction=0.5, max_train=3, max_eval=2)
-    data = load_train_eval(config, loader.builder, loader.scale)
+    data = load(config, loader)
     assert (len(data.train), len(data.eval)) == (2, 2)
     config.rollout.prompts_per_step = 3
     with pytest.raises(DataError, match=r"2 rows are left after .*prompts_per_step needs 3"):
-        load_train_eval(config, loader.builder, loader.scale)
+        load(config, loader)
 
 
 def test_errors_name_the_setting(loader: Loader) -> None:
     train, empty = loader.write(*prompts("w", "x")), loader.write(name="empty.jsonl")
     config = copy.deepcopy(config_of(train, eval="missing.jsonl"))
     with pytest.raises(DataError, match=r"data\.eval: missing\.jsonl: no such file"):
-        load_train_eval(config, loader.builder, loader.scale)
+        load(config, loader)
     with pytest.raises(DataError, match=r"data\.train: .*empty\.jsonl: 0 usable rows, and at least 2"):
-        load_train_eval(config_of(empty), loader.builder, loader.scale)
+        load(config_of(empty), loader)
     with pytest.raises(DataError, match=r"data\.eval: .*empty\.jsonl: 0 usable rows, and at least 1"):
-        load_train_eval(config_of(train, eval=str(empty)), loader.builder, loader.scale)
+        load(config_of(train, eval=str(empty)), loader)

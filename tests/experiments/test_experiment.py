@@ -22,6 +22,7 @@ from real_fast.config import Config, PromptConfig, cli
 from real_fast.data import synthetic
 from real_fast.data.dataset import load_rows
 from real_fast.errors import ConfigError, DataError
+from real_fast.methods.registry import METHODS
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
@@ -79,7 +80,7 @@ def test_the_committed_experiments(name: str, tmp_path: Path) -> None:
     )
     for name, config in methods.items():
         assert config.seed == 1 and config.output == str(tmp_path / "runs" / f"{name}-1")
-        sampling = config.train.steps > 0 and config.samples
+        sampling = config.train.steps > 0 and METHODS[config.method].uses_rollouts
         start = name.removesuffix("_longer") if name.endswith("_longer") else "sft" if sampling else None
         assert config.init_from == (start and str(tmp_path / "runs" / f"{start}-1"))
         assert (config.rollout, config.data, config.prompt) == (

@@ -141,7 +141,7 @@ def test_a_trained_model_on_the_hub_is_taken_over_as_a_folder_is(
         return str(folder)
 
     monkeypatch.setattr("real_fast.model.load.snapshot_download", download)
-    found = command.trained.parse(command.JudgeConfig, command.PROG, "", ["--model", "me/judge"])
+    found = command.judge_settings.parse(command.JudgeConfig, command.PROG, "", ["--model", "me/judge"])
     assert (found.scale.values, found.prompt.template, found.renormalize) == ([1, 2, 3], "short", True)
     assert fetched == [("me/judge", ["real_fast.json", "*.jinja", "*.txt"])]  # no weights before the flags are read
     monkeypatch.setattr("real_fast.judging.judge.load_engine", lambda *_: FakeEngine([]))
@@ -156,7 +156,7 @@ def test_the_protocol_of_the_run_is_taken_over(folder: Path, tmp_path: Path, mon
     assert [Judge(m).config.eval.protocol for m in (model, folder)] == ["raft", "real"]
     assert Judge(model, protocol="decode").config.eval.protocol == "decode"
     flags = [["--model", str(model)], ["--model", str(model), "--protocol", "tract"], ["--model", str(folder)]]
-    found = [command.trained.parse(command.JudgeConfig, command.PROG, "", argv).protocol for argv in flags]
+    found = [command.judge_settings.parse(command.JudgeConfig, command.PROG, "", argv).protocol for argv in flags]
     assert found == ["raft", "tract", "real"]
 
 

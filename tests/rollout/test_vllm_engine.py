@@ -23,7 +23,10 @@ from real_fast.rollout.vllm_engine import VllmEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 
 # The engine computes in bf16, the trainer here in fp32, from the same weights. Measured means over 24 tokens and more:
 # 0.020 to 0.025 nats with bf16 instructions and without; over 6 tokens up to 0.051 without. Noise of a tenth of their

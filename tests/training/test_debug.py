@@ -103,9 +103,9 @@ def test_debug_is_a_small_run_that_compares_at_every_step(golden_model, tmp_path
 
 def test_smaller_cuts_what_is_large_and_leaves_what_is_small():
     config = Config()
-    config.data.max_train = 5
+    config.rollout.group_size = 2
     small = smaller(config)
-    assert (small.data.max_train, small.data.max_eval, small.train.steps) == (5, 8, 3)
+    assert (small.rollout.group_size, small.rollout.prompts_per_step, small.train.steps) == (2, 2, 3)
     assert small.rollout.check_every == 1 and config.rollout.check_every == 20
 
 

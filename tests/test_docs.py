@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SLOW
+from tests.conftest import E2E, SLOW
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -86,7 +86,7 @@ def test_what_make_check_leaves_out_exists() -> None:
     """A test file that is moved keeps its name, or its new one goes into the list."""
     files = list((ROOT / "tests").rglob("test_*.py"))
     text = "\n".join(map(read, files))
-    assert not {name for name in SLOW if name not in {file.stem for file in files} and f"def {name}(" not in text}
+    assert not {name for name in E2E | SLOW if name not in {file.stem for file in files} and f"def {name}(" not in text}
 
 
 @pages

@@ -16,11 +16,12 @@ import torch
 from real_fast.config import Config, EvalConfig, RolloutConfig
 from real_fast.errors import ConfigError, EngineMismatchError, ModelError
 from real_fast.methods.supervised import supervised_group
-from real_fast.rollout import select
+from real_fast.rollout import make
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
 from real_fast.rollout.assemble import eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.transformers_engine import TransformersEngine
+from real_fast.runs import log
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.protocol import sampling
 from real_fast.score.scale import ScoreScale
@@ -115,7 +116,7 @@ def test_no_phrase_is_appended_or_has_no_score(
     body = smollm2_tokenizer.encode("It is fine.")
     forced = parse_sample(body + ending, EOS, finder, "forced")
     assert forced.context_ids == body + list(scale.phrase_ids) and forced.n_forced == len(scale.phrase_ids)
-    assert forced.keep == len(body) + len(ending)  # a sampled EOS is an action and no context
+    assert forced.num_actions == len(body) + len(ending)  # a sampled EOS is an action and no context
     assert (forced.finish, forced.has_score, forced.score_position) == (finish, True, None)
     generated = parse_sample(body + ending, EOS, finder, "generated")
     assert not generated.has_score and generated.context_ids == body and generated.n_forced == 0
@@ -584,7 +585,7 @@ def config(**rollout: Any) -> Config:
 
 
 def test_transformers_by_name(tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path) -> None:
-    engine = select.make_engine(config(engine="transformers", max_num_seqs=5), tiny, smollm2_tokenizer, scale, tmp_path)
+    engine = make.make_engine(config(engine="transformers", max_num_seqs=5), tiny, smollm2_tokenizer, scale, tmp_path)
     assert isinstance(engine, TransformersEngine)
     assert engine.model is tiny and engine.max_num_seqs == 5 and engine.dtype is torch.bfloat16
 
@@ -594,7 +595,7 @@ def test_no_room_in_the_models_positions(
 ) -> None:
     model = tiny_llama(vocab_size=49152, max_position_embeddings=300)
     with pytest.raises(ConfigError, match=r"prompt\.max_tokens 256, rollout\.max_tokens 64 .* 300 positions"):
-        select.make_engine(config(engine="transformers"), model, smollm2_tokenizer, scale, tmp_path)
+        make.make_engine(config(engine="transformers"), model, smollm2_tokenizer, scale, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -609,27 +610,28 @@ def test_vllm_missing_or_broken(
     capsys: pytest.CaptureFixture[str],
     broken: Exception | None,
 ) -> None:
+    log.set_up()
     found = importlib.util.find_spec("json") if broken else None
-    monkeypatch.setattr(select.importlib.util, "find_spec", lambda _name: found)
+    monkeypatch.setattr(make.importlib.util, "find_spec", lambda _name: found)
 
     def fails() -> None:
         assert broken is not None
         raise broken
 
-    monkeypatch.setattr(select, "import_vllm", fails)
-    engine = select.make_engine(config(engine="auto"), tiny, smollm2_tokenizer, scale, tmp_path)
+    monkeypatch.setattr(make, "import_vllm", fails)
+    engine = make.make_engine(config(engine="auto"), tiny, smollm2_tokenizer, scale, tmp_path)
     assert engine.name == "transformers"
     why = str(broken) if broken else "not installed"
     assert why in capsys.readouterr().err
     with pytest.raises(ConfigError, match=f"rollout.engine is vllm, but .*{why}.*install"):
-        select.make_engine(config(engine="vllm"), tiny, smollm2_tokenizer, scale, tmp_path)
+        make.make_engine(config(engine="vllm"), tiny, smollm2_tokenizer, scale, tmp_path)
 
 
 def test_vllm_cannot_report_these_logprobs(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.top_p 0\.9 .* rollout\.temperature is 0\.7"):
-        select.make_engine(config(engine="vllm", top_p=0.9, temperature=0.7), tiny, smollm2_tokenizer, scale, tmp_path)
+        make.make_engine(config(engine="vllm", top_p=0.9, temperature=0.7), tiny, smollm2_tokenizer, scale, tmp_path)
 
 
 def test_without_a_trainer_vllm_alone_holds_the_weights(
@@ -637,12 +639,12 @@ def test_without_a_trainer_vllm_alone_holds_the_weights(
 ) -> None:
     tiny.config.save_pretrained(tmp_path)
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(select, "_obstacle", lambda *_: None)
-    monkeypatch.setattr(select, "load_model", lambda *_: pytest.fail("the weights are loaded twice"))
-    monkeypatch.setattr(select, "VllmEngine", lambda *args, **kwargs: made.append({"path": args[0], **kwargs}))
+    monkeypatch.setattr(make, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(make, "load_model", lambda *_: pytest.fail("the weights are loaded twice"))
+    monkeypatch.setattr(make, "VllmEngine", lambda *args, **kwargs: made.append({"path": args[0], **kwargs}))
     settings = config(engine="auto", max_num_seqs=7)
     settings.model = str(tmp_path)
-    select.load_engine(settings, smollm2_tokenizer, scale)
+    make.load_engine(settings, smollm2_tokenizer, scale)
     [engine] = made
     assert (engine["path"], engine["dtype"], engine["max_num_seqs"]) == (tmp_path, torch.bfloat16, 7)
     assert engine["max_model_len"] == 256 + 64 + len(scale.phrase_ids) + 1
@@ -650,9 +652,9 @@ def test_without_a_trainer_vllm_alone_holds_the_weights(
     def broken(*_: Any, **__: Any) -> None:
         raise FileNotFoundError("no model.safetensors")
 
-    monkeypatch.setattr(select, "VllmEngine", broken)
+    monkeypatch.setattr(make, "VllmEngine", broken)
     with pytest.raises(ModelError, match=r"no model\.safetensors"):
-        select.load_engine(settings, smollm2_tokenizer, scale)
+        make.load_engine(settings, smollm2_tokenizer, scale)
 
 
 def test_without_a_trainer_transformers_loads_the_model(
@@ -661,9 +663,9 @@ def test_without_a_trainer_transformers_loads_the_model(
     tiny.save_pretrained(tmp_path)
     settings = config(engine="transformers", max_num_seqs=7)
     settings.model, settings.train.device = str(tmp_path), "cpu"
-    engine = select.load_engine(settings, smollm2_tokenizer, scale)
+    engine = make.load_engine(settings, smollm2_tokenizer, scale)
     assert isinstance(engine, TransformersEngine) and engine.max_num_seqs == 7
     assert engine.model.dtype is engine.dtype is torch.bfloat16
     with pytest.raises(ModelError, match="does not exist"):
         settings.model = str(tmp_path / "nowhere")
-        select.load_engine(settings, smollm2_tokenizer, scale)
+        make.load_engine(settings, smollm2_tokenizer, scale)

@@ -38,7 +38,7 @@ experiment: $(STAMP) ## train a judge by every method on real judge data and com
 check: lint ## what to run while you work: style, types and the unit tests
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow and not e2e and not vllm and not gpu" $(ARGS)
 
-test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/real_fast -k scale")
+test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/score -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why

@@ -21,7 +21,7 @@ from real_fast.reports import report
 from real_fast.runs import checkpoint, log
 from real_fast.runs.stop import Stopped, StopSignal
 from real_fast.training.debug import Profile, debugging
-from real_fast.training.held_out import evaluate_held_out, log_known
+from real_fast.training.held_out import already_made, evaluate_held_out
 from real_fast.training.rollout_log import rollout_lines
 from real_fast.training.saving import save_checkpoint, save_final
 from real_fast.training.setup import build
@@ -54,7 +54,8 @@ class Trainer:
                 what = f"{kept[-1].name} is kept: go on" if kept else "no checkpoint was due yet: start over"
                 logger.info("stopped after step %d; %s with --resume", self.state.step, what)
                 return False
-            self.finish()
+            if self.world.is_main:
+                self.finish()
             self.run.complete()
         return True
 
@@ -147,9 +148,8 @@ class Trainer:
 
     def evaluate(self, name: str) -> None:
         """Evaluate on the held-out rows; an evaluation that an interrupted run already made is kept."""
-        known, p, step = self.run.folder.evaluation(name), self.parts, self.state.step
-        if known is not None:
-            log_known(name, step, self.run, known)
+        p, step = self.parts, self.state.step
+        if already_made(name, step, self.run):
             return
         self.groups.catch_up(self.policy)
         with self.timer("eval"):

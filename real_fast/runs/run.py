@@ -17,11 +17,13 @@ class Run:
     Args:
         folder: The run's folder.
         trackers: Where its curves go.
+        writes: Whether this process is the one that writes; the others' logs go nowhere.
     """
 
-    def __init__(self, folder: RunFolder, trackers: Trackers) -> None:
+    def __init__(self, folder: RunFolder, trackers: Trackers, writes: bool = True) -> None:
         self.folder = folder
         self.trackers = trackers
+        self.writes = writes
 
     def claim(self, config: Config, resumed_step: int | None) -> None:
         """Start to write into the folder; what a resumed run makes again is set aside.
@@ -30,18 +32,21 @@ class Run:
             config: The settings, which are written there.
             resumed_step: The update that the run goes on after; None for a run from its start.
         """
+        if not self.writes:
+            return
         self.folder.claim(config)
         self.folder.rewind(-1 if resumed_step is None else resumed_step)
         self.trackers.catch_up(self.folder.metrics())
 
     def log(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, which the trackers get too."""
-        self.folder.log(record)
-        self.trackers.log(record)
+        if self.writes:
+            self.folder.log(record)
+            self.trackers.log(record)
 
     def log_rollouts(self, lines: Iterable[dict[str, Any]]) -> None:
         """Lines of rollouts.jsonl."""
-        for line in lines:
+        for line in lines if self.writes else ():
             self.folder.append("rollouts.jsonl", line)
 
     def complete(self) -> None:

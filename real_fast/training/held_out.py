@@ -57,10 +57,14 @@ def evaluate_held_out(
     run.log(record_of(name, step, result.summary))
 
 
-def log_known(name: str, step: int, run: Run, summary: dict[str, Any]) -> None:
-    """An evaluation that an interrupted run has made is kept; its line in the log may be missing."""
+def already_made(name: str, step: int, run: Run) -> bool:
+    """Whether an interrupted run has made an evaluation, which is kept; its line in the log may be missing."""
+    summary = run.folder.evaluation(name)
+    if summary is None:
+        return False
     if not any(line.get("name") == name for line in run.folder.metrics()):
         run.log(record_of(name, step, summary))
+    return True
 
 
 def record_of(name: str, step: int, summary: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def judge_settings(config: Config) -> dict[str, Any]:
 
 
 def save_checkpoint(folder: RunFolder, updater: Updater, state: TrainState, tokenizer: Any, config: Config) -> None:
-    """Everything that the next step depends on. Raises :class:`CheckpointError`."""
+    """Everything that the next step depends on; the main process writes it. Raises :class:`CheckpointError`."""
+    if not updater.world.is_main:
+        return
     checkpoint.save(
         folder.checkpoints,
         updater.policy.model,

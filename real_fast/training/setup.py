@@ -113,7 +113,7 @@ def build(config: Config) -> Parts:
     )
     sampler = PromptSampler(data.train, prompts_per_step, config.seed)
     resumed_step = state.step if resume_from else None
-    run = Run(folder, trackers.Trackers(config, folder, resumed_step))
+    run = Run(folder, trackers.Trackers(config, folder, resumed_step), world.is_main)
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer)

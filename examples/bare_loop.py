@@ -27,9 +27,9 @@ def train(model, tokenizer, rows, steps, lr=3e-3, prompts=4, k=4, max_new_tokens
             sampled = model.generate(**prompt, **SAMPLING, num_return_sequences=k, max_new_tokens=max_new_tokens)
             for tokens in sampled[:, start:].tolist():
                 sample = parse_sample(tokens, eos, finder, "forced")  # cut behind the phrase, or the phrase appended
-                targets += tokens[: sample.keep]  # what the model chose: appended tokens are no targets
-                rollout += [len(sequences)] * sample.keep
-                position += range(start - 1, start - 1 + sample.keep)  # the position before each target
+                targets += tokens[: sample.num_actions]  # what the model chose: appended tokens are no targets
+                rollout += [len(sequences)] * sample.num_actions
+                position += range(start - 1, start - 1 + sample.num_actions)  # the position before each target
                 sequences.append(torch.tensor(prompt["input_ids"][0].tolist() + sample.context_ids))
                 labels.append(row["label"])
         padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(model.device)

@@ -71,7 +71,7 @@ class RealTrainer(RLOOTrainer):
             # At every position the token that was sampled there, -100 where none was. An EOS is a target too, although
             # the phrase takes its place in the input.
             target = torch.full_like(sequence, -100)
-            target[len(prompt) - 1 :][: sample.keep] = torch.tensor(ids[: sample.keep])
+            target[len(prompt) - 1 :][: sample.num_actions] = torch.tensor(ids[: sample.num_actions])
             input_ids.append(sequence)
             targets.append(target)
             forced.append(float(sample.finish != "phrase"))

@@ -33,7 +33,7 @@ def method_class(config: Config) -> type[Method]:
 
 def check_config(config: Config) -> type[Method]:
     """Check a run's settings, the method's own included, and return its class. Raises :class:`ConfigError`."""
-    config.validate()
     method = method_class(config)
+    config.validate()
     method.check(config)
     return method

@@ -105,3 +105,7 @@ def same_weights(a, b):
 
 
 SUPERVISED = ["--supervised.prompts_per_step", "4", "--warmup.steps", "0", "--train.steps", "3"]
+
+
+def size(group, shared):
+    return group.shared_tokens if shared else len(group.rollouts) * group.longest

@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from real_fast.evaluation.metrics import CORRELATIONS, calibration, correlations, summarize, table
-from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, replacing, write_json, write_jsonl
 
 FEW_VALUES = st.lists(
     st.tuples(st.sampled_from([0.5, 1.0, 2.0, 3.25, 4.0]), st.sampled_from([1.0, 2.0, 3.0])), min_size=3, max_size=12
@@ -199,38 +197,3 @@ def test_table_shows_both_readings_and_reasons() -> None:
     pearson = next(line for line in lines if line.startswith("pearson"))
     assert f"{summary['pearson']:.3f} [{summary['ci95']['pearson'][0]:.3f}, " in pearson
     assert "none: all predictions are equal" in pearson
-
-
-def test_json_is_whole_or_absent(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"x": 1})
-    with pytest.raises(ValueError):
-        write_json(path, {"x": math.nan})
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text()) == {"x": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_clean_makes_plain_json() -> None:
-    dirty = {"a": math.inf, "b": [np.float32(2), math.nan], "c": np.array([1.0, math.nan]), "d": (True, None, "x")}
-    assert clean(dirty) == {"a": None, "b": [2.0, None], "c": [1.0, None], "d": [True, None, "x"]}
-    assert math.isinf(dirty["a"])  # type: ignore[arg-type]
-
-
-def test_jsonl_round_trip_keeps_every_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    rows = [{"t": "line\u2028separator\nŷ"}, {"t": "half a pair \ud83d"}, [1, None]]
-    write_jsonl(path, rows[:2])
-    append_jsonl(path, rows[2])
-    assert read_jsonl(path) == rows
-    with path.open("a") as file:
-        file.write('{"cut o')
-    assert read_jsonl(path) == rows  # a killed writer's last line
-    with path.open("a") as file:
-        file.write('ff\n{"next": 1}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 4"):
-        read_jsonl(path)
-    with pytest.raises(ValueError):
-        append_jsonl(path, {"x": math.inf})

@@ -5,18 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from real_fast.batching.micro_batches import balanced_bins, micro_batches
-from real_fast.batching.pack import pack_batch, pad_batch
+from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
-from real_fast.errors import BatchError
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.sft import SFT
 from real_fast.methods.supervised import supervised_group, supervised_loss
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.training.step_metrics import StepMetrics
-from real_fast.types import JudgeRow, Rollout
-from tests.helpers import EOS, LONG, SCALE, make_groups, run_update
+from real_fast.types import JudgeRow
+from tests.helpers import LONG, SCALE, make_groups, run_update, size
 from tests.oracles import naive_real_loss
 
 
@@ -26,10 +24,6 @@ def policy_of(tiny_llama, shared=True, **config):
 
 def options(**changes):
     return ObjectiveConfig(**changes)
-
-
-def size(group, shared):
-    return group.shared_tokens if shared else len(group.rollouts) * group.longest
 
 
 def naive(policy, groups, config):
@@ -100,80 +94,6 @@ def test_micro_batches_do_not_change_the_update(tiny_llama, norm, shared):
     torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-7)
     for name, grad in grads.items():
         torch.testing.assert_close(other_grads[name], grad, rtol=1e-5, atol=1e-7)
-
-
-def test_every_prompt_token_is_attended_and_no_forced_token_is_a_target():
-    (group,) = make_groups(2, n=1)
-    batch = pad_batch([group], pad_id=EOS)
-    for i, rollout in enumerate(group.rollouts):
-        length = len(group.prompt_ids) + len(rollout.context_ids)
-        assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)
-        mine = batch.rollout == i
-        assert batch.targets[mine].tolist() == rollout.sampled_ids
-        first = i * batch.input_ids.shape[1] + len(group.prompt_ids) - 1
-        assert batch.rows[mine].tolist() == list(range(first, first + len(rollout.sampled_ids)))
-        assert int(batch.score_rows[i]) == i * batch.input_ids.shape[1] + length - 1
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_groups_are_never_split_and_every_rollout_comes_once(shared):
-    groups = make_groups(3, n=7)
-    budget = max(size(g, shared) for g in groups) * 2
-    batches = micro_batches(groups, budget, 0, shared)
-    seen = [g for batch in batches for g in batch.group.tolist()]
-    assert sorted(seen) == sorted(g.index for g in groups for _ in g.rollouts)
-    assert len(batches) > 1 and all(batch.input_ids.numel() <= budget for batch in batches)
-    for a in range(len(batches)):
-        for b in range(a):
-            assert not set(batches[a].group.tolist()) & set(batches[b].group.tolist())
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_group_beyond_the_budget_says_what_to_raise(shared):
-    with pytest.raises(BatchError, match=r"train\.micro_batch_tokens is 8: raise it"):
-        micro_batches(make_groups(), 8, 0, shared)
-
-
-def test_a_packed_row_spelled_out():
-    (group,) = make_groups(2, n=1)
-    other = make_groups(3, n=1)[0]
-    empty = Rollout([EOS], [-1.0], [], 0, "eos", None, None)  # a generated answer that ended at once
-    other.rollouts = [other.rollouts[0], empty, other.rollouts[2]]
-    other.index = 1
-    batch = pack_batch([group, other])
-    ids, positions, rollouts = [], [], []
-    for g in (group, other):
-        p = len(g.prompt_ids)
-        prompt_end = len(ids) + p - 1
-        ids += g.prompt_ids
-        positions += range(p)
-        for r in g.rollouts:
-            rollouts.append((r, prompt_end, len(ids)))
-            ids += r.context_ids
-            positions += range(p, p + len(r.context_ids))
-    assert batch.input_ids.tolist() == [ids] and batch.position_ids.tolist() == [positions]
-    for i, (r, prompt_end, start) in enumerate(rollouts):
-        mine = batch.rollout == i
-        n = len(r.sampled_ids)
-        assert batch.targets[mine].tolist() == r.sampled_ids
-        assert batch.rows[mine].tolist() == [prompt_end, *range(start, start + n)][:n]
-        assert int(batch.score_rows[i]) == (start + len(r.context_ids) - 1 if r.context_ids else prompt_end)
-    assert batch.rollout_valid.tolist() == [r.has_score for r, *_ in rollouts]
-
-
-def test_balanced_bins():
-    generator = torch.Generator().manual_seed(0)
-    for count in (1, 2, 7, 40):
-        sizes = torch.randint(1, 100, (count,), generator=generator).tolist()
-        for budget in (100, 170, 1000):
-            bins = balanced_bins(sizes, budget)
-            loads = [sum(sizes[i] for i in part) for part in bins]
-            assert sorted(i for part in bins for i in part) == list(range(count))
-            assert max(loads) <= budget and all(part == sorted(part) for part in bins)
-            # Graham's bounds: never far from the fewest bins, and no further apart than one item.
-            assert len(bins) <= 2 * -(-sum(sizes) // budget)
-            assert max(loads) - min(loads) <= max(sizes)
-    assert balanced_bins([], 10) == []
 
 
 def test_step_metrics_and_engine_gap(tiny_llama):

@@ -192,6 +192,7 @@ def test_rejected_rows_are_reported_and_the_run_goes_on(tiny_judge, tmp_path):
     assert json.loads((output / "summary.json").read_text())["rejected_rows"] == 5
 
 
+@pytest.mark.timeout(900)  # 100 s on one core with bf16 instructions; several times that without, or beside other work
 def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsys):
     output = tmp_path / "run"
     config = tmp_path / "run.yaml"

@@ -52,6 +52,7 @@ class LossOutput:
         parts: The loss's parts by name, scalars whose sum over micro-batches is the update's.
         rewards: [M]; None for a method without.
         advantages: [M]; None for a method without.
+        action_logprob: [M] log-probability of each drawn score; None for a method that draws none.
         kl: [n] k3 estimates for the sampled tokens of valid rollouts, in nats; None where it was not measured.
         ratio: [n] probability over that of the first iteration, of the tokens that were computed; None in the first.
         clipped: [n] bool, where the clip took the gradient.
@@ -65,6 +66,7 @@ class LossOutput:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
     rewards: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    action_logprob: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     ratio: torch.Tensor | None = None
     clipped: torch.Tensor | None = None

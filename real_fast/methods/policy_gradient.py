@@ -225,9 +225,10 @@ class PolicyGradient(Method):
             if scored.action_logprob is not None:
                 action = scored.advantages * scored.action_logprob
                 if old is not None:
-                    before = self.score(old.score_logprobs, batch).action_logprob
-                    assert before is not None
-                    action = clipped_surrogate(scored.action_logprob, before, scored.advantages, options.epsilon).value
+                    assert old.action_logprob is not None
+                    action = clipped_surrogate(
+                        scored.action_logprob, old.action_logprob, scored.advantages, options.epsilon
+                    ).value
                 parts["score"] = -torch.where(batch.rollout_valid, action, 0.0).sum() / share
             kl = None
             if ref_logprobs is not None:
@@ -310,6 +311,7 @@ class PolicyGradient(Method):
             {name: part.detach() for name, part in parts.items()},
             scored.rewards,
             scored.advantages,
+            None if scored.action_logprob is None else scored.action_logprob.detach(),
         )
 
 

@@ -171,3 +171,13 @@ def scale(smollm2_tokenizer: Any) -> ScoreScale:
 def finder(smollm2_tokenizer: Any, scale: ScoreScale) -> PhraseFinder:
     """Finds that phrase."""
     return PhraseFinder(smollm2_tokenizer, scale)
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """``vocabulary("qwen3")``: the tokenizer of a family in tests.vocabularies.FAMILIES. Do not change it."""
+    from functools import cache
+
+    from tests.vocabularies import tokenizer_of
+
+    return cache(lambda family: tokenizer_of(family, tmp_path_factory.mktemp("vocabulary") / family))

@@ -26,6 +26,9 @@ class JudgeRow:
         feedbacks: Worked feedback, without the phrase and the score; may be empty.
         feedback_labels: One per feedback: its own rater's score, the row's label where the file gives none.
         prompt_ids: The prompt's token ids, filled in by ``load_rows``.
+        messages: A prompt that comes ready made, {"role": ..., "content": ...} each; it takes the place of the template
+            and of ``prompt.system``. Empty for a prompt that is built of the texts.
+        extra: The record's further fields, by name, for templates that use them.
     """
 
     id: str
@@ -38,6 +41,8 @@ class JudgeRow:
     feedbacks: list[str]
     feedback_labels: list[float]
     prompt_ids: list[int] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -48,6 +53,8 @@ class JudgeTexts:
     response: str
     rubric: str
     reference_answer: str
+    messages: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 AnswerMode = Literal["forced", "generated", "cut", "none"]

@@ -167,6 +167,7 @@ def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
         "response": row.response,
         "rubric": row.rubric,
         "reference_answer": row.reference_answer,
+        **({"messages": row.messages} if row.messages else {}),
         "score": row.label,
         "feedbacks": list(feedbacks),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,8 @@ VARIABLES = (*ROW_FIELDS, "phrase", "scores", "min_score", "max_score")
 
 # What a template's own code can raise on a row's text; jinja2.TemplateError covers undefined names and the sandbox.
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-_RESERVED = ("conversation", "tokenize", "add_generation_prompt", "return_tensors", "return_dict")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict")
 
 
 class PromptRow(Protocol):
@@ -35,6 +36,8 @@ class PromptRow(Protocol):
     response: str
     rubric: str
     reference_answer: str
+    messages: list[dict[str, str]]
+    extra: dict[str, Any]
 
 
 @dataclass
@@ -45,6 +48,8 @@ class _Sample:
     response: str = "Sample response."
     rubric: str = "Sample rubric."
     reference_answer: str = "Sample reference."
+    messages: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def template_path(name: str) -> Path:
@@ -126,12 +131,16 @@ class PromptBuilder:
     def chat(self, row: PromptRow) -> str:
         """The whole prompt as text: chat template applied, generation prompt added.
 
+        A row's ``messages`` are the prompt as they are, with neither template nor ``prompt.system``; where the last one
+        is the assistant's, the answer goes on in it.
+
         Raises:
             PromptError: The template, or the model's chat template, fails on this row.
         """
-        text = self.text(row)
+        ready = [self._ready(message) for message in row.messages]
+        text = "" if ready else self.text(row)
         try:
-            return self._chat(text)
+            return self._rendered(ready) if ready else self._chat(text)
         except _RENDER_ERRORS as error:
             raise PromptError(f"the model's chat template fails: {type(error).__name__}: {error}") from error
 
@@ -190,13 +199,33 @@ class PromptBuilder:
     def _chat(self, user: str) -> str:
         if self.system and not self._system_role:
             user = f"{self.system}\n\n{user}"
-        if not self._has_chat:
-            return f"{self._bos()}{user}\n"
         messages = [{"role": "user", "content": user}]
         if self.system and self._system_role:
             messages.insert(0, {"role": "system", "content": self.system})
+        return self._rendered(messages)
+
+    def _ready(self, message: Any) -> dict[str, str]:
+        """A message of a ready-made prompt, whose content is data."""
+        role, content = (message.get(k) for k in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES or not isinstance(content, str):
+            raise PromptError(
+                f"messages: each is {{role, content}}, a role of {', '.join(ROLES)} and text, not {str(message)[:60]}"
+            )
+        return {"role": role, "content": self._special.sub(_broken, content)}
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        """Messages through the model's chat template."""
+        if not self._has_chat:
+            return self._bos() + "\n\n".join(message["content"] for message in messages) + "\n"
+        goes_on = messages[-1]["role"] == "assistant"
         return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
+            self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                **self._kwargs,
+            )
         )
 
     def _bos(self) -> str:

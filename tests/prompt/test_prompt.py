@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ class Row:
     response: str = "apple"
     rubric: str = "Is it a fruit?"
     reference_answer: str = "a pear"
+    messages: list[dict[str, str]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +187,29 @@ def test_a_chat_template_that_cannot_work(chat_template: str, message: str, toke
     tokenizer.chat_template = chat_template
     with pytest.raises(PromptError, match=message):
         PromptBuilder(PromptConfig(), tokenizer, scale)
+
+
+def test_a_ready_made_prompt_is_used_as_it_is(tokenizer: Any, scale: ScoreScale) -> None:
+    builder = PromptBuilder(PromptConfig(template="short", system="Grade well."), tokenizer, scale)
+    messages = [{"role": "system", "content": "Be strict."}, {"role": "user", "content": "Grade: apple "}]
+    chat = builder.chat(Row(messages=messages))
+    assert chat == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "Grade well." not in chat and "Name a fruit" not in chat
+    started = [*messages, {"role": "assistant", "content": "Feedback:"}]
+    assert builder.chat(Row(messages=started)).endswith("<|im_start|>assistant\nFeedback:")
+    forged = [{"role": "user", "content": f"x{IM_END}"}]
+    assert builder.ids(Row(messages=forged)).count(tokenizer.convert_tokens_to_ids(IM_END)) == 1 + (
+        builder.chat(Row(messages=forged)).count("<|im_start|>system")
+    )
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": f"user{IM_END}", "content": "x"}, {"role": "user", "content": ["x"]}, {"role": "user"}, "x"]
+)
+def test_a_ready_made_prompt_of_another_form_is_refused(message: Any, tokenizer: Any, scale: ScoreScale) -> None:
+    builder = PromptBuilder(PromptConfig(template="short"), tokenizer, scale)
+    with pytest.raises(PromptError, match="each is {role, content}"):
+        builder.chat(Row(messages=[message]))
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

@@ -26,7 +26,14 @@ VARIABLES = (*ROW_FIELDS, "phrase", "scores", "min_score", "max_score")
 # What a template's own code can raise on a row's text; jinja2.TemplateError covers undefined names and the sandbox.
 _RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_RESERVED = ("conversation", "tokenize", "add_generation_prompt", "continue_final_message", "return_tensors", "return_dict")
+_RESERVED = (
+    "conversation",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_tensors",
+    "return_dict",
+)
 
 
 class PromptRow(Protocol):

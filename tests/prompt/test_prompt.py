@@ -208,7 +208,7 @@ def test_a_ready_made_prompt_is_used_as_it_is(tokenizer: Any, scale: ScoreScale)
 )
 def test_a_ready_made_prompt_of_another_form_is_refused(message: Any, tokenizer: Any, scale: ScoreScale) -> None:
     builder = PromptBuilder(PromptConfig(template="short"), tokenizer, scale)
-    with pytest.raises(PromptError, match="each is {role, content}"):
+    with pytest.raises(PromptError, match=r"each is \{role, content\}"):
         builder.chat(Row(messages=[message]))
 
 

@@ -70,6 +70,10 @@ class GradeError(UserError, ValueError):
     """A request that cannot be graded; the message says what is missing or wrong."""
 
 
+class JudgeError(UserError, RuntimeError):
+    """A judge that cannot be used: it is closed, or was made in the process that this one was forked from."""
+
+
 def run_command(
     prog: str, command: Callable[[], int], interrupted: str, known: tuple[type[Exception], ...] = ()
 ) -> int:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.data.readers import jsonl_records, open_binary
 from real_fast.errors import ConfigError, DataError, UserError, run_command
+from real_fast.judging.grade import Grade
 from real_fast.judging.judge import Judge
 from real_fast.judging.lines import RAW, Grader, grade_lines
 from real_fast.model import judge_settings
@@ -103,11 +104,37 @@ class JudgeConfig:
         )
 
 
-def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[], Grader]) -> tuple[int, int, str]:
-    """Grade every line of `source` into `out`, batch by batch, with a progress bar on stderr.
+@dataclass
+class Done:
+    """What became of the rows: all, those without a score, those with a warning; where the first of each is and why."""
 
-    Returns:
-        Rows, rows without a score, and where the first of these is and why.
+    rows: int = 0
+    failed: int = 0
+    first_failure: str = ""
+    doubted: int = 0
+    first_doubt: str = ""
+
+    def count(self, line: int, grade: Grade) -> None:
+        """Add the row of a line."""
+        self.rows += 1
+        if grade.error:
+            self.failed += 1
+            self.first_failure = self.first_failure or f"line {line}: {grade.error}"
+        if grade.warning:
+            self.doubted += 1
+            self.first_doubt = self.first_doubt or f"line {line}: {grade.warning}"
+
+    def __str__(self) -> str:
+        found = [f"{self.rows - self.failed} of {self.rows} rows graded"]
+        if self.failed:
+            found.append(f"first without: {self.first_failure}")
+        if self.doubted:
+            found.append(f"{self.doubted} with a warning, first: {self.first_doubt}")
+        return "; ".join(found)
+
+
+def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[], Grader]) -> Done:
+    """Grade every line of `source` into `out`, batch by batch, with a progress bar on stderr.
 
     Raises:
         ConfigError: Rows of the first batch have the field that grades go to; nothing has been loaded or written then.
@@ -119,24 +146,20 @@ def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[
     for line, record in first:
         if isinstance(record, dict) and config.key in record:
             raise ConfigError(f"line {line} has a field {config.key!r} already: choose another name with --key")
-    rows = failed = 0
-    example = ""
+    done = Done()
     if not first:
-        return rows, failed, example
+        return done
     judge = load()
     with tqdm(total=total, desc="grade", unit="row") as bar:
         for number, batch in enumerate(chain([first], batches)):
             found = list(grade_lines(judge, batch, config.key, call_seed(config.seed, number)))
-            for (line, _), (data, error) in zip(batch, found, strict=True):
+            for (line, _), (data, grade) in zip(batch, found, strict=True):
                 out.write(data)
-                rows += 1
-                if error:
-                    failed += 1
-                    example = example or f"line {line}: {error}"
+                done.count(line, grade)
             out.flush()
-            bar.set_postfix(failed=failed, refresh=False)
+            bar.set_postfix(failed=done.failed, refresh=False)
             bar.update(len(batch))
-    return rows, failed, example
+    return done
 
 
 def _lines_left(source: IO[bytes]) -> int | None:
@@ -167,6 +190,8 @@ def results_alone() -> Iterator[IO[bytes]]:
 @contextmanager
 def _source(data: str) -> Iterator[IO[bytes]]:
     if not data:
+        if sys.stdin.isatty():
+            print("waiting for JSON lines on standard input (--data FILE reads a file)", file=sys.stderr)
         yield sys.stdin.buffer
         return
     path = Path(data).expanduser()
@@ -197,7 +222,7 @@ def _main(argv: list[str]) -> int:
     config.check()
     try:
         with results_alone() as out, ExitStack() as judges, _source(config.data) as source:
-            rows, failed, example = run(config, source, out, lambda: judges.enter_context(config.judge()))
+            done = run(config, source, out, lambda: judges.enter_context(config.judge()))
     except BrokenPipeError:
         print("stopped: nobody reads the results any more", file=sys.stderr)
         return 1
@@ -205,8 +230,8 @@ def _main(argv: list[str]) -> int:
         raise
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"reading the rows or writing the results failed: {error}") from error
-    print(f"{rows - failed} of {rows} rows graded" + (f"; first without: {example}" if failed else ""), file=sys.stderr)
-    return 1 if rows and failed == rows else 0
+    print(done, file=sys.stderr)
+    return 1 if done.rows and done.failed == done.rows else 0
 
 
 if __name__ == "__main__":

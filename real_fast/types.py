@@ -76,6 +76,7 @@ class SamplingParams:
             of the feedback alone; "none": there is no feedback, the phrase stands right behind the prompt. The last
             two are for evaluation; the trainer uses the first two.
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
+        alone: Every prompt is sampled as the first of a call is, so that its samples do not depend on the others.
     """
 
     n: int
@@ -84,6 +85,11 @@ class SamplingParams:
     top_p: float = 1.0
     answer: AnswerMode = "forced"
     seed: int = 0
+    alone: bool = False
+
+    def place(self, prompt: int) -> int:
+        """The place that a prompt's samples are a function of, for the one at `prompt` in its call."""
+        return 0 if self.alone else prompt
 
 
 @dataclass

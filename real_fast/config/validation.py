@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from real_fast.errors import ConfigError
 
@@ -26,17 +27,42 @@ def finite(default: float) -> Any:
 
 
 def check_bounds(settings: Any, prefix: str = "") -> None:
-    """Check every field, nested ones included, against the bounds beside it.
+    """Check every field, nested ones included, against its choices, its kind of number and the bounds beside it.
 
     Raises:
-        ConfigError: The message names the key, its value and the bound; NaN is within none.
+        ConfigError: The message names the key, its value and what is allowed; NaN is within no bounds.
     """
     for field in dataclasses.fields(settings):
         key, value = prefix + field.name, getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
             check_bounds(value, f"{key}.")
-        elif problem := _problem(value, field.metadata):
-            raise ConfigError(f"{key} is {value}: it must {problem}")
+        else:
+            check_value(key, value, type(settings), field.name)
+
+
+def check_value(key: str, value: Any, kind: type, name: str) -> None:
+    """Check one value against the field `name` of the dataclass `kind`; `key` is what messages call it.
+
+    Raises:
+        ConfigError: As :func:`check_bounds` does.
+    """
+    bounds = next(field.metadata for field in dataclasses.fields(kind) if field.name == name)
+    if problem := _wrong_kind(value, get_type_hints(kind)[name]) or _problem(value, bounds):
+        shown = repr(value) if isinstance(value, str) else value
+        raise ConfigError(f"{key} is {shown}: it must {problem}")
+
+
+def _wrong_kind(value: Any, hint: Any) -> str | None:
+    """Of choices, switches and numbers; what else a setting holds is for its reader to check."""
+    if get_origin(hint) is Literal:
+        known = any(type(value) is type(choice) and value == choice for choice in get_args(hint))
+        return None if known else f"be one of {', '.join(map(str, get_args(hint)))}"
+    if hint is bool:
+        return None if isinstance(value, bool) else "be True or False"
+    for number, what in ((int, Integral), (float, Real)):
+        if hint is number and (isinstance(value, bool) or not isinstance(value, what)):
+            return "be a whole number" if number is int else "be a number"
+    return None
 
 
 def _problem(value: Any, bounds: Any) -> str | None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
+from real_fast.config import Config, EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
+from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
-from real_fast.errors import ConfigError, PromptError, RowError
-from real_fast.judging.grade import Grade, raise_if_ungraded, request
+from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
+from real_fast.judging.arguments import check_arguments
+from real_fast.judging.grade import Grade, doubt, raise_if_ungraded, request
 from real_fast.judging.prometheus_eval import PrometheusNames
+from real_fast.judging.sharing import Alone
+from real_fast.judging.waiting import CLOSED, Waiting
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
@@ -28,9 +30,6 @@ from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 from real_fast.utils.seeds import call_seed
 
-_T = TypeVar("_T")
-_CLOSED = "this judge is closed"
-
 
 class Judge(PrometheusNames):
     """Grades responses with a language model.
@@ -38,8 +37,9 @@ class Judge(PrometheusNames):
     Of a folder that real_fast.train wrote, scale, prompt, answer, lengths and the protocol of its evaluations are taken
     over where they are not given.
 
-    Safe to call from several threads: calls wait for each other. In an event loop, use :meth:`agrade`. Requests that
-    wait are not merged; to use an engine's batching, hand many rows to :meth:`grade_batch`. Every call is reproducible:
+    Safe to call from several threads, also where judges share a loaded model or a tokenizer: calls wait for each other.
+    Not after a fork: a child process makes its own. To use an engine's batching, hand many rows to :meth:`grade_batch`,
+    or call :meth:`agrade`, whose waiting calls are graded together. Every call is reproducible:
     its samples are a function of the weights, the `seed` and the row's place among the rows of the call that can be
     graded (floating-point order apart).
 
@@ -60,7 +60,7 @@ class Judge(PrometheusNames):
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ConfigError: Settings that cannot work.
+        ConfigError: An argument that is none of the allowed values, or settings that cannot work.
         ModelError: No such model, or one that cannot be loaded.
         PromptError: A template that cannot build a prompt.
         ScaleError: A scale that the tokenizer does not write in one token per score.
@@ -83,7 +83,24 @@ class Judge(PrometheusNames):
         tokenizer: Any = None,
         trust_remote_code: bool = False,
     ) -> None:
+        check_arguments(
+            scale=scale,
+            prompt=prompt,
+            rollout=rollout,
+            engine=engine,
+            n=n,
+            temperature=temperature,
+            protocol=protocol,
+            renormalize=renormalize,
+            precision=precision,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         loaded = not isinstance(model, str | os.PathLike)
+        if not hasattr(model, "config") if loaded else not str(model):
+            raise ConfigError(f"model is {model!r}: give a folder, a hub name or a loaded Transformers model")
+        if isinstance(tokenizer, str | os.PathLike):
+            raise ConfigError(f"tokenizer is {tokenizer!r}: give a loaded one, AutoTokenizer.from_pretrained(...)")
         name = str(model.config.name_or_path if loaded else model)
         if loaded and tokenizer is None and not name:
             raise ConfigError("the model is loaded and does not say where from: give its tokenizer too")
@@ -111,9 +128,9 @@ class Judge(PrometheusNames):
             self._engine = TransformersEngine(model, tokenizer, self.scale, max_num_seqs=config.rollout.max_num_seqs)
         else:
             self._engine = load_engine(config, tokenizer, self.scale)
-        self._lock = threading.Lock()
-        # One thread of our own: a hundred waiting requests take none of the event loop's.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="judge")
+        self._alone = Alone(self._engine, tokenizer, *([model] if loaded else []))
+        self._process = os.getpid()
+        self._waiting = Waiting(self._grade_each, self._at_once(n))
 
     def grade(
         self,
@@ -135,6 +152,7 @@ class Judge(PrometheusNames):
 
         Raises:
             GradeError: The request cannot be graded. (A feedback without a score is a :class:`Grade` with an `error`.)
+            JudgeError: The judge is closed, or was made before a fork.
         """
         return raise_if_ungraded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
 
@@ -144,7 +162,12 @@ class Judge(PrometheusNames):
         Args:
             rows: Mappings with the fields of judge data, Prometheus's or the common ones (see docs/data.md); others, a
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
+                A data frame of pandas counts as the list of its rows.
             seed: See :class:`Judge`.
+
+        Raises:
+            GradeError: `rows` is no list of rows, but one row, say.
+            JudgeError: The judge is closed, or was made before a fork.
         """
         return self._grade(rows, self._sampling(seed))
 
@@ -157,17 +180,27 @@ class Judge(PrometheusNames):
         *,
         seed: int = 0,
     ) -> Grade:
-        """:meth:`grade` in a thread, so that an event loop goes on with other work."""
-        return await self._in_thread(partial(self.grade, instruction, response, rubric, reference_answer, seed=seed))
+        """:meth:`grade` in a thread, so that an event loop goes on with other work.
+
+        Calls that wait while the judge is busy are graded as one batch; each gets the grade that :meth:`grade` gives,
+        whoever waits beside it (floating-point order apart), and its own error. A call that is cancelled while it waits
+        costs nothing.
+        """
+        self._check_process()
+        row = request(instruction, response, rubric, reference_answer)
+        return raise_if_ungraded(await asyncio.wrap_future(self._waiting.row(row, seed)))
 
     async def agrade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
         """:meth:`grade_batch` in a thread."""
-        return await self._in_thread(partial(self.grade_batch, rows, seed))
+        self._check_process()
+        return await asyncio.wrap_future(self._waiting.call(partial(self.grade_batch, rows, seed)))
 
     def close(self) -> None:
         """Free the model. The judge cannot grade afterwards."""
-        self._thread.shutdown(wait=True)
-        with self._lock:
+        if os.getpid() != self._process:
+            return  # it is the parent's, whose threads are not here to be waited for
+        self._waiting.close()
+        with self._alone.held():
             engine, self._engine = self._engine, None
             if engine is not None:
                 engine.close()
@@ -178,21 +211,33 @@ class Judge(PrometheusNames):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _in_thread(self, call: Callable[[], _T]) -> _T:
-        try:
-            future = asyncio.get_running_loop().run_in_executor(self._thread, call)
-        except RuntimeError as error:  # "cannot schedule new futures after shutdown"
-            raise RuntimeError(_CLOSED) from error
-        return await future
+    def _check_process(self) -> None:
+        """After a fork the engine's threads are gone, and a lock may be held by one of them for ever."""
+        if os.getpid() != self._process:
+            raise JudgeError(
+                f"this judge was made in process {self._process}, and this one, {os.getpid()}, was forked from it: "
+                'make the judge in the process that uses it, or start processes with multiprocessing\'s "spawn"'
+            )
 
     def _sampling(self, seed: int) -> SamplingParams:
-        return sampling(self.config.eval, self.config.rollout, seed)
+        check_value("seed", seed, Config, "seed")
+        return sampling(self.config.eval, self.config.rollout, int(seed))
 
-    def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]:
-        """Grades in order; the lock also covers the tokenizer, which threads must not share either."""
-        with self._lock:
+    def _at_once(self, n: int) -> int:
+        """Rows that the engine samples at a time."""
+        return max(1, self.config.rollout.max_num_seqs // n)
+
+    def _grade_each(self, rows: Sequence[Any], seed: int) -> list[Grade]:
+        """Grades of requests that know nothing of each other."""
+        return self._grade(rows, replace(self._sampling(seed), alone=True))
+
+    def _grade(self, rows: Iterable[Any], params: SamplingParams) -> list[Grade]:
+        """Grades in order; the locks also cover the tokenizer, which threads must not share either."""
+        self._check_process()
+        rows = _listed(rows)
+        with self._alone.held():
             if self._engine is None:
-                raise RuntimeError(_CLOSED)
+                raise JudgeError(CLOSED)
             grades: list[Grade] = []
             prompts: list[list[int]] = []
             places: list[int] = []
@@ -203,9 +248,11 @@ class Judge(PrometheusNames):
                     grades.append(Grade())
                 except (RowError, PromptError) as error:
                     grades.append(Grade(error=str(error)))
-            step = max(1, self.config.rollout.max_num_seqs // params.n)
+                except Exception as error:  # a row is anybody's object: whatever it raises is about this row alone
+                    grades.append(Grade(error=f"the row cannot be read: {type(error).__name__}: {error}"))
+            step = self._at_once(params.n)
             for at in range(0, len(prompts), step):
-                some = replace(params, seed=call_seed(params.seed, at))
+                some = replace(params, seed=call_seed(params.seed, 0 if params.alone else at))
                 found = self._sample(self._engine, prompts[at : at + step], some)
                 for place, rollouts in zip(places[at : at + step], found, strict=True):
                     grades[place] = self._verdict(rollouts)
@@ -229,21 +276,35 @@ class Judge(PrometheusNames):
                 # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.
                 return [f"sampling failed: {type(error).__name__}: {error}"]
         half = len(prompts) // 2
-        later = replace(params, seed=call_seed(params.seed, half))
+        later = params if params.alone else replace(params, seed=call_seed(params.seed, half))
         return self._sample(engine, prompts[:half], params) + self._sample(engine, prompts[half:], later)
 
     def _verdict(self, rollouts: list[Rollout] | str) -> Grade:
         if isinstance(rollouts, str):
             return Grade(error=rollouts)
-        objective = self.config.objective
-        found = read(rollouts, self.scale, self.config.eval.protocol, objective.renormalize)
+        protocol, renormalize = self.config.eval.protocol, self.config.objective.renormalize
+        found = read(rollouts, self.scale, protocol, renormalize)
+        # A score that the model wrote says nothing of the probability that was left for others.
+        error, warning = doubt(None if protocol == "decode" else found.off_scale_mass, full_softmax=not renormalize)
+        if found.prediction is None:
+            error, warning = "no score: none of the feedbacks has one", None
         phrase = self.scale.phrase.strip()
         texts = [r.text.rstrip().removesuffix(phrase).strip() for r in rollouts]
         return Grade(
             feedback=texts[0] if len(texts) == 1 else texts,
-            score=found.prediction,
+            score=None if error else found.prediction,
             distribution=found.distribution,
             off_scale_mass=found.off_scale_mass,
             decoded=found.decoded,
-            error="no score: none of the feedbacks has one" if found.prediction is None else None,
+            error=error,
+            warning=warning,
         )
+
+
+def _listed(rows: Any) -> list[Any]:
+    """The rows as a list. Raises :class:`GradeError` for what is one row, or none."""
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, whose own iterator gives column names
+        rows = rows.to_dict("records")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise GradeError(f"rows is a {type(rows).__name__}: give a list of rows, [row] for a single one")
+    return list(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -23,15 +24,16 @@ class Grader(Protocol):
 
 def grade_lines(
     judge: Grader, records: Sequence[tuple[int, Any]], key: str, seed: int
-) -> Iterator[tuple[bytes, str | None]]:
-    """Grade records and yield a JSON line for each, in order, with the reason where there is no score.
+) -> Iterator[tuple[bytes, Grade]]:
+    """Grade records and yield a JSON line for each, in order, with its grade.
 
     Args:
         judge: Grades.
         records: (line, record) as :func:`real_fast.data.readers.jsonl_records` gives them.
         key: A record's fields are kept, and its grade is added under this name: feedback, score, distribution,
-            off_scale_mass and decoded, or an error. A record that has the field already is left as it is, with the
-            error under the first free ``key_2``, ``key_3``, ... What is no JSON object is kept under ``row``.
+            off_scale_mass and decoded (and a warning), or an error. A record that has the field already is left as it
+            is, with the error under the first free ``key_2``, ``key_3``, ... What is no JSON object is kept under
+            ``row``.
         seed: Of the whole batch.
     """
     reasons = [_unusable(record, key) for _, record in records]
@@ -39,10 +41,9 @@ def grade_lines(
     for (_, record), why in zip(records, reasons, strict=True):
         grade = next(grades) if why is None else Grade(error=why)
         shown = {name: value for name, value in asdict(grade).items() if value is not None or not grade.error}
-        if not grade.error:
-            del shown["error"]
+        shown = {name: value for name, value in shown.items() if name not in ("error", "warning") or value}
         kept = _kept(record)
-        yield encode({**kept, _free(key, kept): clean(shown)}), grade.error
+        yield encode({**kept, _free(key, kept): clean(shown)}), grade
 
 
 def _unusable(record: Any, key: str) -> str | None:
@@ -57,6 +58,8 @@ def _unusable(record: Any, key: str) -> str | None:
         encode(record)
     except ValueError as error:
         return f"not JSON: {error}"
+    except RecursionError:
+        return "nested too deep"
     return None
 
 
@@ -66,9 +69,19 @@ def _kept(record: Any) -> dict[str, Any]:
         return {RAW: record.text.rstrip("\r\n")}
     try:
         encode(record)
-    except ValueError:  # NaN, say, which Python reads as JSON and nobody else does
-        return {RAW: json.dumps(record, ensure_ascii=False)}
+    except (ValueError, RecursionError):  # NaN, say, which Python reads as JSON and nobody else does
+        return {RAW: _text(record)}
     return record if isinstance(record, dict) else {RAW: record}
+
+
+def _text(record: Any) -> str:
+    """A record as it was read, in Python's own JSON."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 100)  # what was just deep enough to be read must be written as well
+    try:
+        return json.dumps(record, ensure_ascii=False)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _free(key: str, kept: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ class PrometheusNames(ABC):
         """
         row = request(instruction, response, rubric, reference_answer)
         grade = raise_if_ungraded(self._grade([row], self._with(params))[0])
-        if grade.error:
-            warnings.warn(grade.error, stacklevel=2)
+        if said := grade.error or grade.warning:
+            warnings.warn(said, stacklevel=2)
         return grade.feedback, grade.score
 
     def absolute_grade(
@@ -91,6 +91,8 @@ class PrometheusNames(ABC):
         for place, grade in enumerate(grades):
             if grade.error:
                 warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=2)
+            elif grade.warning:
+                warnings.warn(f"response {place}: {grade.warning}", stacklevel=2)
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
     def _with(self, params: Mapping[str, Any] | None) -> SamplingParams:

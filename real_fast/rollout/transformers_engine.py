@@ -191,7 +191,11 @@ class TransformersEngine:
             mask = mask.repeat_interleave(len(samples), 0)
         make_room(cache)
         position = mask.sum(-1, keepdim=True)
-        sequences = [_Sequence(place, s, random_stream(sampling.seed, place, s)) for place in prompts for s in samples]
+        sequences = [
+            _Sequence(place, s, random_stream(sampling.seed, sampling.place(place), s))
+            for place in prompts
+            for s in samples
+        ]
         slots = sequences
         while True:
             self._step(slots, logits, prompts, sampling)

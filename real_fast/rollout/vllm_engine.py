@@ -127,7 +127,7 @@ class VllmEngine:
         greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
         params = []
         for place in range(len(prompts)):
-            seed = random_stream(sampling.seed, place).getrandbits(62)  # sample i gets seed + i
+            seed = random_stream(sampling.seed, sampling.place(place)).getrandbits(62)  # sample i gets seed + i
             params.append(
                 self._params(
                     n=1 if greedy else sampling.n,

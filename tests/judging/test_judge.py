@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import math
 import shutil
 import subprocess
 import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -28,74 +28,17 @@ from real_fast.errors import ConfigError
 from real_fast.evaluation.run import evaluate
 from real_fast.judging.lines import grade_lines
 from real_fast.types import Rollout, SamplingParams
+from tests.judging.fakes import ROW, FakeEngine, rollout
 
 Tiny = Callable[..., Any]
-ROW = {"instruction": "Name a fruit.", "response": "An apple.", "rubric": "Is it a fruit?", "reference_answer": "Plum."}
 RUBRIC = {"criteria": "Is it a fruit?", "score1_description": "No.", "score5_description": "Yes."}
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Tiny, smollm2_tokenizer: Any) -> Path:
-    """A random model as real_fast.train leaves one: scale and prompt of its own beside it."""
-    path = tmp_path_factory.mktemp("judge")
-    tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(path)
-    smollm2_tokenizer.save_pretrained(path)
-    settings = {
-        "scale": {"values": [1, 2, 3], "phrase": "Grade: "},
-        "prompt": {"template": "short", "system": "Grade.", "max_tokens": 120},
-        "rollout": {"answer": "forced", "max_tokens": 6, "top_p": 1.0},
-        "objective": {"renormalize": True},
-    }
-    (path / "real_fast.json").write_text(json.dumps(settings))
-    return path
 
 
 @pytest.fixture(scope="module")
 def judge(folder: Path) -> Iterator[Judge]:
     with Judge(folder, engine="transformers", precision="fp32", device="cpu") as made:
         yield made
-
-
-class FakeEngine:
-    """Gives every prompt the same rollouts, and remembers the calls; fails on prompts of a certain length."""
-
-    name = "fake"
-
-    def __init__(self, rollouts: list[Rollout], fails_at: int = -1, seconds: float = 0.0) -> None:
-        self.rollouts, self.fails_at, self.seconds = rollouts, fails_at, seconds
-        self.calls: list[tuple[list[list[int]], SamplingParams]] = []
-        self.inside = self.most_inside = 0
-        self.closed = False
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
-        self.calls.append(([list(p) for p in prompts], sampling))
-        self.inside += 1
-        self.most_inside = max(self.most_inside, self.inside)
-        time.sleep(self.seconds)
-        self.inside -= 1
-        if any(len(p) == self.fails_at for p in prompts):
-            raise MemoryError("the cache is full")
-        return [self.rollouts for _ in prompts]
-
-    def sync(self, named_tensors: Any) -> None: ...
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def rollout(p: Sequence[float] | None, written: float | None = None, text: str = "Good. Grade: ") -> Rollout:
-    logprobs = None if p is None else [math.log(x) for x in p]
-    return Rollout([7], [-1.0], [7], 0, "phrase", logprobs, written, text)
-
-
-@pytest.fixture
-def with_engine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Judge]:
-    def make(engine: FakeEngine, **settings: Any) -> Judge:
-        monkeypatch.setattr("real_fast.judging.judge.load_engine", lambda *_: engine)
-        return Judge(folder, **settings)
-
-    return make
 
 
 # From Python
@@ -202,14 +145,14 @@ def test_feedbacks_are_averaged_and_lose_the_phrase(with_engine: Any) -> None:
 def test_a_loaded_model(tiny_llama: Tiny, smollm2_tokenizer: Any) -> None:
     model = tiny_llama(vocab_size=49152, hidden_size=16)
     rollout = RolloutConfig(max_tokens=4)
-    with Judge(model, tokenizer=smollm2_tokenizer, rollout=rollout) as judge:
+    with Judge(model, tokenizer=smollm2_tokenizer, rollout=rollout, renormalize=True) as judge:
         grade = judge.grade(**ROW)
-        assert judge.scale.texts == ("1", "2", "3", "4", "5") and 0 < (grade.score or 0) < 5
+        assert judge.scale.texts == ("1", "2", "3", "4", "5") and 1 < (grade.score or 0) < 5
     with pytest.raises(ConfigError, match="give the model's folder"):
         Judge(model, tokenizer=smollm2_tokenizer, engine="vllm")
     with pytest.raises(ConfigError, match="give its tokenizer"):
         Judge(model)
-    with pytest.raises(ConfigError, match=r"eval\.n is 0"):
+    with pytest.raises(ConfigError, match=r"^n is 0: it must be above 0"):
         Judge(model, tokenizer=smollm2_tokenizer, n=0)
 
 
@@ -236,6 +179,45 @@ def test_rows_that_cannot_be_graded_say_why_and_the_rest_go_on(with_engine: Any)
     assert all(g.score is None and g.feedback is None for g in grades if g.error)
     with pytest.raises(GradeError, match="response is missing"):
         judge.grade("Name a fruit.", " ")
+
+
+class Odd(Mapping[str, Any]):
+    """A record whose fields cannot be read."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise ZeroDivisionError("no such luck")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def test_no_row_takes_the_others_down(with_engine: Any) -> None:
+    odd: list[Any] = [float("nan"), pandas.NA, None, np.array(["a", "b"]), [], {}, 7, b"bytes", "\ud800"]
+    rows = [ROW, *({**ROW, "response": value} for value in odd), *({**ROW, "extra": value} for value in odd)]
+    rows += [{**ROW, "id": value, "rubric": {"criteria": value}} for value in odd]
+    rows += [*odd, Odd(), ROW]
+    grades = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])])).grade_batch(rows)
+    assert len(grades) == len(rows) and all((g.score is None) == (g.error is not None) for g in grades)
+    assert grades[0].score == grades[-1].score == pytest.approx(1.75)
+    assert all(g.error for g in grades[1 : 1 + len(odd)])  # none of these is a response
+    assert all(g.score is not None for g in grades[1 + len(odd) : 1 + 2 * len(odd)])  # nobody asked for that field
+    assert "ZeroDivisionError: no such luck" in grades[-2].error
+
+
+def test_a_data_frame_is_its_rows_and_a_row_is_no_list_of_rows(with_engine: Any) -> None:
+    judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
+    frame = pandas.DataFrame([{**ROW, "human": 3}, {**ROW, "response": None}])
+    first, second = judge.grade_batch(frame)
+    assert first.score == pytest.approx(1.75) and second.error.startswith("response is")
+    assert len(judge.grade_batch(row for row in [ROW, ROW])) == 2 and judge.grade_batch([]) == []
+    for wrong in (ROW, "rows.jsonl", None, 7):
+        with pytest.raises(GradeError, match=rf"rows is a {type(wrong).__name__}: give a list of rows"):
+            judge.grade_batch(wrong)
+    with pytest.raises(ConfigError, match="seed is 'x': it must be a whole number"):
+        judge.grade_batch([ROW], seed="x")
 
 
 def test_a_failed_call_keeps_nothing_while_the_others_are_sampled(with_engine: Any) -> None:
@@ -411,6 +393,14 @@ def test_what_is_no_json_object_is_kept_with_the_reason() -> None:
     assert lines[3]["row"] == '{"response": NaN}' and "not JSON" in lines[3]["grade"]["error"]
 
 
+def test_whatever_depth_can_be_read_can_be_written() -> None:
+    for depth in range(900, 1010, 1):
+        text = f'{{"response": "a", "x": {"[" * depth}{"]" * depth}}}'
+        [line] = graded(text + "\n")
+        assert line.get("x") is not None or line["row"].replace(" ", "") == text.replace(" ", "")
+        assert "score" in line["grade"] or "nested" in line["grade"]["error"] or "not JSON" in line["grade"]["error"]
+
+
 def test_nobodys_field_is_overwritten() -> None:
     data = '{"response": "a", "grade": "B+", "grade_2": 0}\n{"response": "bb"}\n'
     first, second = graded(data)
@@ -450,7 +440,7 @@ def test_batches_are_written_as_they_are_done() -> None:
     source = Pipe([b'{"response": "%d"}\n' % i for i in range(7)])
     out, judge = Watched(source), StubJudge()
     config = command.JudgeConfig(model="m", batch_size=3)
-    assert command.run(config, source, out, lambda: judge) == (7, 0, "")
+    assert command.run(config, source, out, lambda: judge) == command.Done(rows=7)
     assert out.flushes == [(3, 3), (6, 6), (7, 7)]  # nothing is read ahead of what is written
     assert [len(rows) for rows, _ in judge.calls] == [3, 3, 1] and len({seed for _, seed in judge.calls}) == 3
 
@@ -459,7 +449,7 @@ def test_a_taken_field_in_the_first_rows_stops_before_the_model_loads() -> None:
     source = io.BytesIO(b'{"response": "a"}\n{"grade": 1}\n')
     with pytest.raises(ConfigError, match=r"line 2 has a field .grade. already.*--key"):
         command.run(command.JudgeConfig(model="m"), source, io.BytesIO(), lambda: pytest.fail("loaded"))
-    assert command.run(command.JudgeConfig(model="m"), io.BytesIO(b"\n"), io.BytesIO(), StubJudge) == (0, 0, "")
+    assert command.run(command.JudgeConfig(model="m"), io.BytesIO(b"\n"), io.BytesIO(), StubJudge) == command.Done()
 
 
 def test_the_command(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,67 @@
+"""Every argument of a Judge is checked at construction; the message names it and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from real_fast import Judge
+from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.errors import ConfigError
+from tests.judging.fakes import FakeEngine
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "says"),
+    [
+        ("engine", "vlm", "engine is 'vlm': it must be one of auto, transformers, vllm"),
+        ("engine", None, "engine is None: it must be one of"),
+        ("precision", "fp16", "precision is 'fp16': it must be one of"),
+        ("device", "cuda:1", "device is 'cuda:1': it must be one of auto, cpu, cuda"),
+        ("protocol", "reel", "protocol is 'reel': it must be one of real, tract, raft, decode"),
+        ("n", 0, "n is 0: it must be above 0"),
+        ("n", 2.5, "n is 2.5: it must be a whole number"),
+        ("n", True, "n is True: it must be a whole number"),
+        ("n", "5", "n is '5': it must be a whole number"),
+        ("temperature", -0.1, "temperature is -0.1: it must be 0 or more"),
+        ("temperature", float("nan"), "temperature is nan"),
+        ("temperature", "hot", "temperature is 'hot': it must be a number"),
+        ("renormalize", "no", "renormalize is 'no': it must be True or False"),
+        ("trust_remote_code", 1, "trust_remote_code is 1: it must be True or False"),
+        ("scale", [3], "scale is [3]: give at least two different numbers"),
+        ("scale", [1, 1, 2], "scale is [1, 1, 2]: give at least two different numbers"),
+        ("scale", "12345", "scale is '12345'"),
+        ("scale", 5, "scale is 5"),
+        ("scale", [1, None], "scale is [1, None]"),
+        ("scale", [1, float("nan")], "scale is [1, nan]"),
+        ("prompt", "short", "prompt is 'short': give a mapping such as {'template': 'short'}, or a PromptConfig"),
+        ("prompt", {"max_tokens": 0}, "prompt.max_tokens is 0: it must be above 0"),
+        ("prompt", PromptConfig(max_tokens="many"), "prompt.max_tokens is 'many': it must be a whole number"),
+        ("rollout", 512, "rollout is 512: give a mapping such as {'max_tokens': 256}, or a RolloutConfig"),
+        ("rollout", RolloutConfig(answer="maybe"), "rollout.answer is 'maybe': it must be one of forced, generated"),
+        ("rollout", RolloutConfig(max_num_seqs=0), "rollout.max_num_seqs is 0: it must be above 0"),
+        ("rollout", {"top_p": 1.5}, "rollout.top_p is 1.5: it must be above 0 and at most 1"),
+        ("tokenizer", "Qwen/Qwen3-0.6B", "tokenizer is 'Qwen/Qwen3-0.6B': give a loaded one"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(folder: Path, argument: str, value: Any, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Judge(folder, **{argument: value})
+    assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize("model", [None, "", 7])
+def test_a_model_is_a_name_or_a_model(model: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^model is {model!r}: give a folder, a hub name or a loaded"):
+        Judge(model)
+
+
+def test_what_can_be_is_taken(with_engine: Callable[..., Judge]) -> None:
+    judge = with_engine(FakeEngine([]), scale=range(1, 4), n=np.int64(2), temperature=0, protocol="tract")
+    assert judge.scale.values == (1, 2, 3) and judge.config.eval.n == 2
+    assert with_engine(FakeEngine([]), scale=np.arange(1, 3)).scale.texts == ("1", "2")
+    assert with_engine(FakeEngine([]), scale=ScaleConfig([1, 2])).scale.phrase == "So the overall score is "

@@ -10,14 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from real_fast.comparison.compare import compare
 from real_fast.comparison.find import find_evaluations, pool_seeds
 from real_fast.comparison.plot import comparison_plot
 from real_fast.comparison.text import csv_text, markdown
 from real_fast.errors import OutputError, run_command
 from real_fast.runs.folder import check_writable, writing
+from real_fast.runs.progress import progress_bar
 from real_fast.utils.jsonio import replacing
 
 PROG = "real_fast.compare"
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> str:
     if (held := [name for name in FILES if (folder / name).exists()]) and not args.overwrite:
         raise OutputError(f"output {folder} already holds {held[0]}: take another --output, or --overwrite")
     check_writable(folder)
-    with tqdm(total=len(evaluations), desc="resample", unit="evaluation") as bar:
+    with progress_bar("resample", len(evaluations), "evaluation") as bar:
         lines, notes = compare(evaluations, args.baseline, args.bootstrap, args.seed, bar.update)
     text = markdown(lines, [*passed_over, *notes], args.bootstrap, args.baseline)
     with writing(folder):

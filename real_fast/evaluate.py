@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from real_fast import config as configs
 from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig, cli
 from real_fast.data.dataset import Rejected, check_enough_rows, load_rows, write_rejected
@@ -31,6 +29,7 @@ from real_fast.reports import plots
 from real_fast.rollout.make import load_engine
 from real_fast.runs import log
 from real_fast.runs.folder import check_writable, writing
+from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
 
@@ -53,7 +52,7 @@ class EvaluateConfig:
         overwrite: Replace an earlier evaluation in `output`.
         trust_remote_code: Run Python code that comes with the model.
         max_rows: Evaluate on at most this many rows (whole prompts); 0 for all.
-        precision: Number format of the weights.
+        precision: Number format of the weights: "bf16", "fp32", or "auto", which is what is fast here.
         device: "auto" takes CUDA where there is one.
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
         scale: The score scale.
@@ -70,7 +69,7 @@ class EvaluateConfig:
     overwrite: bool = False
     trust_remote_code: bool = False
     max_rows: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     renormalize: bool = False
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -138,7 +137,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
 
     engine = load_engine(full, tokenizer, scale)
     try:
-        with tqdm(total=len(rows), desc="evaluate", unit="row") as bar:
+        with progress_bar("evaluate", len(rows), "row") as bar:
             result = evaluate(
                 engine, rows, scale, config.eval, config.rollout, config.seed, bar.update, config.renormalize
             )

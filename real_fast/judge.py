@@ -15,8 +15,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Literal
 
-from tqdm import tqdm
-
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.data.readers import jsonl_records, open_binary
 from real_fast.errors import ConfigError, DataError, UserError, run_command
@@ -25,6 +23,7 @@ from real_fast.judging.judge import Judge
 from real_fast.judging.lines import RAW, Grader, grade_lines
 from real_fast.model import judge_settings
 from real_fast.runs import log
+from real_fast.runs.progress import progress_bar
 from real_fast.utils.seeds import call_seed
 
 PROG = "real_fast.judge"
@@ -47,7 +46,7 @@ class JudgeConfig:
         key: The field that a grade is written to; rows must not have it yet.
         batch_size: Rows graded and written at a time.
         seed: The same rows, seed and batch_size give the same samples.
-        precision: Number format of the weights.
+        precision: Number format of the weights: "bf16", "fp32", or "auto", which is what is fast here.
         device: "auto" takes CUDA where there is one.
         trust_remote_code: Run Python code that comes with the model.
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
@@ -64,7 +63,7 @@ class JudgeConfig:
     key: str = "grade"
     batch_size: int = 64
     seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
     renormalize: bool = False
@@ -150,7 +149,7 @@ def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[
     if not first:
         return done
     judge = load()
-    with tqdm(total=total, desc="grade", unit="row") as bar:
+    with progress_bar("grade", total, "row") as bar:
         for number, batch in enumerate(chain([first], batches)):
             found = list(grade_lines(judge, batch, config.key, call_seed(config.seed, number)))
             for (line, _), (data, grade) in zip(batch, found, strict=True):

@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from real_fast.config import Config, cli
 from real_fast.config.debug import smaller
 from real_fast.errors import run_command
@@ -19,12 +17,13 @@ from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
 from real_fast.runs import checkpoint, log
+from real_fast.runs.progress import progress_bar
 from real_fast.runs.stop import Stopped, StopSignal
 from real_fast.training.debug import Profile, debugging
 from real_fast.training.held_out import already_made, evaluate_held_out
 from real_fast.training.rollout_log import rollout_lines
 from real_fast.training.saving import save_checkpoint, save_final
-from real_fast.training.setup import build
+from real_fast.training.setup import build, settled
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.training.warmup import warm_up
 from real_fast.types import Group
@@ -36,7 +35,7 @@ class Trainer:
     """One run of one method. training/setup.py builds the parts; this file is the order in which they act."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config = config = settled(config)
         self.parts = p = build(config)
         self.world, self.state, self.timer, self.run = p.world, p.state, p.timer, p.run
         self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
@@ -67,7 +66,7 @@ class Trainer:
         if config.warmup.steps and state.step == 0:
             self.evaluate("warmup")
         profile = Profile(config.profile, self.run.folder.path, self.policy.model.device)
-        with tqdm(total=config.train.steps, initial=state.step, desc=self.method.name, unit="step") as bar, profile:
+        with progress_bar(self.method.name, config.train.steps, "step", state.step) as bar, profile:
             while True:
                 if 0 < state.step < config.train.steps and self.due(config.eval.every):
                     self.evaluate(f"step-{state.step:06d}")  # its checkpoint has been written before

@@ -220,7 +220,8 @@ class TrainConfig:
         shared_prompt: Run each prompt once and let its rollouts attend to it; false repeats it for every rollout.
         attention: Kernel for shared prompts. "auto": varlen on CUDA, sdpa elsewhere; varlen is flash-attn where it is
             installed, else PyTorch's varlen_attn; "flex" is FlexAttention.
-        precision: "bf16": matrix products in bf16 over fp32 weights; "fp32".
+        precision: "bf16": matrix products in bf16 over fp32 weights; "fp32". "auto" is bf16 on a GPU that has it and on
+            a CPU that multiplies faster in it than in fp32 (it is measured), and fp32 elsewhere.
         activation_checkpointing: Recompute activations in the backward pass.
         device: "auto" takes CUDA where there is one.
     """
@@ -229,7 +230,7 @@ class TrainConfig:
     micro_batch_tokens: int = above(0, 24576)
     shared_prompt: bool = True
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     activation_checkpointing: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -54,7 +54,8 @@ class Judge(PrometheusNames):
             leaves the folder's others; a PromptConfig stands in place of all of them.
         rollout: max_tokens, top_p, answer and the engine's limits; a mapping or a RolloutConfig, as for `prompt`.
         renormalize: Softmax over the score tokens alone.
-        precision: Number format of the weights; a loaded model keeps its own.
+        precision: Number format of the weights: "bf16", "fp32", or "auto": what is fast here. A loaded model keeps its
+            own.
         device: "auto" takes CUDA where there is one.
         tokenizer: The model's, where it is loaded already.
         trust_remote_code: Run Python code that comes with the model.
@@ -78,7 +79,7 @@ class Judge(PrometheusNames):
         prompt: PromptConfig | Mapping[str, Any] | None = None,
         rollout: RolloutConfig | Mapping[str, Any] | None = None,
         renormalize: bool | None = None,
-        precision: Literal["bf16", "fp32"] = "bf16",
+        precision: Literal["auto", "bf16", "fp32"] = "auto",
         device: Literal["auto", "cpu", "cuda"] = "auto",
         tokenizer: Any = None,
         trust_remote_code: bool = False,

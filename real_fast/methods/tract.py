@@ -14,13 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from real_fast.config import Config, DataConfig
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
 from real_fast.runs.folder import move_aside
+from real_fast.runs.progress import progress_bar
 from real_fast.runs.trackers import check_installed
 from real_fast.types import JudgeRow, Rollout, SamplingParams
 from real_fast.utils.jsonio import write_json, write_jsonl
@@ -82,7 +81,7 @@ class Tract(Supervised):
 def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:
     """What the trained model of a stage writes about its training rows."""
     rows, rollouts = stage.data.train, []
-    with tqdm(total=len(rows), desc="self-generated feedback", unit="row") as bar:
+    with progress_bar("self-generated feedback", len(rows), "row") as bar:
         for at in range(0, len(rows), _ROWS_PER_CALL):
             some = rows[at : at + _ROWS_PER_CALL]
             params = SamplingParams(

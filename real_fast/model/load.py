@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import smollm2
+from real_fast.runs.progress import no_foreign_bars
 
 T = TypeVar("T")
 
@@ -92,9 +93,11 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
         ModelError: No such model, no safetensors, or a head other than a plain linear layer.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name), dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        path = resolve_model(name)
+        with no_foreign_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+            )
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
             raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from real_fast.errors import WheelMissing
+from real_fast.runs.progress import no_foreign_bars
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ def prepare(target: Path | None = None) -> Path:
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         logger.info("Converting SmolLM2-135M-Instruct (once) to %s", target)
-        _convert(gguf, made)
+        with no_foreign_bars():
+            _convert(gguf, made)
         made.chmod(0o755)  # made private by mkdtemp and safetensors, and a cache may be shared
         for file in made.iterdir():
             file.chmod(0o644)

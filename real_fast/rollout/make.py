@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from real_fast.config import Config
 from real_fast.errors import ConfigError, ModelError
 from real_fast.model.load import load_model, pick_device, resolve_model
+from real_fast.model.precision import dtype_of, resolve
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
@@ -56,6 +57,7 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
         ConfigError: As :func:`make_engine` does.
         ModelError: The model cannot be loaded.
     """
+    logger.info("loading %s", config.model)
     device, path = pick_device(config.train.device), resolve_model(config.model)
     if _takes_vllm(config, device.type):
         try:
@@ -70,7 +72,7 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
 
 
 def _dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    return dtype_of(resolve(config.train.precision, pick_device(config.train.device)))
 
 
 def _takes_vllm(config: Config, device: str) -> bool:

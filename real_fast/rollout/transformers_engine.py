@@ -16,6 +16,7 @@ from torch.func import functional_call
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
+from real_fast.runs.progress import show
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.types import AnswerMode, Rollout, SamplingParams
@@ -208,6 +209,7 @@ class TransformersEngine:
                 mask, position, slots = mask[keep], position[keep], [slots[slot] for slot in live]
             feed = torch.tensor([[sequence.feed] for sequence in slots], device=device)
             mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=-1)
+            show(f"{len(sequences) - len(live)} of {len(sequences)} texts, token {mask.shape[1] - longest}")
             logits, cache = self._forward(feed, mask, position, cache)
             position = position + 1
 

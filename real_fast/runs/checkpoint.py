@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from real_fast.errors import CheckpointError
+from real_fast.runs.progress import no_foreign_bars
 
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
@@ -193,13 +194,15 @@ def _write_model(
         # A copy of the tensors, not of the module: training goes on in float32. A tied head is listed once.
         tensors = [*model.named_parameters(), *((k, v) for k, v in model.named_buffers() if k in model.state_dict())]
         state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in tensors}
-        model.save_pretrained(folder, state_dict=state)
+        with no_foreign_bars():
+            model.save_pretrained(folder, state_dict=state)
         # save_pretrained() writes the module's dtype, and the tensors on disk have another.
         config = folder / "config.json"
         text = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
         config.write_text(json.dumps(text, indent=2), encoding="utf-8")
     else:
-        model.save_pretrained(folder)
+        with no_foreign_bars():
+            model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     template = Path(extra.get("prompt", {}).get("template", ""))
     if template.suffix:  # a template of the user's goes with the model, so that the folder can be moved

@@ -160,7 +160,7 @@ class RunFolder:
         write_json(self.path / "eval" / f"{name}.json", summary)
 
     def _report_changes(self, config: Config) -> None:
-        old = _flat(yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8")))
+        old = settings_in(self.path)
         new = _flat(asdict(config))
         for key in sorted(old.keys() & new.keys() - {"output", "overwrite", "resume"}):
             if old[key] != new[key]:
@@ -174,6 +174,12 @@ def move_aside(folder: Path) -> None:
         n += 1
     os.replace(folder, old)
     logger.info("moved the earlier run to %s", old)
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, by their full names ("train.steps"); none where there is no run."""
+    file = folder / "config.yaml"
+    return _flat(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,8 @@ import logging
 import sys
 from typing import Any, Literal
 
+from tqdm import tqdm
+
 Level = Literal["debug", "info", "warning", "error"]
 _ROOT = "real_fast"
 
@@ -19,6 +21,11 @@ class _Stderr(logging.StreamHandler[Any]):
     @property
     def stream(self) -> Any:
         return sys.stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Above an open progress bar, not across it."""
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
 
 class _Plain(logging.Formatter):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
-
 from real_fast.config import Config
 from real_fast.evaluation.run import evaluate
 from real_fast.rollout.engine import RolloutEngine
+from real_fast.runs.progress import progress_bar
 from real_fast.runs.run import Run
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
@@ -42,7 +41,7 @@ def evaluate_held_out(
         bar.update(done)
         check_stop()
 
-    with tqdm(total=len(rows), desc=f"evaluate ({name})", unit="row") as bar:
+    with progress_bar(f"evaluate ({name})", len(rows), "row") as bar:
         result = evaluate(
             engine,
             rows,

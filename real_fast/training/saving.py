@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from real_fast.config import Config
+from real_fast.model.precision import dtype_of, resolve
 from real_fast.runs import checkpoint
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.folder import RunFolder
@@ -44,5 +43,5 @@ def save_checkpoint(folder: RunFolder, updater: Updater, state: TrainState, toke
 
 def save_final(folder: RunFolder, updater: Updater, tokenizer: Any, config: Config) -> None:
     """The judge, in the precision that it was trained in. Raises :class:`CheckpointError`."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = dtype_of(resolve(config.train.precision, updater.policy.model.device))
     checkpoint.save_model(updater.policy.model, tokenizer, folder.path / "final", judge_settings(config), dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,11 +20,12 @@ from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.policy import Policy
+from real_fast.model.precision import dtype_of, resolve
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.rollout.make import make_engine
 from real_fast.runs import checkpoint, trackers
 from real_fast.runs.checkpoint import TrainState
-from real_fast.runs.folder import RunFolder
+from real_fast.runs.folder import RunFolder, settings_in
 from real_fast.runs.run import Run
 from real_fast.score.scale import ScoreScale
 from real_fast.training.groups import GroupSource
@@ -32,6 +34,8 @@ from real_fast.training.preflight import check_rows_fit
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
 from real_fast.training.warmup import SftOrder, sft_order
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -69,6 +73,18 @@ class Parts:
     resume_from: Path | None
 
 
+def settled(config: Config) -> Config:
+    """The same settings with ``train.precision`` decided, so that config.yaml says what a run was made in.
+
+    A resumed run stays at the precision that it was started in. Raises :class:`ConfigError`.
+    """
+    wanted: Literal["auto", "bf16", "fp32"] = config.train.precision
+    if wanted == "auto" and config.resume:
+        wanted = settings_in(Path(config.output).expanduser()).get("train.precision", wanted)
+    precision = resolve(wanted, pick_device(config.train.device))
+    return replace(config, train=replace(config.train, precision=precision))
+
+
 def build(config: Config) -> Parts:
     """Check the settings, load rows, model and engine, and take over the run's folder.
 
@@ -83,6 +99,7 @@ def build(config: Config) -> Parts:
         folder = RunFolder(config)
         checkpoints = checkpoint.complete(folder.checkpoints) if folder.resumed else []
         resume_from = checkpoints[-1] if checkpoints else None
+        logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
         scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
         method = method_class(config, tokenizer, scale)
@@ -126,6 +143,7 @@ def load_policy(config: Config, source: str) -> Policy:
     model = load_model(source, device, torch.float32, config.trust_remote_code)
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    half = torch.bfloat16 if train.precision == "bf16" else None
-    attention = pick_backend(train.attention, device, half or model.dtype)
+    dtype = dtype_of(resolve(train.precision, device))
+    half = dtype if dtype != model.dtype else None
+    attention = pick_backend(train.attention, device, dtype)
     return Policy(model, half, attention if train.shared_prompt else None)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from real_fast.runs.progress import show
+
 
 class Timer:
     """Adds up phases.
@@ -22,6 +24,7 @@ class Timer:
     @contextmanager
     def __call__(self, phase: str, within: str | None = None) -> Iterator[None]:
         """Time a phase; one that is part of another counts for the update alone."""
+        show(within or phase)
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started

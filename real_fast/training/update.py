@@ -15,6 +15,7 @@ from real_fast.config import OptimConfig, TrainConfig
 from real_fast.distributed.world import World
 from real_fast.model.policy import Policy
 from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.progress import show
 from real_fast.training.optim import clip_and_step
 from real_fast.training.timer import Timer
 from real_fast.types import Batch, Group
@@ -59,6 +60,7 @@ class Updater:
         self.timer = timer
         self.state = state
         self._first: dict[str, Any] = {}
+        self._batches = self._begun = 0
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The groups of an update, spread over micro-batches on the policy's device."""
@@ -67,12 +69,15 @@ class Updater:
         if not self.world.all(self.world.max(len(batches)) == len(batches)):
             raise RuntimeError("processes with different numbers of micro-batches are not supported yet")
         self._first = {}
+        self._batches, self._begun = len(batches), 0
         logger.debug("%d groups in %d micro-batches", len(groups), len(batches))
         return [batch.to(self.policy.model.device) for batch in batches]
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of a micro-batch; sharded gradients would be reduced in here."""
+        self._begun = self._begun % self._batches + 1
+        show(f"update: micro-batch {self._begun} of {self._batches}")
         yield
 
     def step(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from real_fast.config import OptimConfig, WarmupConfig
 from real_fast.data.sampler import PromptSampler
@@ -15,6 +14,7 @@ from real_fast.errors import DataError
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.sft import SFT
 from real_fast.methods.supervised import supervised_group, supervised_loss
+from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.training.optim import build_optimizer, clip_and_step
 from real_fast.training.update import Updater
@@ -61,32 +61,34 @@ def warm_up(
     policy = updater.policy
     optimizer = build_optimizer(policy, OptimConfig(lr=warmup.lr))
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=warmup.steps)
-    for step in tqdm(range(warmup.steps), desc="warm-up (cross-entropy)", unit="step"):
-        check_stop()
-        policy.train()
-        with updater.timer("warmup"):
-            started = time.perf_counter()
-            picked = order.batch(step * warmup.batch_size)
-            groups = [supervised_group(row, [i], n, tokenizer, scale) for n, (row, i) in enumerate(picked)]
-            counts = UpdateCounts.of(groups, updater.world)
-            loss = score_loss = 0.0
-            for batch in updater.micro_batches(groups):
-                out = policy(batch, supervised_loss(SFT, scale, counts))
-                out.loss.backward()
-                loss += float(out.loss.detach())
-                score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
-            lr = decay.get_last_lr()[0]
-            norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
-            decay.step()
-        log(
-            {
-                "phase": "warmup",
-                "step": step + 1,
-                "loss": loss,
-                "score_loss": score_loss,
-                "grad_norm": norm,
-                "skipped": not stepped,
-                "learning_rate": lr,
-                "step_time": time.perf_counter() - started,
-            }
-        )
+    with progress_bar("warm-up (cross-entropy)", warmup.steps, "step") as bar:
+        for step in range(warmup.steps):
+            check_stop()
+            policy.train()
+            with updater.timer("warmup"):
+                started = time.perf_counter()
+                picked = order.batch(step * warmup.batch_size)
+                groups = [supervised_group(row, [i], n, tokenizer, scale) for n, (row, i) in enumerate(picked)]
+                counts = UpdateCounts.of(groups, updater.world)
+                loss = score_loss = 0.0
+                for batch in updater.micro_batches(groups):
+                    out = policy(batch, supervised_loss(SFT, scale, counts))
+                    out.loss.backward()
+                    loss += float(out.loss.detach())
+                    score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
+                lr = decay.get_last_lr()[0]
+                norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
+                decay.step()
+            log(
+                {
+                    "phase": "warmup",
+                    "step": step + 1,
+                    "loss": loss,
+                    "score_loss": score_loss,
+                    "grad_norm": norm,
+                    "skipped": not stepped,
+                    "learning_rate": lr,
+                    "step_time": time.perf_counter() - started,
+                }
+            )
+            bar.update()

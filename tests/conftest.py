@@ -21,7 +21,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+# A figure's cost is its layout and its pixels, which only these tests look at.
+DRAWN = {"test_plots", "test_health", "test_compare"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _not_rendered() -> Iterator[Callable[..., None]]:
+    """Figures are made and written, but as one pixel; yields what renders them."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def save(self: Figure, path: Any, **_: Any) -> None:
+        Image.new("RGB", (1, 1)).save(path, format="png")
+
+    render = Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield render
+
+
+@pytest.fixture(autouse=True)
+def _rendered(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _not_rendered: Callable[..., None]
+) -> None:
+    """Figures as they are, for the tests that look at them."""
+    if request.node.path.stem in DRAWN:
+        from matplotlib.figure import Figure
+
+        monkeypatch.setattr(Figure, "savefig", _not_rendered)
 
 
 @pytest.fixture(scope="session")

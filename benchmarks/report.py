@@ -55,7 +55,7 @@ def newest(lines: list[dict[str, str]], suite: str) -> dict[Key, dict[str, dict[
 
 def parameters(case: str) -> dict[str, float]:
     """The numbers of a case such as "vicuna K=8 P=990 R=118 prompts=2"."""
-    return {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)", case)}
+    return {name: float(value) for name, value in re.findall(r"\b(\w+)=([\d.]+)", case)}
 
 
 def speedups(steps: dict[Key, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:

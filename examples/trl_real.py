@@ -66,7 +66,8 @@ class RealTrainer(RLOOTrainer):
         prompts, completions, _ = self._generate([row["prompt"] for row in inputs])
         input_ids, targets, forced = [], [], []
         for prompt, ids in zip(prompts, completions, strict=True):
-            sample = parse_sample(ids, frozenset(self.eos_token_ids), self.finder, "forced")
+            thought = self.finder.thought(prompt)
+            sample = parse_sample(ids, frozenset(self.eos_token_ids), self.finder, "forced", thought)
             sequence = torch.tensor([*prompt, *sample.context_ids])
             # At every position the token that was sampled there, -100 where none was. An EOS is a target too, although
             # the phrase takes its place in the input.

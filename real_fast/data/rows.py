@@ -12,6 +12,7 @@ from typing import Any
 
 from real_fast.errors import RowError
 from real_fast.score.scale import ScoreScale, format_score
+from real_fast.score.verdict import cut_verdict
 from real_fast.types import JudgeRow, JudgeTexts
 
 # In a Prometheus record, "instruction" is a whole judge prompt and "output" a whole verdict: orig_* comes first.
@@ -193,7 +194,4 @@ def _feedbacks(record: Mapping[str, Any], label: float, scale: ScoreScale) -> tu
 
 def cut_score(feedback: str, scale: ScoreScale) -> str:
     """A feedback without the verdict at its end ("[RESULT] 4", "... overall score is **4**/5"), which training adds."""
-    phrases = (scale.phrase.strip(), "So the overall score is", "[RESULT]")
-    score = r"\**[-+]?\d+(?:\.\d+)?\**(?:\s*(?:/|out of)\s*\d+(?:\.\d+)?\**)?"
-    verdict = rf"(?:{'|'.join(map(re.escape, phrases))})\s*(?:score)?\s*:?\s*(?:{score})?[\s.]*$"
-    return re.sub(verdict, "", feedback, flags=re.IGNORECASE).strip()
+    return cut_verdict(feedback, (scale.phrase.strip(), "So the overall score is", "[RESULT]"), scale.texts)

@@ -153,8 +153,8 @@ def _write(
 
 
 def feedback_of(rollout: Rollout, phrase: str) -> str:
-    """The text before the phrase."""
-    return rollout.text.partition(phrase.strip())[0].strip()
+    """The text before the phrase that the score stands behind, which is the last one."""
+    return rollout.text.rpartition(phrase.strip())[0].strip()
 
 
 def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from real_fast.rollout.kv_cache import make_room
 from real_fast.runs.progress import show
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
+from real_fast.score.verdict import may_close
 from real_fast.types import AnswerMode, Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
 
@@ -28,13 +29,20 @@ _COMPACT_BELOW = 0.75
 
 @dataclass
 class _Sequence:
-    """One sequence on its way: `feed` is the token that goes into the model next, `forced` those that follow it."""
+    """One sequence on its way: `feed` is the token that goes into the model next, `forced` those that follow it.
+
+    `thought` closes the thought that its prompt leaves open, `scores` are the score tokens' log-probabilities where
+    each of `ids` was sampled, and `seen` is whether the phrase was written, be it in a thought.
+    """
 
     place: int
     sample: int
     random: Random
+    thought: str
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    seen: bool = False
     feed: int = 0
     forced: deque[int] = field(default_factory=deque)
     parsed: Parsed | None = None
@@ -192,8 +200,9 @@ class TransformersEngine:
             mask = mask.repeat_interleave(len(samples), 0)
         make_room(cache)
         position = mask.sum(-1, keepdim=True)
+        thoughts = {place: self.finder.thought(prompt) for place, prompt in prompts.items()}
         sequences = [
-            _Sequence(place, s, random_stream(sampling.seed, sampling.place(place), s))
+            _Sequence(place, s, random_stream(sampling.seed, sampling.place(place), s), thoughts[place])
             for place in prompts
             for s in samples
         ]
@@ -247,19 +256,16 @@ class TransformersEngine:
         """Add a sampled token; when it is the last one, see where the score comes from."""
         s.ids.append(token)
         s.logprobs.append(logprob)
+        s.scores.append(score)
         s.feed = token
-        if (
-            token not in self.eos_ids
-            and len(s.ids) < sampling.max_tokens
-            and not self._answered(s.ids, sampling.answer)
-        ):
+        if token not in self.eos_ids and len(s.ids) < sampling.max_tokens and not self._answered(s, sampling.answer):
             return
-        s.parsed = parsed = parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer)
+        s.parsed = parsed = parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer, s.thought)
         cached = len(s.ids) - 1  # the model has seen all sampled tokens but this one
         if not parsed.has_score:
             s.done = True
-        elif parsed.score_position == cached:
-            s.score_logprobs, s.done = score, True
+        elif parsed.score_position is not None:
+            s.score_logprobs, s.done = s.scores[parsed.score_position], True
         elif len(parsed.context_ids) > cached and parsed.context_ids[:cached] == s.ids[:cached]:
             s.forced = deque(parsed.context_ids[cached:])
             s.feed = s.forced.popleft()
@@ -268,18 +274,10 @@ class TransformersEngine:
             logits, _ = self._forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
             s.score_logprobs, s.done = logits.log_softmax(-1)[0, list(self.scale.score_ids)].tolist(), True
 
-    def _answered(self, ids: list[int], answer: AnswerMode) -> bool:
-        """Whether the token at the score's place was sampled, or (unless generated) another one instead of the tail."""
-        near = self.tokenizer.decode(
-            ids[-self._window :], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        if self.finder.phrase not in near:
+    def _answered(self, s: _Sequence, answer: AnswerMode) -> bool:
+        """Whether the verdict is written: looked for at a new phrase, and at what may end a thought or a quotation."""
+        new = self.finder.phrase in self.finder.decode(s.ids[-self._window :])
+        s.seen = s.seen or new
+        if not (new or (s.seen and may_close(self.finder.decode(s.ids[-1:])))):
             return False
-        end = self.finder.end(ids)
-        if end is None:
-            return False
-        tail = self.scale.tail_ids
-        written = tuple(ids[end : end + len(tail)])
-        if answer != "generated":
-            return len(ids) > end + len(tail) or written != tail[: len(written)]
-        return written == tail and len(ids) > end + len(tail) and ids[end + len(tail)] in self.scale.score_ids
+        return self.finder.settled(s.ids, answer, s.thought)

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 
 from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
 from real_fast.rollout.process_state import process_state_kept
-from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
+from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
@@ -32,6 +33,23 @@ def import_vllm() -> Any:
         import vllm
 
     return vllm
+
+
+@dataclass
+class _Sample:
+    """One sample on its way: its ids, and vLLM's log-probabilities where each was sampled."""
+
+    place: int
+    index: int
+    thought: str
+    ids: list[int] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
+
+    def add(self, completion: Any) -> _Sample:
+        """What a request sampled goes behind what there is."""
+        self.ids += [int(token) for token in completion.token_ids]
+        self.steps += completion.logprobs
+        return self
 
 
 class VllmEngine:
@@ -124,48 +142,57 @@ class VllmEngine:
         """
         check_lengths(prompts, sampling, self.scale, self.max_model_len)
         self._check_sampling(sampling)
-        greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
-        params = []
-        for place in range(len(prompts)):
-            seed = random_stream(sampling.seed, sampling.place(place)).getrandbits(62)  # sample i gets seed + i
-            params.append(
-                self._params(
-                    n=1 if greedy else sampling.n,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_tokens,
-                    seed=seed,
-                    stop=[self.scale.phrase.lstrip() + text for text in self.scale.texts],
-                    stop_token_ids=sorted(self.eos_ids),
-                    include_stop_str_in_output=True,
-                    skip_special_tokens=False,  # as PhraseFinder reads
-                )
-            )
-        outputs = self._run(prompts, params)
+        samples = self._sample(prompts, sampling)
         # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score.
         same_pass = not self._processed or sampling.temperature in (0, 1)
-        samples: list[tuple[int, list[int], list[float], Parsed]] = []
+        parsed = [parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer, s.thought) for s in samples]
         scores: list[list[float] | None] = []
         later: list[int] = []
-        for place, output in enumerate(outputs):
-            for completion in sorted(output.outputs, key=lambda c: c.index):
-                ids = [int(token) for token in completion.token_ids]
-                steps = completion.logprobs
-                parsed = parse_sample(ids, self.eos_ids, self.finder, sampling.answer)
-                at = parsed.score_position
-                if parsed.has_score and (at is None or not same_pass):
-                    later.append(len(samples))
-                scores.append(self._score(steps[at]) if at is not None and same_pass else None)
-                logprobs = [float(step[token].logprob) for token, step in zip(ids, steps, strict=True)]
-                samples.append((place, ids, logprobs, parsed))
-        contexts = [[*prompts[samples[i][0]], *samples[i][3].context_ids] for i in later]
+        for i, (sample, p) in enumerate(zip(samples, parsed, strict=True)):
+            at = p.score_position
+            if p.has_score and (at is None or not same_pass):
+                later.append(i)
+            scores.append(self._score(sample.steps[at]) if at is not None and same_pass else None)
+        contexts = [[*prompts[samples[i].place], *parsed[i].context_ids] for i in later]
         params = [self._params(temperature=0.0, max_tokens=1, detokenize=False) for _ in later]
         for i, output in zip(later, self._run(contexts, params), strict=True):
             scores[i] = self._score(output.outputs[0].logprobs[0])
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for (place, ids, logprobs, parsed), score in zip(samples, scores, strict=True):
-            results[place].append(build_rollout(self.tokenizer, ids, logprobs, parsed, score))
+        for s, p, score in zip(samples, parsed, scores, strict=True):
+            logprobs = [float(step[token].logprob) for token, step in zip(s.ids, s.steps, strict=True)]
+            results[s.place].append(build_rollout(self.tokenizer, s.ids, logprobs, p, score))
+        greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
         return [[copy.deepcopy(group[0]) for _ in range(sampling.n)] for group in results] if greedy else results
+
+    def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[_Sample]:
+        """Sample until a verdict is written; in the order of the prompts.
+
+        vLLM stops at the first phrase with a score behind it. Where that is in a thought or a quotation, or may be the
+        beginning of a longer number, sampling goes on from there, as a request of its own.
+        """
+        verdict = [self.scale.phrase.lstrip() + text for text in self.scale.texts]
+        samples: list[_Sample] = []
+        params, thoughts = [], [self.finder.thought(prompt) for prompt in prompts]
+        for place, thought in enumerate(thoughts):
+            n = sampling.n if sampling.temperature > 0 else 1
+            seed = random_stream(sampling.seed, sampling.place(place)).getrandbits(62)  # sample i gets seed + i
+            stop = [thought] if thought else verdict
+            params.append(self._sampling_params(sampling, sampling.max_tokens, seed, stop, n))
+        for place, output in enumerate(self._run(prompts, params)):
+            for completion in sorted(output.outputs, key=lambda c: c.index):
+                samples.append(_Sample(place, completion.index, thoughts[place]).add(completion))
+        while going := [s for s in samples if self._goes_on(s, sampling)]:
+            params = []
+            for s in going:
+                seed = random_stream(sampling.seed, sampling.place(s.place), s.index, len(s.ids)).getrandbits(62)
+                wait = self.finder.waits_for(s.ids, s.thought)
+                left = 1 if wait == "number" else sampling.max_tokens - len(s.ids)
+                stop = {"number": [], "": verdict}.get(wait, [wait])
+                params.append(self._sampling_params(sampling, left, seed, stop))
+            outputs = self._run([[*prompts[s.place], *s.ids] for s in going], params)
+            for s, output in zip(going, outputs, strict=True):
+                s.add(output.outputs[0])
+        return samples
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the trainer's weights to vLLM (a tied head may be left out) and drop what is cached under the old ones.
@@ -209,6 +236,25 @@ class VllmEngine:
         if self._llm is None:
             raise RuntimeError("this rollout engine is closed")
         return self._llm
+
+    def _goes_on(self, s: _Sample, sampling: SamplingParams) -> bool:
+        """Whether vLLM stopped at a string that is no settled verdict."""
+        if s.ids[-1] in self.eos_ids or len(s.ids) >= sampling.max_tokens:
+            return False
+        return not self.finder.settled(s.ids, sampling.answer, s.thought)
+
+    def _sampling_params(self, sampling: SamplingParams, most: int, seed: int, stop: list[str], n: int = 1) -> Any:
+        return self._params(
+            n=n,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=most,
+            seed=seed,
+            stop=stop,
+            stop_token_ids=sorted(self.eos_ids),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,  # as PhraseFinder reads
+        )
 
     def _params(self, **kwargs: Any) -> Any:
         from vllm import SamplingParams

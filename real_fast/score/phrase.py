@@ -1,4 +1,4 @@
-"""Finding the phrase in sampled tokens, and taking a sample apart: actions, forced tokens, the place of the score."""
+"""Finding the verdict in sampled tokens, and taking a sample apart: actions, forced tokens, the place of the score."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from real_fast.score.scale import ScoreScale
+from real_fast.score.verdict import Place, Written, phrases_outside, thought_left_open, written_behind
 from real_fast.types import AnswerMode, Finish
 
 
@@ -24,65 +25,128 @@ class Parsed:
 
 
 class PhraseFinder:
-    """Finds the phrase in sampled ids by decoding them, and never changes an id."""
+    """Finds the phrase in sampled ids by decoding them, whatever tokens spell it, and never changes an id."""
 
     def __init__(self, tokenizer: Any, scale: ScoreScale) -> None:
         self.tokenizer = tokenizer
         self.scale = scale
         self.phrase = scale.phrase.strip()
+        self._stem = self.phrase + scale.held
+        self.space = scale.phrase[len(scale.phrase.rstrip()) :]
+
+    def thought(self, prompt_ids: Sequence[int]) -> str:
+        """What closes the thought that a prompt leaves open, as templates of reasoning models do; empty for none."""
+        return thought_left_open(self.decode(prompt_ids[-8:]))
 
     def end(self, ids: Sequence[int]) -> int | None:
-        """Number of tokens up to and including the one that completes the first phrase, or None.
+        """Number of tokens up to and including the one that completes the first verdict's phrase, or None.
 
         A token that completes the phrase and goes on behind it ("isn't") completes nothing.
         """
-        return next((end for _, end, whole in self._places(ids, self._decode(ids)) if whole), None)
+        text = self.decode(ids)
+        ends = (self.ending(ids, text[: place.at] + self._stem) for place in self.places(ids, text))
+        return next((end for end in ends if end is not None), None)
 
     def before(self, ids: Sequence[int]) -> int:
-        """Number of tokens in front of the first phrase, or of all; white space at their end does not count.
+        """Number of tokens in front of the first verdict's phrase, or of all; white space at their end does not count.
 
-        Here a token may complete the phrase and go on behind it, unless it makes another word ("scores") of it. A token
-        that runs from the feedback into the phrase goes with the phrase.
+        A token that runs from the feedback into the phrase goes with the phrase.
         """
-        text = self._decode(ids)
-        behind = len(self.phrase)
-        places = (at for at, _, end in self._places(ids, text) if end or not text[at + behind :][:1].isalpha())
-        feedback = text[: next(places, None)].rstrip()
-        tokens = self._shortest(ids, feedback)
-        return tokens if self._decode(ids[:tokens]).rstrip() == feedback else tokens - 1
+        text = self.decode(ids)
+        first = next(self.places(ids, text), None)
+        return self.feedback(ids, text if first is None else text[: first.at])
 
-    def _places(self, ids: Sequence[int], text: str) -> Iterator[tuple[int, int, bool]]:
-        """Of every phrase in `text`: its first character, the tokens up to its end, and whether they end with it."""
-        at = text.find(self.phrase)
-        while at >= 0:
-            whole = text[: at + len(self.phrase)]
-            end = self._shortest(ids, whole)
-            yield at, end, self._decode(ids[:end]) == whole
-            at = text.find(self.phrase, at + 1)
+    def settled(self, ids: Sequence[int], answer: AnswerMode, thought: str = "") -> bool:
+        """Whether the verdict is written, and nothing that may be sampled behind `ids` changes what it is.
+
+        The place of the score has then been sampled or missed, and what follows it shows where a number ends.
+        Arguments as of :func:`parse_sample`.
+        """
+        text = self.decode(ids)
+        for place in self.places(ids, text, thought):
+            written = self.written(text, place)
+            if place.sure and written.sure and (answer != "generated" or written.score is not None):
+                return True
+            if answer != "generated":
+                return False  # the first one decides
+        return False
+
+    def waits_for(self, ids: Sequence[int], thought: str = "") -> str:
+        """What has to be sampled before `ids` may be settled.
+
+        "number": a token behind the score; a string that ends a thought or a quotation; "" for a verdict.
+        """
+        text = self.decode(ids)
+        found = [self.written(text, place) for place in self.places(ids, text, thought)]
+        if any(written.score is not None and not written.sure for written in found):
+            return "number"
+        return phrases_outside(text, self.phrase, thought)[1]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of sampled ids, special tokens included."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def places(self, ids: Sequence[int], text: str, thought: str = "") -> Iterator[Place]:
+        """Verdicts' places in `text`, which is that of `ids`, but for tokens that make another word of the phrase."""
+        for place in phrases_outside(text, self.phrase, thought)[0]:
+            behind = place.at + len(self.phrase)
+            goes_on = self.phrase[-1].isalnum() and text[behind : behind + 1].isalnum()
+            if not goes_on or self.ending(ids, text[:behind]) is not None:
+                yield place
+
+    def written(self, text: str, place: Place) -> Written:
+        """The score behind a phrase of `text`."""
+        return written_behind(text[place.at + len(self.phrase) :], self.space, self.scale.texts)
+
+    def ending(self, ids: Sequence[int], text: str) -> int | None:
+        """Fewest of the `ids` whose text is `text`; None where none ends there."""
+        tokens = self._shortest(ids, text)
+        return tokens if self.decode(ids[:tokens]) == text else None
+
+    def feedback(self, ids: Sequence[int], text: str) -> int:
+        """Number of tokens of a feedback: `text`, the beginning of what `ids` spell."""
+        feedback = text.rstrip()
+        tokens = self._shortest(ids, feedback)
+        return tokens if self.decode(ids[:tokens]).rstrip() == feedback else tokens - 1
 
     def _shortest(self, ids: Sequence[int], text: str) -> int:
         """Fewest of the `ids` whose text goes up to the end of `text`."""
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if self._decode(ids[:middle]).startswith(text):
+            if self.decode(ids[:middle]).startswith(text):
                 high = middle
             else:
                 low = middle + 1
         return low
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def phrase_from(self, ids: Sequence[int], feedback: str) -> tuple[int, int]:
+        """How the context goes on behind a feedback: ``ids[:kept] + phrase_ids[own:]``, as much as possible of `ids`.
+
+        All of the phrase's own tokens but its tail are kept where `ids` spell it and end there (in other tokens too).
+        """
+        end = self.ending(ids, feedback + self._stem)
+        if end is not None:
+            return end, self.scale.tail_start
+        for own in range(self.scale.tail_start - 1, 0, -1):
+            kept = self.ending(ids, feedback + self.decode(self.scale.phrase_ids[:own]).lstrip())
+            if kept is not None:
+                return kept, own
+        return self.feedback(ids, feedback), 0
 
 
-def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: AnswerMode) -> Parsed:
+def parse_sample(
+    ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFinder, answer: AnswerMode, thought: str = ""
+) -> Parsed:
     """Take a sampled sequence apart into actions, forced tokens and the place of the score.
 
     Args:
         ids: Sampled ids as the engine returned them, possibly with the score and more behind the phrase.
         eos_ids: Ids that end a generation.
         finder: Finds the phrase.
-        answer: See :class:`SamplingParams`.
+        answer: See :class:`SamplingParams`. With "generated" the last phrase with a score behind it is the verdict, and
+            with "forced" and "cut" the first phrase: an answer ends there, whatever was sampled behind it.
+        thought: What :meth:`PhraseFinder.thought` says of the prompt.
 
     Returns:
         What counts. In ``score_position`` stands the index in `ids` of the token sampled where the score belongs, if
@@ -93,30 +157,34 @@ def parse_sample(ids: Sequence[int], eos_ids: frozenset[int], finder: PhraseFind
         return Parsed(0, list(scale.phrase_ids), len(scale.phrase_ids), "phrase", True, None)
     stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     body = list(ids[:stop])
-    end = finder.end(body)
-    written = None
-    if end is not None:
-        tail = list(scale.tail_ids)
-        score_at = end + len(tail)
-        if body[end:score_at] == tail and score_at < len(ids):
-            token = ids[score_at]
-            written = scale.values[scale.score_ids.index(token)] if token in scale.score_ids else None
-            if answer == "forced":
-                return Parsed(end, body[:score_at], len(tail), "phrase", True, score_at, written)
-            if answer == "generated" and written is not None:
-                return Parsed(score_at, body[:score_at], 0, "phrase", True, score_at, written)
-        if answer == "forced":
-            # Counting the tail where it was sampled, and not where it was put right, would bias the policy gradient.
-            return Parsed(end, body[:end] + tail, len(tail), "phrase", True, None)
-    finish: Finish = "length" if stop is None else "eos"
-    if answer == "cut":
-        cut = finder.before(body)
-        context = [*body[:cut], *scale.phrase_ids]
-        place = len(context) if len(context) < len(ids) and list(ids[: len(context)]) == context else None
-        found: Finish = finish if end is None else "phrase"
-        return Parsed(cut, context, len(scale.phrase_ids), found, True, place, written)
     num_actions = len(ids) if stop is None else stop + 1
-    if answer == "forced":
-        forced = list(scale.phrase_ids)
-        return Parsed(num_actions, body + forced, len(forced), finish, True, None)
-    return Parsed(num_actions, body, 0, finish, False, None)
+    finish: Finish = "length" if stop is None else "eos"
+    text = finder.decode(body)
+    found = [(place, finder.written(text, place)) for place in finder.places(body, text, thought)]
+    if answer == "generated":
+        scored = [(place, written.score) for place, written in found if written.score is not None]
+        if not scored:
+            return Parsed(num_actions, body, 0, finish, False, None)
+        place, score = scored[-1]
+        at = finder.ending(body, text[: place.at] + finder.phrase + finder.space)
+        if at is None or at >= len(body) or body[at] != scale.score_ids[score]:  # in tokens that are not the scale's
+            return Parsed(num_actions, body, 0, finish, False, None, scale.values[score])
+        return Parsed(at, body[:at], 0, "phrase", True, at, scale.values[score])
+    value = None
+    if found:
+        place, written = found[0]
+        finish, feedback = "phrase", text[: place.at]
+        value = None if written.score is None else scale.values[written.score]
+        kept, own = finder.phrase_from(body, feedback) if answer == "forced" else (finder.feedback(body, feedback), 0)
+        # Counting the tail where it was sampled, and not where it was put right, would bias the policy gradient. A
+        # token that completes the phrase and runs on behind it is an action, and gives way to the phrase's own.
+        num_actions = kept + (answer == "forced" and own < scale.tail_start)
+    elif answer == "forced":
+        kept, own = len(body), 0
+    else:
+        kept = num_actions = finder.feedback(body, text)
+        own = 0
+    context = [*body[:kept], *scale.phrase_ids[own:]]
+    there = len(context) < len(ids) and list(ids[: len(context)]) == context
+    n_forced = len(context) - kept
+    return Parsed(num_actions, context, n_forced, finish, True, len(context) if there else None, value)

@@ -36,6 +36,7 @@ class ScoreScale:
         phrase: The text in front of a score, its trailing space included.
         phrase_ids: The phrase's tokens after a feedback; the score distribution is read at the last of them.
         tail_start: ``phrase_ids[tail_start:]`` are the tokens that only hold the phrase's trailing white space.
+        held: White space that the last visible token holds itself (":\\n" is one token in many vocabularies).
     """
 
     values: tuple[float, ...]
@@ -44,6 +45,7 @@ class ScoreScale:
     phrase: str
     phrase_ids: tuple[int, ...]
     tail_start: int
+    held: str = ""
 
     @property
     def tail_ids(self) -> tuple[int, ...]:
@@ -141,4 +143,5 @@ class ScoreScale:
             (i for i in range(1, len(phrase_ids) + 1) if spelled([*context, *phrase_ids[:i]]).strip() == bare),
             len(phrase_ids),
         )
-        return cls(ordered, texts, score_ids, phrase, phrase_ids, visible)
+        held = spelled([*context, *phrase_ids[:visible]])[len(spelled(context)) :].lstrip()[len(phrase.strip()) :]
+        return cls(ordered, texts, score_ids, phrase, phrase_ids, visible, held)

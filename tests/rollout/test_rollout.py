@@ -288,7 +288,8 @@ def test_generation_stops_at_the_score(tiny_llama: Tiny, smollm2_tokenizer: Any,
     TransformersEngine(model, smollm2_tokenizer, scale).generate(
         [prompt], SamplingParams(n=2, max_tokens=40, temperature=0)
     )
-    assert len(calls) == ids.index(scale.score_ids[3]) + 1
+    # The token behind the score is sampled too: it might go on with the number.
+    assert len(calls) == ids.index(scale.score_ids[3]) + 2
 
 
 def test_a_wrong_tail_is_put_right(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:

@@ -26,6 +26,7 @@ from real_fast.model import judge_settings
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.reports import plots
+from real_fast.reports.health import evaluation_warnings
 from real_fast.rollout.make import load_engine
 from real_fast.runs import log
 from real_fast.runs.folder import check_writable, writing
@@ -172,6 +173,8 @@ def _main(argv: Sequence[str] | None) -> int:
     config = parse(list(sys.argv[1:] if argv is None else argv))
     summary = run(config)
     print(table(summary))
+    for warning in evaluation_warnings(summary):
+        print(f"warning: {warning}")
     if summary["rejected"]:
         print(f"{summary['rejected']} records were not used: see {config.output}/rejected.jsonl")
     print(f"written to {config.output}")

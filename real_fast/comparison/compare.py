@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from real_fast.comparison.bootstrap import Estimate, mean_samples, mean_values, with_intervals
-from real_fast.comparison.find import Evaluation, same_rows
+from real_fast.comparison.find import Evaluation, in_order_of
 from real_fast.comparison.table import BenchmarkTable, ResultRow, reference_of
 
 AVERAGE = "average"
@@ -24,7 +24,9 @@ def compare(
 
     All methods of a benchmark are resampled jointly, whole prompts at a time; a difference is that of two methods in
     the same resample. Evaluations of one method and benchmark are runs with other seeds: a statistic is the mean of
-    theirs, and each resample also draws from the runs. A difference's interval is the percentiles', its
+    theirs, and each resample also draws from the runs. Numbers are those of the rows that all methods scored, but for
+    methods with far fewer scores than the others (:data:`real_fast.comparison.table.MIN_COVERAGE`): these stand on
+    their own rows, marked, and are neither reference nor best. A difference's interval is the percentiles', its
     p-value twice the share of resamples on the side of 0 that has fewer, each side counted once more than seen.
 
     Args:
@@ -49,8 +51,8 @@ def compare(
         found.append(BenchmarkTable(name, some, bootstrap, [seed, place], progress))
         if len(some) > 1 and baseline is not None and baseline not in found[-1].methods:
             notes.append(f"{name} has no evaluation of {baseline}: no differences there")
-    notes += [note for table in found for note in table.notes(reference_of(table.values, baseline))]
-    lines = [line for table in found for line in table.lines(reference_of(table.values, baseline))]
+    notes += [note for table in found for note in table.notes(reference_of(table.values, baseline, table.covered))]
+    lines = [line for table in found for line in table.lines(reference_of(table.values, baseline, table.covered))]
     whole = [table for table in found if table.name in {e.benchmark for e in evaluations}]
     average = _average(whole, baseline)
     partly = [m for m in dict.fromkeys(e.method for e in evaluations) if m not in {line.method for line in average}]
@@ -65,9 +67,10 @@ def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluatio
     notes = []
     for e in evaluations:
         name, number = e.benchmark, 1
-        while name in tables and not same_rows(tables[name][0], e):
+        same: Evaluation | None = e
+        while name in tables and (same := in_order_of(tables[name][0], e)) is None:
             number += 1
-            name = f"{e.benchmark} [rows {number}]"
+            name, same = f"{e.benchmark} [rows {number}]", e
         if name not in tables and number > 1:
             first = tables[e.benchmark][0]
             both = {r["id"] for r in first.rows} & {r["id"] for r in e.rows}
@@ -75,7 +78,8 @@ def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluatio
                 f"{e.method} ({e.source}) has other rows or labels of {e.benchmark} than {first.method}: {len(e.rows)} "
                 f"and {len(first.rows)} rows, {len(both)} ids in common; it is shown as {name!r} and compared apart"
             )
-        tables.setdefault(name, []).append(e)
+        assert same is not None
+        tables.setdefault(name, []).append(same)
     return tables, notes
 
 
@@ -85,7 +89,8 @@ def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[Res
     if len(tables) < 2 or not methods:
         return []
     values = {m: mean_values([t.values[m] for t in tables]) for m in methods}
-    reference = reference_of(values, baseline)
+    covered = [m for m in methods if all(m in t.covered for t in tables)]
+    reference = reference_of(values, baseline, covered)
     lines = []
     for method in methods:
         samples = mean_samples([t.samples[method] for t in tables])
@@ -101,7 +106,7 @@ def _average(tables: Sequence[BenchmarkTable], baseline: str | None) -> list[Res
         rows, seeds = sum(len(t.label) for t in tables), min(len(t.methods[method]) for t in tables)
         found = with_intervals(values[method], samples)
         size = sum(t.predicted[method].size for t in tables)
-        lines.append(
-            ResultRow(AVERAGE, method, "", 0, seeds, rows, size, missing, found, reference, differences, paired)
-        )
+        used = sum(t.used(method) for t in tables)
+        about = (AVERAGE, method, "", 0, seeds, rows, size, missing, found)
+        lines.append(ResultRow(*about, reference, differences, paired, used, method in covered))
     return lines

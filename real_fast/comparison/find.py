@@ -26,10 +26,11 @@ class Evaluation:
 
     Attributes:
         method: Name of the run's folder, with as much of its path, protocol or number of feedbacks as tells it apart.
-        benchmark: Name of the data.
+        benchmark: Name of the data; of one of them, where an evaluation is of several named ones.
         protocol: See :mod:`real_fast.score.protocol`.
         feedbacks: Feedbacks sampled per row.
-        rows: Predictions with id, prompt_id, label and prediction, in the order of their ids.
+        rows: Predictions with id, prompt_id, label and prediction (and ``key``, what the row's texts make up, where the
+            evaluation wrote one), in the order of their ids.
         source: The file that they are in.
         owner: The run's folder, or the evaluation's own where it is not in a run.
         seed: Of the run, where the method's name does not tell it.
@@ -60,7 +61,7 @@ def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], l
     for folder in folders:
         if not Path(folder).expanduser().exists():
             raise NoEvaluationError(f"{folder}: there is no such folder")
-    found: dict[Path, Evaluation] = {}
+    found: dict[tuple[Path, str], Evaluation] = {}
     notes: list[str] = []
     for folder in folders:
         if Path(folder).expanduser().is_file():
@@ -71,32 +72,37 @@ def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], l
         any_read = False
         for path, read in summaries:
             try:
-                evaluation = read(path)
+                evaluations = read(path)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
                 notes.append(f"{path} cannot be read and is left out: {type(error).__name__}: {error}")
                 continue
-            if evaluation is not None:
-                any_read = True
-                found.setdefault(evaluation.source.resolve(), evaluation)
+            any_read = any_read or bool(evaluations)
+            for e in evaluations:
+                found.setdefault((e.source.resolve(), e.benchmark), e)
         if not any_read and len(notes) == before:
             notes.append(
                 f"{folder} holds no finished evaluation (predictions.jsonl with summary.json, or eval/after.json with "
                 "eval/after.predictions.jsonl) and is left out"
             )
-    for source in [source for source, e in found.items() if _overwritten(e, found.values())]:
-        notes.append(f"{source} is of a run that was overwritten and is left out")
-        del found[source]
+    old = [key for key, e in found.items() if _overwritten(e, found.values())]
+    notes += [
+        f"{source} is of a run that was overwritten and is left out" for source in dict.fromkeys(s for s, _ in old)
+    ]
+    for key in old:
+        del found[key]
     if not found:
         raise NoEvaluationError("; ".join(notes) or "no folder was given")
     return _named(_with_benchmarks(list(found.values()))), notes
 
 
-def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], Evaluation | None]]]:
+def _summaries(folder: Path) -> list[tuple[Path, Callable[[Path], list[Evaluation]]]]:
     """Files that mark a finished evaluation, with what reads them."""
     own = sorted(folder.rglob("eval/after.json"))
+    found: list[tuple[Path, Callable[[Path], list[Evaluation]]]] = []
     if folder.name == "eval" and (folder / "after.json").is_file():
         own.append(folder / "after.json")
-    return [(p, _of_run) for p in own] + [(p, _of_evaluate) for p in sorted(folder.rglob("summary.json"))]
+    found += [(p, _of_run) for p in own]
+    return found + [(p, _of_evaluate) for p in sorted(folder.rglob("summary.json"))]
 
 
 def _overwritten(e: Evaluation, found: Iterable[Evaluation]) -> bool:
@@ -105,7 +111,7 @@ def _overwritten(e: Evaluation, found: Iterable[Evaluation]) -> bool:
     return now != e.owner.as_posix() and any(other.owner.as_posix() == now for other in found)
 
 
-def _of_run(path: Path) -> Evaluation:
+def _of_run(path: Path) -> list[Evaluation]:
     """A run's evaluation of its held-out rows after training."""
     run = path.parent.parent
     # The second stage of TRACT reads what the first one wrote; the first one's settings name the data.
@@ -117,18 +123,20 @@ def _of_run(path: Path) -> Evaluation:
     return _load(summary, benchmark, path.with_name("after.predictions.jsonl"), run)
 
 
-def _of_evaluate(path: Path) -> Evaluation | None:
-    """What real_fast.evaluate wrote; None for a run's own summary, whose evaluation is in its eval folder."""
+def _of_evaluate(path: Path) -> list[Evaluation]:
+    """What real_fast.evaluate wrote; none for a run's own summary, whose evaluation is in its eval folder."""
     summary = json.loads(path.read_text(encoding="utf-8"))
     predictions = path.with_name("predictions.jsonl")
     if "pearson" not in summary or not predictions.is_file():
-        return None
+        return []
     owner = next((parent for parent in path.resolve().parents if _is_run(parent)), path.parent)
     return _load(summary, _data_name(summary["data"], summary.get("split")), predictions, owner)
 
 
-def _data_name(data: str, split: str | None) -> str:
-    """The file, or the hub dataset with its split."""
+def _data_name(data: Any, split: str | None) -> str:
+    """The file, or the hub dataset with its split; of several sources, all of them."""
+    if not isinstance(data, str):
+        return json.dumps(data, default=str)
     return f"{data} ({split})" if split and may_be_on_hub(data) else data
 
 
@@ -136,27 +144,37 @@ def _is_run(folder: Path) -> bool:
     return (folder / "metrics.jsonl").is_file() or (folder / "final").is_dir()
 
 
-def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> Evaluation:
+def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> list[Evaluation]:
+    """The evaluation of a file of predictions, or one for each named benchmark that it has rows of."""
     rows = sorted(read_jsonl(predictions), key=lambda row: str(row["id"]))
     if not rows:
         raise ValueError("it has no rows")
-    if repeated := [i for i, count in Counter(row["id"] for row in rows).items() if count > 1]:
-        raise ValueError(f"the id {repeated[0]!r} stands there twice")
+    several: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         float(row["label"]), row["prompt_id"], row["prediction"]
-    protocol = summary.get("protocol", "real")
-    return Evaluation("", benchmark, protocol, int(rows[0].get("n", 1)), rows, predictions, owner.resolve())
+        several.setdefault(row.get("benchmark") or benchmark, []).append(row)
+    for some in several.values():
+        if repeated := [i for i, count in Counter(row["id"] for row in some).items() if count > 1]:
+            raise ValueError(f"the id {repeated[0]!r} stands there twice")
+    about = (summary.get("protocol", "real"), int(rows[0].get("n", 1)))
+    return [Evaluation("", name, *about, some, predictions, owner.resolve()) for name, some in several.items()]
 
 
 def _with_benchmarks(found: list[Evaluation]) -> list[Evaluation]:
-    """Name the benchmarks: the end of the data's path, as much as tells it from other data with other rows."""
+    """Name the benchmarks: the end of the data's path, as much as tells it from other data with other rows.
+
+    Data of the very same rows is one benchmark, whatever its files are called; where the evaluations do not say what
+    the rows hold (earlier ones had ids alone), only if the files have one name.
+    """
     first: dict[str, Evaluation] = {}
     alike = {}
     for e in found:
         data = e.benchmark
         if data not in alike:
             same = (
-                d for d, other in first.items() if _tail(Path(d), 1) == _tail(Path(data), 1) and same_rows(e, other)
+                d
+                for d, other in first.items()
+                if in_order_of(other, e) and (_keyed(e, other) or _tail(Path(d), 1) == _tail(Path(data), 1))
             )
             alike[data] = next(same, data)
             first.setdefault(alike[data], e)
@@ -164,10 +182,26 @@ def _with_benchmarks(found: list[Evaluation]) -> list[Evaluation]:
     return [replace(e, benchmark=names[Path(alike[e.benchmark])]) for e in found]
 
 
-def same_rows(a: Evaluation, b: Evaluation) -> bool:
-    """Whether two evaluations are of the very same rows, with the same labels."""
-    keys = ("id", "prompt_id", "label")
-    return [[row[k] for k in keys] for row in a.rows] == [[row[k] for k in keys] for row in b.rows]
+def in_order_of(first: Evaluation, e: Evaluation) -> Evaluation | None:
+    """`e` with its rows in the order of `first`, or None where these are not the very same rows with the same labels.
+
+    Rows are known by what they hold, whatever ids a file gave them; by their ids where an evaluation has no keys.
+    """
+    keys = ("key",) if _keyed(first, e) else ("id", "prompt_id")
+    left: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in reversed(e.rows):
+        left.setdefault(_identity(row, keys), []).append(row)
+    rows = [there.pop() for row in first.rows if (there := left.get(_identity(row, keys)))]
+    return replace(e, rows=rows) if len(rows) == len(first.rows) == len(e.rows) else None
+
+
+def _keyed(*evaluations: Evaluation) -> bool:
+    return all("key" in row for e in evaluations for row in e.rows)
+
+
+def _identity(row: dict[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+    """With the label to six digits, since files keep numbers in 32 or 64 bits."""
+    return (*(row[key] for key in keys), f"{row['label']:.6g}")
 
 
 def _named(found: list[Evaluation]) -> list[Evaluation]:
@@ -199,20 +233,20 @@ def pool_seeds(found: Sequence[Evaluation]) -> tuple[list[Evaluation], list[str]
         key, bare = _without_seed(e)
         groups.setdefault(key, []).append(bare)
     pools = [same for same in groups.values() if len(same) > 1 and len({e.seed for e in same}) == len(same)]
-    inside = {e.source for same in pools for e in same}
-    taken = Counter((e.benchmark, e.method) for e in found if e.source not in inside)
+    inside = {(e.source, e.benchmark) for same in pools for e in same}
+    taken = Counter((e.benchmark, e.method) for e in found if (e.source, e.benchmark) not in inside)
     taken.update((same[0].benchmark, same[0].method) for same in pools)
-    names = {e.source: e for e in found}
+    names = {(e.source, e.benchmark): e for e in found}
     notes = []
     for same in pools:
         benchmark, method = same[0].benchmark, same[0].method
         if taken[benchmark, method] > 1:
-            each = ", ".join(names[e.source].method for e in same)
+            each = ", ".join(names[e.source, e.benchmark].method for e in same)
             notes.append(
                 f"{benchmark}: {each} are not pooled, since runs of other settings would be named {method} too"
             )
         else:
-            names |= {e.source: e for e in same}
+            names |= {(e.source, e.benchmark): e for e in same}
     return list(names.values()), notes
 
 
@@ -221,7 +255,7 @@ def _without_seed(e: Evaluation) -> tuple[str, Evaluation]:
     file = e.owner / "config.yaml"
     config = yaml.safe_load(file.read_text(encoding="utf-8")) if _is_run(e.owner) and file.is_file() else None
     if not isinstance(config, dict) or not isinstance(config.get("seed"), int):
-        return str(e.source), e
+        return json.dumps([str(e.source), e.benchmark]), e
     seed, output = config["seed"], str(config.get("output"))
 
     def bare(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from real_fast.comparison.table import ResultRow
+from real_fast.comparison.text import MARK
 from real_fast.reports.plots import BLUE, GREY, ORANGE, describe, new_figure, save_figure
 
 
@@ -31,13 +32,15 @@ def comparison_plot(lines: Sequence[ResultRow], path: str | Path) -> None:
                     continue
                 ends = (e.value if e.low is None else e.low, e.value if e.high is None else e.high)
                 spread = [[max(0.0, e.value - ends[0])], [max(0.0, ends[1] - e.value)]]
-                color = ORANGE if line.compared_to == line.method else BLUE
+                color = ORANGE if line.compared_to == line.method else BLUE if line.covered else GREY
                 axes.errorbar([e.value], [place], xerr=spread, fmt="o", color=color, capsize=4, elinewidth=1.6)
-            axes.set_yticks(range(len(some)), [line.method for line in some])
+            axes.set_yticks(range(len(some)), [line.method + ("" if line.covered else f" {MARK}") for line in some])
             axes.set_ylim(len(some) - 0.5, -0.5)
             describe(axes, name, what if name == list(tables)[-1] else "", "")
         row[1].tick_params(labelleft=False)
     drawn = "prompts and seeds" if max(line.seeds for line in lines) > 1 else "prompts"
     about = f"95 % intervals by resampling {drawn}; orange: the reference of the tests"
+    if not all(line.covered for line in lines):
+        about += f"; {MARK}: scored too few rows to be compared"
     figure.supxlabel(about, fontsize=10.5, color=GREY)
     save_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 from real_fast.comparison.bootstrap import Estimate, Samples, Values, drawn_seeds, mean_values, minus, with_intervals
 from real_fast.comparison.find import Evaluation
 from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, resample
+
+# Share of the scores of the method with the most that another needs to be compared on the rows of all. A judge that
+# answers the easy rows alone would win, and take the others' rows away.
+MIN_COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ResultRow:
         compared_to: The method that it is compared with, itself for that one; None where there is none.
         differences: This method minus the reference, on the rows that both have scored; empty for the reference.
         paired_rows: How many these are.
+        used_rows: Rows that the estimates are of: those that all covered methods scored.
+        covered: Whether it has scored enough rows (:data:`MIN_COVERAGE`); where not, the estimates are of its own rows.
     """
 
     benchmark: str
@@ -44,6 +50,13 @@ class ResultRow:
     compared_to: str | None = None
     differences: dict[str, Estimate] = field(default_factory=dict)
     paired_rows: int = 0
+    used_rows: int = 0
+    covered: bool = True
+
+    @property
+    def coverage(self) -> float:
+        """Share of the rows (of all seeds) that it has scored."""
+        return 1 - self.no_score / self.predictions
 
 
 class BenchmarkTable:
@@ -71,9 +84,16 @@ class BenchmarkTable:
             method: np.array([[np.nan if r["prediction"] is None else r["prediction"] for r in e.rows] for e in runs])
             for method, runs in self.methods.items()
         }  # [seeds, rows]
+        scored = {method: np.isfinite(x) for method, x in self.predicted.items()}
+        most = max(s.mean() for s in scored.values())
+        self.covered = [m for m, s in scored.items() if s.any() and s.mean() >= MIN_COVERAGE * most]
+        common = np.logical_and.reduce([scored[m].all(0) for m in self.covered] or [np.ones(len(rows), dtype=bool)])
+        self.compared = {
+            method: np.where(common, x, np.nan) if method in self.covered else x for method, x in self.predicted.items()
+        }  # [seeds, rows], NaN where a row does not count
         self.values: dict[str, Values] = {}
         self.samples: dict[str, Samples] = {}
-        for method, x in self.predicted.items():
+        for method, x in self.compared.items():
             self.values[method], self.samples[method] = self._mean(x, progress)
 
     def _mean(self, x: NDArray[np.float64], progress: Callable[[], object] | None = None) -> tuple[Values, Samples]:
@@ -96,10 +116,10 @@ class BenchmarkTable:
     def difference(self, method: str, reference: str) -> tuple[Values, Samples, int]:
         """Statistics of `method` minus those of `reference`, on the rows that both have scored; the count of these."""
         places = {name: self.common_seeds(name, other) for name, other in ((method, reference), (reference, method))}
-        both = np.logical_and.reduce([np.isfinite(self.predicted[name][mine]).all(0) for name, mine in places.items()])
+        both = np.logical_and.reduce([np.isfinite(self.compared[name][mine]).all(0) for name, mine in places.items()])
         sides = []
         for name, mine in places.items():
-            x = self.predicted[name]
+            x = self.compared[name]
             whole = len(mine) == len(x) and bool((np.isfinite(x) == both).all())
             known = (self.values[name], self.samples[name])
             sides.append(known if whole else self._mean(np.where(both, x[mine], np.nan)))
@@ -115,14 +135,31 @@ class BenchmarkTable:
             return list(range(len(mine)))
         return [place for place, seed in enumerate(mine) if seed in common]
 
+    def used(self, method: str) -> int:
+        """Rows that a method's estimates are of, for one seed at least."""
+        return int(np.isfinite(self.compared[method]).any(0).sum())
+
     def notes(self, reference: str | None) -> list[str]:
-        """What the numbers do not show of the seeds."""
+        """What the numbers do not show of rows and seeds."""
         found = []
+        few = [
+            f"{m} ({_percent(np.isfinite(self.predicted[m]).mean())})" for m in self.methods if m not in self.covered
+        ]
+        if few:
+            found.append(
+                f"{self.name}: few rows have a score by {', '.join(few)}, so its numbers are of other rows than the "
+                "others'; it is neither reference nor best"
+            )
+        if len(self.covered) > 1 and (used := self.used(self.covered[0])) < len(self.label):
+            found.append(
+                f"{self.name}: numbers are of the {used} of {len(self.label)} rows that {', '.join(self.covered)} all "
+                "scored"
+            )
         for method, runs in self.methods.items():
             pairs = [] if reference is None else [(method, reference), (reference, method)]
             if any(len(self.common_seeds(a, b)) < len(self.methods[a]) for a, b in pairs):
                 found.append(f"{self.name}: the difference of {method} and {reference} is that of the seeds of both")
-            single = [correlations(x[np.isfinite(x)], self.label[np.isfinite(x)]) for x in self.predicted[method]]
+            single = [correlations(x[np.isfinite(x)], self.label[np.isfinite(x)]) for x in self.compared[method]]
             without = [str(e.seed) for e, s in zip(runs, single, strict=True) if s["pearson"] is None]
             if len(runs) > 1 and without:
                 found.append(
@@ -154,16 +191,22 @@ class BenchmarkTable:
                     reference,
                     differences,
                     paired,
+                    self.used(method),
+                    method in self.covered,
                 )
             )
         return found
 
 
-def reference_of(values: Mapping[str, Values], baseline: str | None) -> str | None:
-    """The baseline, or the method with the highest Pearson correlation; None where there is nothing to compare."""
+def reference_of(values: Mapping[str, Values], baseline: str | None, covered: Collection[str]) -> str | None:
+    """The baseline, or the covered method with the highest Pearson correlation; None where nothing can be compared."""
     if len(values) < 2:
         return None
     if baseline is not None:
         return baseline if baseline in values else None
-    known = {m: p for m, v in values.items() if (p := v["pearson"]) is not None}
+    known = {m: p for m, v in values.items() if m in covered and (p := v["pearson"]) is not None}
     return max(known, key=lambda m: known[m]) if known else None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

@@ -164,6 +164,9 @@ def table(summary: dict[str, Any]) -> str:
     heading = "written" if summary.get("protocol") == "decode" else "RAIL"
     lines = [("", heading, "decoded"), ("rows with a score", *(f"{r['n_scored']} of {r['n']}" for r in both))]
     lines += [(name, *(cell(r, name) for r in both)) for name in (*WITH_INTERVALS, "mae", "bias")]
+    for name, key in (("off-scale mass", "off_scale_mass"), ("truncated", "truncated")):
+        if summary.get(key) is not None:
+            lines.append((name, f"{summary[key]:.3f}", ""))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

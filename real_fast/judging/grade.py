@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from real_fast.errors import GradeError
+from real_fast.score.protocol import ProtocolName, read
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout
 
 Rubric = str | Mapping[str, str]
 
@@ -61,6 +64,25 @@ def doubt(off_scale_mass: float | None, full_softmax: bool) -> tuple[str | None,
     if off_scale_mass > MAX_OFF_SCALE:
         return f"no score: {what}, and at most {MAX_OFF_SCALE} may (is this the model's own phrase and scale?)", None
     return None, f"{what}, which pulls the score towards 0"
+
+
+def verdict(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName, renormalize: bool) -> Grade:
+    """The grade of a response out of the feedbacks on it. Arguments as of :func:`real_fast.score.protocol.read`."""
+    found = read(rollouts, scale, protocol, renormalize)
+    # A score that the model wrote says nothing of the probability that was left for others.
+    error, warning = doubt(None if protocol == "decode" else found.off_scale_mass, full_softmax=not renormalize)
+    if found.prediction is None:
+        error, warning = "no score: none of the feedbacks has one", None
+    texts = [r.text.rstrip().removesuffix(scale.phrase.strip()).strip() for r in rollouts]
+    return Grade(
+        feedback=texts[0] if len(texts) == 1 else texts,
+        score=None if error else found.prediction,
+        distribution=found.distribution,
+        off_scale_mass=found.off_scale_mass,
+        decoded=found.decoded,
+        error=error,
+        warning=warning,
+    )
 
 
 def raise_if_ungraded(grade: Grade) -> Grade:

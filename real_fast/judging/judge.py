@@ -15,8 +15,8 @@ from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
 from real_fast.judging.arguments import check_arguments
-from real_fast.judging.grade import Grade, doubt, raise_if_ungraded, request
-from real_fast.judging.prometheus_eval import PrometheusNames
+from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
+from real_fast.judging.prometheus_names import PrometheusNames
 from real_fast.judging.sharing import Alone
 from real_fast.judging.waiting import CLOSED, Waiting
 from real_fast.model.judge_settings import judge_config
@@ -25,7 +25,7 @@ from real_fast.prompt.builder import PromptBuilder
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.make import load_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
-from real_fast.score.protocol import ProtocolName, read, sampling
+from real_fast.score.protocol import ProtocolName, sampling
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 from real_fast.utils.seeds import call_seed
@@ -283,23 +283,7 @@ class Judge(PrometheusNames):
     def _verdict(self, rollouts: list[Rollout] | str) -> Grade:
         if isinstance(rollouts, str):
             return Grade(error=rollouts)
-        protocol, renormalize = self.config.eval.protocol, self.config.objective.renormalize
-        found = read(rollouts, self.scale, protocol, renormalize)
-        # A score that the model wrote says nothing of the probability that was left for others.
-        error, warning = doubt(None if protocol == "decode" else found.off_scale_mass, full_softmax=not renormalize)
-        if found.prediction is None:
-            error, warning = "no score: none of the feedbacks has one", None
-        phrase = self.scale.phrase.strip()
-        texts = [r.text.rstrip().removesuffix(phrase).strip() for r in rollouts]
-        return Grade(
-            feedback=texts[0] if len(texts) == 1 else texts,
-            score=None if error else found.prediction,
-            distribution=found.distribution,
-            off_scale_mass=found.off_scale_mass,
-            decoded=found.decoded,
-            error=error,
-            warning=warning,
-        )
+        return verdict(rollouts, self.scale, self.config.eval.protocol, self.config.objective.renormalize)
 
 
 def _listed(rows: Any) -> list[Any]:

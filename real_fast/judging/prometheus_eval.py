@@ -1,120 +1,99 @@
-"""Grading under the names that prometheus-eval gave it, so that its callers need to change the judge alone."""
+"""Stands in for the package prometheus-eval: change its imports to this module, and its model to yours.
+
+from real_fast.judging.prometheus_eval import ABSOLUTE_PROMPT, SCORE_RUBRIC_TEMPLATE, VLLM, PrometheusEval
+"""
 
 from __future__ import annotations
 
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 from real_fast.errors import ConfigError
-from real_fast.judging.grade import Grade, Rubric, raise_if_ungraded, request
+from real_fast.judging.grade import Grade
+from real_fast.judging.judge import Judge
+from real_fast.judging.prometheus_names import PrometheusNames
 from real_fast.types import SamplingParams
 
-# There, `params` go to vLLM whole; these are the ones under which a score distribution means the same.
-_PARAMS = ("temperature", "top_p", "max_tokens", "n", "seed")
-# Understood as long as they change nothing.
-_NEUTRAL = {"best_of": 1, "repetition_penalty": 1}
+# A judge is asked in the words that it was trained with, so these stand for its own prompt, whichever is given.
+ABSOLUTE_PROMPT = "the judge's own prompt, with a reference answer"
+ABSOLUTE_PROMPT_WO_REF = "the judge's own prompt, without a reference answer"
+RELATIVE_PROMPT = "the judge's own prompt for each of two responses, with a reference answer"
+RELATIVE_PROMPT_WO_REF = "the judge's own prompt for each of two responses, without a reference answer"
+_PROMPTS = (ABSOLUTE_PROMPT, ABSOLUTE_PROMPT_WO_REF, RELATIVE_PROMPT, RELATIVE_PROMPT_WO_REF)
+
+# For str.format: a rubric of five descriptions as one text.
+SCORE_RUBRIC_TEMPLATE = "\n".join(["[{criteria}]", *(f"Score {s}: {{score{s}_description}}" for s in range(1, 6))])
+
+# prometheus-eval's own where nothing else is given.
+_ROLLOUT = {"max_tokens": 1024, "top_p": 0.9}
 
 
-class PrometheusNames(ABC):
-    """``single_absolute_grade`` and ``absolute_grade`` on top of a batch of rows.
+class VLLM:
+    """Which model to judge with; :class:`PrometheusEval` loads it.
 
-    Scores are expected scores, so not whole numbers.
+    Args:
+        model: A folder or a model on the Hugging Face hub.
+        settings: Arguments of :class:`Judge` (engine, n, prompt, ...; the engine need not be vLLM). Of vLLM's own,
+            gpu_memory_utilization, and tensor_parallel_size where it is 1.
+
+    Raises:
+        ConfigError: More than one GPU, or a setting that a judge does not have.
     """
 
-    @abstractmethod
-    def _sampling(self, seed: int) -> SamplingParams: ...
+    def __init__(self, model: str, **settings: Any) -> None:
+        if settings.pop("tensor_parallel_size", 1) != 1:
+            raise ConfigError("tensor_parallel_size is not 1: a judge runs on one device")
+        rollout = {**_ROLLOUT, **settings.pop("rollout", {})}
+        if "gpu_memory_utilization" in settings:
+            rollout["gpu_memory_utilization"] = settings.pop("gpu_memory_utilization")
+        known = sorted(set(signature(Judge).parameters) - {"model"})
+        if unknown := sorted(set(settings) - set(known)):
+            raise ConfigError(f"VLLM has {unknown[0]!r}: a judge takes {', '.join(known)}, gpu_memory_utilization")
+        self.model, self.settings = model, {**settings, "rollout": rollout}
 
-    @abstractmethod
-    def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]: ...
+    def judge(self) -> Judge:
+        """Load it. Raises as :class:`Judge` does."""
+        return Judge(self.model, **self.settings)
 
-    def single_absolute_grade(
+
+class PrometheusEval(PrometheusNames):
+    """prometheus-eval's judge: its four grading methods, by a judge of this package.
+
+    Args:
+        model: A :class:`VLLM`, a :class:`Judge`, or a folder or hub name.
+        absolute_grade_template: :data:`ABSOLUTE_PROMPT` or :data:`ABSOLUTE_PROMPT_WO_REF`.
+        relative_grade_template: :data:`RELATIVE_PROMPT` or :data:`RELATIVE_PROMPT_WO_REF`.
+        model_id: Another name of `model`.
+
+    Raises:
+        ConfigError: No model, or a prompt of the caller's own. Beside it, what :class:`Judge` raises.
+    """
+
+    def __init__(
         self,
-        instruction: str,
-        response: str,
-        rubric: Rubric,
-        reference_answer: str | None = None,
-        params: Mapping[str, Any] | None = None,
-    ) -> tuple[str | list[str] | None, float | None]:
-        """Feedback and score of one response.
-
-        Args:
-            instruction: What the response answers.
-            response: The text to grade.
-            rubric: Text, or Prometheus's dictionary.
-            reference_answer: None for none.
-            params: temperature, top_p (with vLLM, the judge's own is the smallest), max_tokens, n and seed.
-
-        Raises:
-            GradeError: The request cannot be graded.
-            ConfigError: A key of `params` that is not understood, or a value that cannot be.
-        """
-        row = request(instruction, response, rubric, reference_answer)
-        grade = raise_if_ungraded(self._grade([row], self._with(params))[0])
-        if said := grade.error or grade.warning:
-            warnings.warn(said, stacklevel=2)
-        return grade.feedback, grade.score
-
-    def absolute_grade(
-        self,
+        model: VLLM | Judge | str | None = None,
+        absolute_grade_template: str = ABSOLUTE_PROMPT_WO_REF,
+        relative_grade_template: str = RELATIVE_PROMPT_WO_REF,
         *,
-        instructions: Sequence[str],
-        responses: Sequence[str],
-        rubric: Rubric | Sequence[Rubric],
-        reference_answers: Sequence[str | None] | None = None,
-        params: Mapping[str, Any] | None = None,
-    ) -> tuple[list[str | list[str] | None], list[float | None]]:
-        """Feedbacks and scores of many responses. A row without a score has None, and a warning says why.
+        model_id: str | None = None,
+    ) -> None:
+        for name, template in (("absolute", absolute_grade_template), ("relative", relative_grade_template)):
+            if template not in _PROMPTS:
+                raise ConfigError(
+                    f"{name}_grade_template is a text of your own, and a judge is asked in the words that it was "
+                    "trained with. For a model without such, give a file: VLLM(model, prompt={'template': 'mine.txt'})"
+                )
+        given = model if model is not None else model_id
+        if given is None:
+            raise ConfigError("model is None: give a VLLM, a Judge, or the name of a model")
+        if not isinstance(given, Judge):
+            given = (given if isinstance(given, VLLM) else VLLM(given)).judge()
+        self.judge = given
+        self.scale = given.scale
 
-        Args:
-            instructions: One per response.
-            responses: The texts to grade.
-            rubric: One for all, or one per response.
-            reference_answers: One per response, or None.
-            params: As of :meth:`single_absolute_grade`.
+    def _sampling(self, seed: int) -> SamplingParams:
+        return self.judge._sampling(seed)
 
-        Raises:
-            ValueError: The lists have different lengths.
-            ConfigError: A key of `params` that is not understood, or a value that cannot be.
-        """
-        rubrics = [rubric] * len(responses) if isinstance(rubric, str | Mapping) else list(rubric)
-        answers = [None] * len(responses) if reference_answers is None else list(reference_answers)
-        if not len(instructions) == len(responses) == len(rubrics) == len(answers):
-            raise ValueError(
-                f"the lengths differ: {len(instructions)} instructions, {len(responses)} responses, {len(rubrics)} "
-                f"rubrics, {len(answers)} reference answers"
-            )
-        rows = [request(*texts) for texts in zip(instructions, responses, rubrics, answers, strict=True)]
-        grades = self._grade(rows, self._with(params))
-        for place, grade in enumerate(grades):
-            if grade.error:
-                warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=2)
-            elif grade.warning:
-                warnings.warn(f"response {place}: {grade.warning}", stacklevel=2)
-        return [grade.feedback for grade in grades], [grade.score for grade in grades]
-
-    def _with(self, params: Mapping[str, Any] | None) -> SamplingParams:
-        given = {k: v for k, v in (params or {}).items() if k not in _NEUTRAL or v != _NEUTRAL[k]}
-        if unknown := sorted(set(given) - set(_PARAMS)):
-            raise ConfigError(
-                f"params has {unknown[0]!r}: {given[unknown[0]]!r}, and a judge understands {', '.join(_PARAMS)}: "
-                "leave it out"
-            )
-        sampling_params = replace(self._sampling(0), **given)
-        whole = all(
-            isinstance(value, int) for value in (sampling_params.n, sampling_params.max_tokens, sampling_params.seed)
-        )
-        if (
-            not whole
-            or sampling_params.n < 1
-            or sampling_params.max_tokens < 1
-            or sampling_params.temperature < 0
-            or not 0 < sampling_params.top_p <= 1
-        ):
-            raise ConfigError(
-                f"params {given}: n and max_tokens must be 1 or more, temperature 0 or more, top_p above 0 and at most "
-                "1, seed a whole number"
-            )
-        return sampling_params
+    def _grade(self, rows: Iterable[Any], params: SamplingParams) -> list[Grade]:
+        return self.judge._grade(rows, params)

@@ -21,6 +21,9 @@ from real_fast.reports.plots import (
     window_for,
 )
 
+OFF_SCALE = 0.2  # mean probability off the scale that is worth a warning, in training, evaluating and judging
+TRUNCATED = 0.5  # share of feedback cut off at the length limit
+
 # Panel: (title, y axis, lines of (key, legend, colour)).
 _PANELS: tuple[tuple[str, str, tuple[tuple[str, str, str], ...]], ...] = (
     (
@@ -84,6 +87,31 @@ def health_curves(metrics: Sequence[dict[str, Any]], path: str | Path) -> None:
         else:
             axes.text(0.5, 0.5, "not measured by this method", ha="center", color=GREY, transform=axes.transAxes)
     save_figure(figure, path)
+
+
+def evaluation_warnings(summary: dict[str, Any]) -> list[str]:
+    """What an evaluation shows beside its correlations that its user should know, a sentence each.
+
+    Args:
+        summary: Of :func:`real_fast.evaluation.run.evaluate`; of several benchmarks, each is looked at by itself.
+    """
+    if several := summary.get("benchmarks"):
+        return [f"{name}: {said}" for name, one in several.items() for said in evaluation_warnings(one)]
+    protocol, found = summary.get("protocol", "real"), []
+    off_scale, truncated = summary.get("off_scale_mass"), summary.get("truncated")
+    if protocol != "decode" and off_scale is not None and off_scale > OFF_SCALE:
+        found.append(
+            f"off-scale mass is {off_scale:.3g}: so much of the probability is on none of the scores. Train or warm up "
+            "longer, or check scale.phrase and scale.values"
+        )
+    # A feedback without its end: in front of a phrase that is appended, the score is read behind half a sentence.
+    if protocol != "raft" and truncated is not None and truncated > TRUNCATED:
+        found.append(f"{truncated:.0%} of the feedback is cut off: raise rollout.max_tokens")
+    if missing := summary.get("no_score"):
+        found.append(f"{missing} of {summary['n']} rows have no score, and count in no number")
+    if broken := summary.get("not_finite"):
+        found.append(f"the probabilities of {broken} feedbacks are not numbers: the model's weights may be broken")
+    return found
 
 
 def score_histogram(predictions: dict[str, list[dict[str, Any]]], path: str | Path) -> None:

@@ -100,6 +100,7 @@ def finish(
     html.write(folder.path, clean(summary), real, predictions["after"], folder.lines("rollouts.jsonl"))
     write_json(folder.path / "summary.json", clean(summary))
     print_table({name: evaluation for name, evaluation in evaluations.items() if evaluation})
+    print_warnings(real, evaluations.get("after"))
     print(f"time by phase: {', '.join(f'{k} {v:.0f} s' for k, v in state.seconds.items())}")
     print(f"wrote {folder.path}/ (report.html, summary.json, predictions.jsonl, plots, final/)", flush=True)
 
@@ -124,6 +125,17 @@ def print_table(evaluations: dict[str, dict[str, Any]]) -> None:
         )
     protocols = sorted({e.get("protocol", "real") for e in evaluations.values()})
     print(f"(protocol {', '.join(protocols)}; 95 % intervals by resampling prompts)")
+
+
+def print_warnings(metrics: list[dict[str, Any]], after: dict[str, Any] | None) -> None:
+    """What the report warns of, and the last evaluation, where who reads no report sees it.
+
+    Args:
+        metrics: Lines of the training phase.
+        after: The summary of the last evaluation.
+    """
+    for warning in [*html.health_warnings(metrics), *(health.evaluation_warnings(after) if after else ())]:
+        print(f"warning: {warning}")
 
 
 def peak_memory(device: torch.device) -> float:

@@ -16,9 +16,10 @@ import yaml
 from real_fast.compare import main
 from real_fast.comparison.bootstrap import drawn_seeds
 from real_fast.comparison.compare import AVERAGE, compare
-from real_fast.comparison.find import Evaluation, find_evaluations, pool_seeds
+from real_fast.comparison.find import Evaluation, find_evaluations, in_order_of, pool_seeds
 from real_fast.comparison.plot import comparison_plot
 from real_fast.comparison.table import ResultRow
+from real_fast.comparison.text import markdown
 from real_fast.errors import NoEvaluationError
 from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, summarize
 from real_fast.utils.jsonio import write_json, write_jsonl
@@ -120,6 +121,60 @@ def test_a_difference_is_taken_on_the_rows_that_both_have_scored() -> None:
     values = [correlations([r["prediction"] for r in rows[20:]], label)["pearson"] for rows in (part, whole)]
     assert d.paired_rows == 70 and d.differences["pearson"].value == pytest.approx(values[0] - values[1])
     assert by(lines, "whole").estimates["pearson"].value != pytest.approx(values[1])
+
+
+def answered(rows: list[dict[str, Any]], few: range) -> list[dict[str, Any]]:
+    """Only some of the rows have a score, and that is the label itself."""
+    return [{**row, "prediction": row["label"] if i in few else None} for i, row in enumerate(rows)]
+
+
+def test_a_judge_that_answers_few_rows_wins_nothing() -> None:
+    """4 of 90 rows, all of them right: neither best nor reference, and it takes nobody's rows away."""
+    good = predictions(0.3, 1)
+    alone, _ = compare([evaluation("good", good), evaluation("poor", predictions(1.0, 2))], bootstrap=20)
+    few = evaluation("few", answered(good, range(4)))
+    lines, notes = compare([few, evaluation("good", good), evaluation("poor", predictions(1.0, 2))], bootstrap=20)
+    assert by(lines, "few").estimates["pearson"].value == pytest.approx(1.0)
+    assert [line.compared_to for line in lines] == ["good"] * 3
+    assert [(line.covered, line.used_rows) for line in lines] == [(False, 4), (True, 90), (True, 90)]
+    assert by(lines, "few").coverage == pytest.approx(4 / 90) and by(lines, "few").paired_rows == 4
+    assert [by(lines, m).estimates for m in ("good", "poor")] == [by(alone, m).estimates for m in ("good", "poor")]
+    assert len(notes) == 1 and "few (4.44 %)" in notes[0] and "neither reference nor best" in notes[0]
+    text = markdown(lines, notes, 20, None)
+    row = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| b.jsonl")}
+    assert "| 4.44 % † |" in row["few"] and "**" not in row["few"] and "| 100 % |" in row["good"]
+    assert row["good"].count("**") == 8 and "†: scored fewer than 90%" in text
+    assert "†" not in markdown(alone, [], 20, None)
+
+
+def test_methods_are_compared_on_the_rows_that_all_have_scored() -> None:
+    a, b = predictions(0.3, 1, missing=5), predictions(0.5, 2)
+    b[-3:] = [{**row, "prediction": None} for row in b[-3:]]
+    lines, notes = compare([evaluation("a", a), evaluation("b", b)], bootstrap=20)
+    label = [row["label"] for row in a[5:-3]]
+    for method, rows in (("a", a), ("b", b)):
+        line, want = by(lines, method), correlations([row["prediction"] for row in rows[5:-3]], label)
+        assert (line.used_rows, line.covered) == (82, True)
+        assert [line.estimates[s].value for s in WITH_INTERVALS] == pytest.approx([want[s] for s in WITH_INTERVALS])
+    assert by(lines, "b").paired_rows == 82
+    assert notes == ["b.jsonl: numbers are of the 82 of 90 rows that a, b all scored"]
+
+
+def test_a_judge_that_answers_nothing_and_judges_that_all_answer_little() -> None:
+    rows = predictions(0.3, 1)
+    none = evaluation("none", answered(rows, range(0)))
+    few, fewer = (evaluation(f"few{n}", answered(rows, range(n))) for n in (40, 39))
+    lines, _ = compare([none, few, fewer], bootstrap=10)
+    assert [(line.covered, line.used_rows) for line in lines] == [(False, 0), (True, 39), (True, 39)]
+    assert compare([none], bootstrap=10)[0][0].estimates["pearson"].value is None
+
+
+def test_the_average_crowns_no_judge_that_answers_few_rows() -> None:
+    some = [evaluation(m, predictions(n, 1, data=d), f"{d}") for d in (0, 1) for m, n in (("a", 0.5), ("b", 1.0))]
+    some += [evaluation("few", answered(predictions(1, 1, data=d), range(4 if d else 90)), f"{d}") for d in (0, 1)]
+    lines = [line for line in compare(some, bootstrap=10)[0] if line.benchmark == AVERAGE]
+    assert [(line.method, line.covered) for line in lines] == [("a", True), ("b", True), ("few", False)]
+    assert lines[2].compared_to == "a" and lines[2].estimates["pearson"].value == pytest.approx(1.0)
 
 
 def test_other_rows_are_compared_apart_and_said_so() -> None:
@@ -236,6 +291,66 @@ def test_data_of_one_file_name_are_told_apart_by_their_folders(tmp_path: Path) -
         ("sft", "b/test.jsonl"),
     ]
     assert notes == []
+
+
+def keyed(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """As an evaluation writes them: what a row holds is its key, whatever a file calls it."""
+    return [{**row, "id": f"{name}:{i}", "key": f"k{row['id']}"} for i, row in enumerate(rows)]
+
+
+def test_the_same_rows_of_two_files_are_one_benchmark(tmp_path: Path) -> None:
+    """Another format gives other ids and 32-bit labels, and may have another order and another name."""
+    rows, other = predictions(0.3, 1), predictions(0.9, 2)
+    shuffled = [{**row, "label": float(np.float32(row["label"]))} for row in other[::-1]]
+    evaluated(tmp_path / "a", keyed(rows, "bench.jsonl"), "bench.jsonl")
+    evaluated(tmp_path / "b", keyed(shuffled, "bench.parquet"), "test/copy.parquet")
+    evaluated(tmp_path / "c", keyed(predictions(0.3, 1, data=1), "bench.csv"), "bench.csv")  # other rows
+    found, _ = find_evaluations([tmp_path])
+    assert [(e.method, e.benchmark) for e in found] == [("a", "bench.jsonl"), ("b", "bench.jsonl"), ("c", "bench.csv")]
+    lines, notes = compare(found, bootstrap=20)
+    want = compare([evaluation("a", rows), evaluation("b", other)], bootstrap=20)[0]
+    assert by(lines, "b", "bench.jsonl").differences["rmse"].value == pytest.approx(
+        by(want, "b").differences["rmse"].value
+    )
+    assert by(lines, "b", "bench.jsonl").paired_rows == 90 and notes == [
+        "no average for a, b, c: not on the same rows as the others on every benchmark"
+    ]
+
+
+def test_the_same_ids_do_not_make_the_same_rows(tmp_path: Path) -> None:
+    """Files that number their rows give the same ids to whatever is in them."""
+    rows = keyed(predictions(0.3, 1), "b.jsonl")
+    evaluated(tmp_path / "a", rows)
+    evaluated(tmp_path / "b", [{**row, "key": f"other {row['key']}"} for row in rows])
+    lines, notes = compare(find_evaluations([tmp_path])[0], bootstrap=5)
+    assert [line.benchmark for line in lines] == ["b.jsonl", "b.jsonl [rows 2]"] and "compared apart" in notes[0]
+
+
+def test_rows_that_are_there_twice_stay_two(tmp_path: Path) -> None:
+    rows = keyed(predictions(0.3, 1)[:6] * 2, "b.jsonl")
+    evaluated(tmp_path / "a", rows)
+    evaluated(tmp_path / "b", rows[:-1])
+    found, _ = find_evaluations([tmp_path])
+    assert in_order_of(found[0], found[0]) == found[0] and in_order_of(found[0], found[1]) is None
+
+
+def test_named_benchmarks_of_one_evaluation_are_compared_one_by_one(tmp_path: Path) -> None:
+    both = [
+        {**row, "benchmark": name}
+        for d, name in enumerate(("mt", "flask"))
+        for row in keyed(predictions(0.4, 1, data=d), name)
+    ]
+    evaluated(tmp_path / "a", both, benchmarks={"mt": {}, "flask": {}})
+    trained(tmp_path / "b", both, {"train": "t.jsonl", "eval": {"mt": "mt.jsonl", "flask": "flask.jsonl"}})
+    evaluated(tmp_path / "c", keyed(predictions(0.8, 2), "x"), "mt_bench.jsonl")  # the rows of the first
+    found, notes = find_evaluations([tmp_path])
+    assert sorted((e.benchmark, e.method) for e in found) == [
+        ("flask", "a"), ("flask", "b"), ("mt", "a"), ("mt", "b"), ("mt", "c"),
+    ]  # fmt: skip
+    assert notes == [] and all(len(e.rows) == 90 for e in found)
+    lines, _ = compare(found, bootstrap=10)
+    assert {line.method for line in lines if line.benchmark == AVERAGE} == {"a", "b"}
+    assert len(pool_seeds(found)[0]) == 5
 
 
 def test_splits_of_a_hub_dataset_are_benchmarks_of_their_own(tmp_path: Path) -> None:

@@ -197,3 +197,6 @@ def test_table_shows_both_readings_and_reasons() -> None:
     pearson = next(line for line in lines if line.startswith("pearson"))
     assert f"{summary['pearson']:.3f} [{summary['ci95']['pearson'][0]:.3f}, " in pearson
     assert "none: all predictions are equal" in pearson
+    assert not any(line.startswith(("off-scale", "truncated")) for line in lines)  # a summary of an earlier version
+    lines = table(summary | {"off_scale_mass": 0.9997, "truncated": 0.25}).splitlines()
+    assert [line.split() for line in lines[-2:]] == [["off-scale", "mass", "1.000"], ["truncated", "0.250"]]

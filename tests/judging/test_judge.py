@@ -284,7 +284,7 @@ def test_prometheus_evals_calls_work(with_engine: Any) -> None:
 def test_prometheus_evals_parameters_are_checked_before_the_work(with_engine: Any) -> None:
     engine = FakeEngine([rollout([0.5, 0.25, 0.25])])
     judge = with_engine(engine)
-    neutral = {"best_of": 1, "repetition_penalty": 1.0, "top_p": 0.9}
+    neutral = {"best_of": 1, "repetition_penalty": 1.0, "top_k": -1, "top_p": 0.9}
     assert judge.single_absolute_grade("a", "b", "c", params=neutral)[1] == pytest.approx(1.75)
     for wrong in (
         {"n": 0},
@@ -302,8 +302,8 @@ def test_prometheus_evals_parameters_are_checked_before_the_work(with_engine: An
 
 def test_prometheus_evals_calls_refuse_what_they_cannot_honour(with_engine: Any) -> None:
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
-    with pytest.raises(ConfigError, match="repetition_penalty"):
-        judge.single_absolute_grade("a", "b", "c", params={"repetition_penalty": 1.03})
+    with pytest.raises(ConfigError, match="stop"):
+        judge.single_absolute_grade("a", "b", "c", params={"stop": ["."]})
     with pytest.raises(ValueError, match="2 instructions, 1 responses"):
         judge.absolute_grade(instructions=["a", "b"], responses=["c"], rubric="r")
     with pytest.warns(UserWarning, match="response 1 has no score: response is missing"):

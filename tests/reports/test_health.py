@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from real_fast.reports import health, html
+from real_fast import evaluate
+from real_fast.reports import health, html, report
 
 
 def prediction(i, label, score):
@@ -54,6 +55,43 @@ def test_warnings_name_the_number_and_what_to_do():
     assert warning.startswith("kl is 0.9 on the last step: ") and "objective.kl_coef" in warning
     assert html.health_warnings([{"step": 1, "kl": 0.1}]) == []
     assert html.health_warnings([{**m, "score/off_scale_mass": 0.01} for m in METRICS]) == []
+
+
+SUMMARY = {
+    "protocol": "real", "n": 20, "no_score": 3, "off_scale_mass": 0.9997, "truncated": 0.75, "not_finite": 1,
+}  # fmt: skip
+
+
+def test_an_evaluations_warnings():
+    mass, cut, missing, broken = health.evaluation_warnings(SUMMARY)
+    assert "off-scale mass is 1: " in mass and "scale.phrase" in mass
+    assert "75% of the feedback is cut off: raise rollout.max_tokens" in cut
+    assert missing.startswith("3 of 20 rows have no score") and "1 feedbacks are not numbers" in broken
+    well = SUMMARY | {"no_score": 0, "off_scale_mass": 0.05, "truncated": 0.1, "not_finite": 0}
+    assert health.evaluation_warnings(well) == []
+    # One token is all that raft samples, and decode reads no probability.
+    assert health.evaluation_warnings(well | {"protocol": "raft", "truncated": 1.0}) == []
+    assert health.evaluation_warnings(well | {"protocol": "decode", "off_scale_mass": 1.0}) == []
+    several = {"n": 40, "no_score": 0, "benchmarks": {"mt": well, "flask": SUMMARY}}
+    assert [said.split(":")[0] for said in health.evaluation_warnings(several)] == ["flask"] * 4
+
+
+def test_warnings_go_to_the_terminal(capsys, monkeypatch, tmp_path):
+    report.print_warnings(METRICS, SUMMARY)
+    said = capsys.readouterr().out
+    assert (
+        "warning: score/off_scale_mass is 0.5 over the last 5 steps" in said and "warning: off-scale mass is 1" in said
+    )
+    report.print_warnings([], None)
+    assert capsys.readouterr().out == ""
+    x = {"pearson": None, "spearman": None, "kendall": None, "rmse": 1.0, "mae": 1.0, "bias": 0.0, "ci95": {}}
+    x |= {"n_scored": 17, "n": 20, "reasons": {}}
+    monkeypatch.setattr(evaluate, "run", lambda config: {**x, **SUMMARY, "decoded": x, "rejected": 0})
+    model = str(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert evaluate.main(["--model", model, "--data", "d.jsonl", "--output", model]) == 0
+    said = capsys.readouterr().out
+    assert "off-scale mass" in said and "truncated" in said and said.count("warning: ") == 4
 
 
 def test_the_page_stands_alone_and_escapes_what_models_write(tmp_path):

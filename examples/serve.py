@@ -1,0 +1,68 @@
+"""A judge behind HTTP with FastAPI. Requests that arrive while it is busy are graded together, as one batch.
+
+python examples/serve.py --model runs/x/final
+curl -d '{"instruction": "Name a fruit.", "response": "A pear.", "rubric": "Is it one?"}' localhost:8000/grade
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import Body, FastAPI, HTTPException
+from pydantic import BaseModel
+
+from real_fast import GradeError, Judge
+
+
+class Request(BaseModel):
+    """What :meth:`Judge.grade` takes."""
+
+    instruction: str
+    response: str
+    rubric: str | dict[str, str] = ""
+    reference_answer: str | None = None
+    seed: int = 0
+
+
+def make_app(load: Callable[[], Judge]) -> FastAPI:
+    """The application. The judge is loaded when it starts, in the process that serves, and freed when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with load() as judge:
+            app.state.judge = judge
+            yield
+
+    app = FastAPI(lifespan=lifespan)
+
+    @app.post("/grade")
+    async def grade(request: Request = Body()) -> dict[str, Any]:  # noqa: B008
+        try:
+            return asdict(await app.state.judge.agrade(**request.model_dump()))
+        except GradeError as error:  # nothing to grade, a prompt that is too long: the caller's to mend
+            raise HTTPException(422, str(error)) from error
+
+    return app
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a folder, or a model on the Hugging Face hub")
+    parser.add_argument("--n", type=int, default=1, help="feedbacks a response")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+
+    import uvicorn
+
+    # One worker: a second process would load the model once more.
+    uvicorn.run(make_app(lambda: Judge(args.model, n=args.n)), host=args.host, port=args.port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A judge behind a server that speaks OpenAI's protocol: what to ask it, and the grade out of its answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.data.rows import parse_texts
+from real_fast.errors import GradeError
+from real_fast.judging.arguments import check_arguments
+from real_fast.judging.grade import Grade, verdict
+from real_fast.model.judge_settings import judge_config
+from real_fast.model.load import load_tokenizer
+from real_fast.prompt.builder import PromptBuilder
+from real_fast.score.scale import ScoreScale
+from real_fast.types import Rollout
+
+# Servers give that many of the likeliest tokens at most; vLLM gives the scores' own besides, however unlikely.
+_TOP = 20
+
+
+class ServedJudge:
+    """A judge whose model runs elsewhere, under ``vllm serve``, say. Loads settings and the tokenizer, no weights.
+
+    The score is read behind the phrase that the model wrote itself: a feedback without it has no score.
+
+    Args:
+        model: The folder, or the model on the Hugging Face hub, that is served.
+        scale: As of :class:`real_fast.Judge`, like the following.
+        temperature: Sampling temperature of the feedback.
+        prompt: How a request becomes a prompt.
+        rollout: max_tokens and top_p are used.
+        tokenizer: The model's, where it is loaded already.
+
+    Raises:
+        ConfigError: An argument or setting that cannot be. Beside it, what loading a tokenizer and a template raises.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str],
+        *,
+        scale: Any = None,
+        temperature: float = 1.0,
+        prompt: PromptConfig | Mapping[str, Any] | None = None,
+        rollout: RolloutConfig | Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        check_arguments(scale=scale, prompt=prompt, rollout=rollout, temperature=temperature)
+        evaluation = EvalConfig(temperature=temperature)
+        self.config = config = judge_config(str(model), scale, prompt, rollout, None, "real", evaluation)
+        config.validate()
+        tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(model))
+        settings: ScaleConfig = config.scale
+        self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase)
+        self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
+        self._written = [tokenizer.decode([i]) for i in self.scale.score_ids]
+
+    def request(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of ``client.completions.create`` beside the model's name.
+
+        The prompt goes as token ids, so it is the very one of training, and nothing in a response can pass for the end
+        of its turn.
+
+        Args:
+            row: Fields as of :meth:`real_fast.Judge.grade_batch`.
+
+        Raises:
+            RowError: The row cannot be graded; the message says why.
+        """
+        rollout = self.config.rollout
+        return {
+            "prompt": self._builder.ids(parse_texts(row, self._builder.uses("rubric"))),
+            "max_tokens": rollout.max_tokens,
+            "temperature": self.config.eval.temperature,
+            "top_p": rollout.top_p,
+            "logprobs": _TOP,
+            "extra_body": {"logprob_token_ids": list(self.scale.score_ids)},
+        }
+
+    def grade(self, completion: Any) -> Grade:
+        """The grade out of an answer with log-probabilities.
+
+        Args:
+            completion: Of ``client.completions.create`` or ``client.chat.completions.create``, as the client's object
+                or as the JSON that it came as. Of several choices, score distributions are averaged.
+
+        Raises:
+            GradeError: The answer holds no log-probabilities, or is not one of the two.
+        """
+        answer = completion.model_dump() if hasattr(completion, "model_dump") else completion
+        try:
+            tokens = [_tokens(choice["logprobs"]) for choice in answer["choices"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise GradeError(
+                "the completion has no log-probabilities: send what request() gives, or logprobs=True and "
+                f"top_logprobs={_TOP} with a chat ({type(error).__name__}: {error})"
+            ) from error
+        if not tokens:
+            raise GradeError("the completion has no choices")
+        rollouts = [self._rollout(one) for one in tokens]
+        return verdict(rollouts, self.scale, "real", self.config.objective.renormalize)
+
+    def _rollout(self, tokens: list[tuple[str, dict[str, float]]]) -> Rollout:
+        text = "".join(token for token, _ in tokens)
+        phrase = self.scale.phrase.strip()
+        at, place = text.rfind(phrase), 0
+        found: list[float] | None = None
+        written: float | None = None
+        for token, likely in tokens if at >= 0 else ():
+            if place >= at + len(phrase) and token.strip():  # the first token behind the phrase and its white space
+                found = [likely.get(score, -math.inf) for score in self._written]
+                written = next((v for v, t in zip(self.scale.values, self._written, strict=True) if t == token), None)
+                break
+            place += len(token)
+        shown = text if found is None else text[:at]
+        return Rollout([], [], [], 0, "phrase" if found else "length", found, written, shown)
+
+
+def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]]:
+    """Each sampled token, and the log-probabilities of the likeliest ones there, its own among them."""
+    if logprobs.get("content") is not None:  # a chat's
+        return [
+            (one["token"], {t["token"]: t["logprob"] for t in (*one["top_logprobs"], one)})
+            for one in logprobs["content"]
+        ]
+    each = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+    return [(token, {**(top or {}), token: own}) for token, own, top in each]

@@ -78,7 +78,7 @@ def examples_from(source: str, tokenizer: Any, scale: ScoreScale, max_tokens: in
     examples = []
     for row in rows:
         text, label = (row.feedbacks[0], row.feedback_labels[0]) if row.feedbacks else ("", row.label)
-        given = tokenizer.encode(text.strip(), add_special_tokens=False)
+        given = builder.guard.encode_feedback([text])[0]
         examples.append({"input_ids": [*row.prompt_ids, *given, *scale.phrase_ids], "label": float(label)})
     return examples
 

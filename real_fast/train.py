@@ -91,7 +91,7 @@ class Trainer:
         if config.eval.on_start:
             self.evaluate("before")
         if config.warmup.steps:
-            warm_up(self.updater, p.sft_order, config.warmup, p.tokenizer, p.scale, self.run.log, self.stop.check)
+            warm_up(self.updater, p.sft_order, config.warmup, p.encode_feedback, p.scale, self.run.log, self.stop.check)
         self.groups.publish(self.policy)
         with self.timer("save"):
             self.method.begin(self.policy, self.run.folder.path)

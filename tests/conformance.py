@@ -24,6 +24,11 @@ class Letters:
         return [3 + ord(letter) % 300 for letter in text]
 
 
+def letters(texts):
+    """Token ids of several texts."""
+    return [Letters().encode(text) for text in texts]
+
+
 def float64_policy(tiny_llama):
     """A model whose loss is a function in float64, with a gradient for every weight.
 
@@ -56,7 +61,7 @@ def groups_for(method, seed=3):
         feedbacks, labels = [texts[(n + i) % 5] for i in range(1 + n % 3)], [1.0, 2.5, 3.0][: 1 + n % 3]
         prompt = [(7 * n + i) % 300 + 3 for i in range(4 + 3 * n)]
         row = JudgeRow(str(n), str(n), "", "", "", "", 2.0, feedbacks, labels, prompt)
-        groups.append(supervised_group(row, range(len(feedbacks)), n, Letters(), SCALE))
+        groups.append(supervised_group(row, range(len(feedbacks)), n, letters, SCALE))
     return groups
 
 

@@ -32,7 +32,8 @@ class PromptConfig:
     """How a row becomes a prompt.
 
     Args:
-        template: A template of the package ("judge", "short") or a file: .jinja for Jinja, .txt for str.format.
+        template: A template of the package ("judge", "short", "prometheus", "tract") or a file: .jinja for Jinja, .txt
+            for names between braces.
         system: System message; empty for none (the chat template may then add its own).
         chat_template_kwargs: Extra arguments of the model's chat template, e.g. {"enable_thinking": false} for Qwen3.
         max_tokens: Longest prompt, in tokens; longer rows are rejected, never truncated.

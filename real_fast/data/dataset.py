@@ -100,7 +100,7 @@ def load_rows(
             continue
         try:
             row = parse_row(record, f"{name}:{line}", scale, needs_rubric)
-            parsed.append((line, record, row, builder.chat(row)))
+            parsed.append((line, record, row, builder.marked(row)))
         except (RowError, PromptError) as error:
             refuse(line, record, str(error))
     rows: list[JudgeRow] = []

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
 
@@ -13,11 +13,14 @@ from real_fast.data.dataset import Dataset, Rejected
 from real_fast.errors import DataError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts, compute_dtype
 from real_fast.methods.policy_gradient import check_feedback_given
+from real_fast.prompt.guard import Guard
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow, Rollout
 from real_fast.utils.seeds import random_stream
 from real_kernels import HeadOptions, expected_score, label_weights, score_logprobs, weighted_logprob
+
+EncodeFeedback = Callable[[Sequence[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,18 @@ class Supervised(Method):
         if self.config.supervised.feedback == "given":
             drop_rows_without_feedback(data, self.config.data.train, self.name, self.config.supervised.prompts_per_step)
 
+    @cached_property
+    def encode_feedback(self) -> EncodeFeedback:
+        """Token ids of feedback texts, which are data."""
+        return Guard(self.tokenizer, self.config.prompt.chat_template_kwargs).encode_feedback
+
     def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
         """The rows with their own feedback."""
         supervised, groups = self.config.supervised, []
         for n, row in enumerate(rows):
             most = supervised.feedbacks_per_prompt if supervised.feedback == "given" else 0
             picked = pick_feedback(row, most, self.config.seed, rows_seen + n)
-            groups.append(supervised_group(row, picked, n, self.tokenizer, self.scale))
+            groups.append(supervised_group(row, picked, n, self.encode_feedback, self.scale))
         return groups
 
     def loss(self, counts: UpdateCounts, old: LossOutput | None = None, compare: bool = False) -> Loss:
@@ -74,27 +82,25 @@ class Supervised(Method):
         return supervised_loss(self.weights, self.scale, counts, self.config.objective.renormalize)
 
 
-def supervised_group(row: JudgeRow, indices: Sequence[int], place: int, tokenizer: Any, scale: ScoreScale) -> Group:
+def supervised_group(
+    row: JudgeRow, indices: Sequence[int], place: int, encode_feedback: EncodeFeedback, scale: ScoreScale
+) -> Group:
     """A row with some of its own feedback texts as one group, which shares the prompt; every token counts.
 
     Args:
         row: A row with feedback.
         indices: Which of its feedbacks; none of them for the score right behind the phrase, with the row's label.
         place: The group's place in the update.
-        tokenizer: The model's tokenizer.
+        encode_feedback: Gives the token ids of feedback texts: :meth:`real_fast.prompt.guard.Guard.encode_feedback`.
         scale: The score scale.
     """
     k = len(scale.values)
 
-    def answer(text: str | None) -> Rollout:
-        if text is None:
-            return Rollout([], [], list(scale.phrase_ids), len(scale.phrase_ids), "phrase", [0.0] * k, None)
-        ids = [*tokenizer.encode(text.strip(), add_special_tokens=False), *scale.phrase_ids]
-        return Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None)
-
     if not indices:
-        return Group(place, row.prompt_ids, row.label, [answer(None)], row_id=row.id)
-    answers = [answer(row.feedbacks[i]) for i in indices]
+        alone = Rollout([], [], list(scale.phrase_ids), len(scale.phrase_ids), "phrase", [0.0] * k, None)
+        return Group(place, row.prompt_ids, row.label, [alone], row_id=row.id)
+    encoded = [[*ids, *scale.phrase_ids] for ids in encode_feedback([row.feedbacks[i] for i in indices])]
+    answers = [Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None) for ids in encoded]
     return Group(place, row.prompt_ids, row.label, answers, [row.feedback_labels[i] for i in indices], row.id)
 
 

@@ -18,6 +18,7 @@ from real_fast.config import Config, DataConfig
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
+from real_fast.model.judge_settings import trained_settings
 from real_fast.runs.folder import move_aside
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.trackers import check_installed
@@ -75,7 +76,11 @@ class Tract(Supervised):
             stage.engine.close()
             del stage
         data = DataConfig(train=str(generated), eval=str(held_out))
-        yield _resumed(replace(single, data=data, run_name=f"{name}-stage2"))
+        # The template as the first stage was trained with it: the file may have been edited since.
+        first_judge = folder / "stage1" / "final"
+        known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}
+        prompt = replace(config.prompt, template=known.get("template", config.prompt.template))
+        yield _resumed(replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2"))
 
 
 def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:
@@ -160,6 +165,7 @@ def feedback_of(rollout: Rollout, phrase: str) -> str:
 def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
     """A row as a line of a data file."""
     return {
+        **row.extra,
         "id": row.id,
         "prompt_id": row.prompt_id,
         "instruction": row.instruction,

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
-
-import jinja2
-import jinja2.meta
-from jinja2.sandbox import SandboxedEnvironment
+from typing import Any
 
 from real_fast.config import PromptConfig
 from real_fast.errors import PromptError
+from real_fast.prompt.guard import Guard
+from real_fast.prompt.markup import TEMPLATE_ERRORS, render
+from real_fast.prompt.template import PromptRow, Template
 from real_fast.score.scale import ScoreScale
 
-TEMPLATES = Path(__file__).parent / "templates"
-
-# What a template can use; the first four come from the row, the others from the score scale.
-ROW_FIELDS = ("instruction", "response", "rubric", "reference_answer")
-VARIABLES = (*ROW_FIELDS, "phrase", "scores", "min_score", "max_score")
-
-# What a template's own code can raise on a row's text; jinja2.TemplateError covers undefined names and the sandbox.
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_RESERVED = (
-    "conversation",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "return_tensors",
-    "return_dict",
-)
-
-
-class PromptRow(Protocol):
-    """The fields of a row that a prompt is made of."""
-
-    instruction: str
-    response: str
-    rubric: str
-    reference_answer: str
-    messages: list[dict[str, str]]
-    extra: dict[str, Any]
 
 
 @dataclass
@@ -59,69 +28,51 @@ class _Sample:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def template_path(name: str) -> Path:
-    """The file of a template: one of the package by its bare name ("judge"), anything with a suffix as a path.
-
-    Raises:
-        PromptError: There is no such template; the message lists the package's own.
-    """
-    path = Path(name).expanduser()
-    if not path.suffix:
-        path = TEMPLATES / f"{name}.jinja"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise PromptError(
-            f"prompt.template {name!r}: there is no file {path.absolute()}. "
-            f"Give a .jinja or .txt file, or one of the package's: {known}"
-        )
-    if path.suffix not in (".jinja", ".j2", ".txt"):
-        raise PromptError(f"prompt.template {name!r}: a template is a .jinja, .j2 or .txt file, not {path.suffix}")
-    return path
-
-
 class PromptBuilder:
     """Builds the prompt of a judge row.
 
-    The template is rendered with the row's text as data, so braces or Jinja syntax in it stay as they are, and a
-    special token (the end of a turn, say) is written with a space behind its first character: what is graded must not
-    be able to end its turn and go on as the judge. Lines that
-    hold only a Jinja statement leave no trace, as in chat templates; in a .txt template ``{scores}`` is a
-    comma-separated list. Everything that can be wrong with a template is found at construction, on sample rows with and
-    without the optional fields.
+    The template is rendered with the row's text as data: braces or Jinja syntax in it stay as they are, and what is
+    graded cannot end its turn and go on as the judge (:mod:`real_fast.prompt.guard`). The template itself and the
+    system message are trusted. Everything that can be wrong with a template is found at construction, on sample rows
+    with and without the optional fields; one that uses further fields of the rows is first tried on them.
 
     Args:
         config: Template, system message, arguments of the chat template.
         tokenizer: A Transformers tokenizer. Without a chat template the prompt is plain text: the system message, the
-            user message and a line end, after the tokenizer's BOS where its ``encode`` would add one.
+            user message and a line end, after the tokenizer's BOS where its ``encode`` would add one. A chat template
+            without a place for a system message gets it at the start of the user's; one that leaves its generation
+            prompt out gets what it writes in front of an answer.
         scale: Gives templates the phrase and the scores.
+
+    Attributes:
+        source: The template's text, as it was read at construction.
+        guard: Encodes what is data.
 
     Raises:
         PromptError: Missing or broken template, a variable that does not exist, a chat template that fails.
     """
 
     def __init__(self, config: PromptConfig, tokenizer: Any, scale: ScoreScale) -> None:
-        self.name = config.template
         self.tokenizer = tokenizer
         self.system = config.system
         self._kwargs = dict(config.chat_template_kwargs)
-        self._fixed: dict[str, Any] = {
+        fixed = {
             "phrase": scale.phrase.rstrip(),
             "scores": list(scale.texts),
             "min_score": scale.texts[0],
             "max_score": scale.texts[-1],
         }
-        self._render, self._used = self._compile(template_path(config.template))
-        self._has_chat = bool(getattr(tokenizer, "chat_template", None))
-        self._system_role = True
-        self._special = _special_tokens(tokenizer)
-        self._same_int: dict[int, int] = {}
-        for row in (_Sample(), _Sample(rubric="", reference_answer="")):
-            self.text(row)
-        self._try_chat()
+        self.guard = Guard(tokenizer, self._kwargs)
+        self._template = Template(config.template, fixed, self.guard.data)
+        self.source = self._template.source
+        if not self.uses("extra"):
+            for row in (_Sample(rubric="", reference_answer=""), _Sample()):
+                if _Sample.response not in self.chat(row):
+                    raise PromptError("the model's chat template drops a part of the message: it cannot hold a prompt")
 
     def uses(self, variable: str) -> bool:
         """Whether the template uses a variable, e.g. "rubric"."""
-        return variable in self._used
+        return variable in self._template.used
 
     def text(self, row: PromptRow) -> str:
         """The user message.
@@ -129,11 +80,7 @@ class PromptBuilder:
         Raises:
             PromptError: The template fails on this row.
         """
-        fields = {name: self._special.sub(_broken, getattr(row, name)) for name in ROW_FIELDS}
-        try:
-            return self._render(fields | self._fixed)
-        except _RENDER_ERRORS as error:
-            raise PromptError(f"prompt.template {self.name!r} fails: {type(error).__name__}: {error}") from error
+        return self.guard.shown(self._template.render(row))
 
     def chat(self, row: PromptRow) -> str:
         """The whole prompt as text: chat template applied, generation prompt added.
@@ -144,12 +91,7 @@ class PromptBuilder:
         Raises:
             PromptError: The template, or the model's chat template, fails on this row.
         """
-        ready = [self._ready(message) for message in row.messages]
-        text = "" if ready else self.text(row)
-        try:
-            return self._rendered(ready) if ready else self._chat(text)
-        except _RENDER_ERRORS as error:
-            raise PromptError(f"the model's chat template fails: {type(error).__name__}: {error}") from error
+        return self.guard.shown(self.marked(row))
 
     def ids(self, row: PromptRow) -> list[int]:
         """The whole prompt as token ids, turn ends and other special tokens of the chat template kept.
@@ -157,59 +99,28 @@ class PromptBuilder:
         Raises:
             PromptError: The template, or the model's chat template, fails on this row.
         """
-        return self.encode([self.chat(row)])[0]
+        return self.encode([self.marked(row)])[0]
 
-    def encode(self, chats: Sequence[str]) -> list[list[int]]:
-        """Token ids of several prompts as :meth:`chat` gives them; many at once use all cores."""
-        batch = self.tokenizer(list(chats), add_special_tokens=False, verbose=False)["input_ids"]
-        same = self._same_int.setdefault  # one int object per id, or a large dataset takes 36 bytes a token, not 8
-        return [[same(token, token) for token in ids] for ids in batch]
+    def marked(self, row: PromptRow) -> str:
+        """The whole prompt with borders around what is data, for :meth:`encode`.
 
-    def _compile(self, path: Path) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
-        """A template file as a function of its variables, with the names that it uses."""
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"prompt.template {self.name!r}: cannot read {path}: {error}") from error
-        render, used = self._format(source) if path.suffix == ".txt" else self._jinja(source)
-        if unknown := sorted(used - set(VARIABLES)):
-            raise PromptError(
-                f"prompt.template {self.name!r} uses {', '.join(map(repr, unknown))}, which does not exist: "
-                f"the variables are {', '.join(VARIABLES)}"
-            )
-        if "response" not in used:
-            raise PromptError(f"prompt.template {self.name!r} never uses 'response', which is what there is to grade")
-        return render, used
-
-    def _jinja(self, source: str) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
-        env = SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        try:
-            used = jinja2.meta.find_undeclared_variables(env.parse(source)) - set(env.globals)
-            return env.from_string(source).render, frozenset(used)
-        except jinja2.TemplateSyntaxError as error:
-            raise PromptError(f"prompt.template {self.name!r}, line {error.lineno}: {error.message}") from error
-
-    def _format(self, source: str) -> tuple[Callable[[Mapping[str, Any]], str], frozenset[str]]:
-        source = source.removesuffix("\n")
-        try:
-            names = {name for _, name, _, _ in string.Formatter().parse(source) if name is not None}
-        except ValueError as error:
-            raise PromptError(
-                f"prompt.template {self.name!r}: {error}; write {{{{ and }}}} for braces that are text"
-            ) from error
-
-        def render(values: Mapping[str, Any]) -> str:
-            return source.format_map({**values, "scores": ", ".join(values["scores"])})
-
-        return render, frozenset(names)
-
-    def _chat(self, user: str) -> str:
-        if self.system and not self._system_role:
-            user = f"{self.system}\n\n{user}"
-        messages = [{"role": "user", "content": user}]
-        if self.system and self._system_role:
+        Raises:
+            PromptError: The template, or the model's chat template, fails on this row.
+        """
+        if row.messages:
+            return self._rendered([self._ready(message) for message in row.messages])
+        messages = [{"role": "user", "content": self._template.render(row)}]
+        if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
         return self._rendered(messages)
+
+    def encode(self, marked: Sequence[str]) -> list[list[int]]:
+        """Token ids of several prompts as :meth:`marked` gives them; many at once use all cores.
+
+        Raises:
+            PromptError: A row's text that this tokenizer cannot encode but as a control token.
+        """
+        return self.guard.encode(marked)
 
     def _ready(self, message: Any) -> dict[str, str]:
         """A message of a ready-made prompt, whose content is data."""
@@ -218,51 +129,29 @@ class PromptBuilder:
             raise PromptError(
                 f"messages: each is {{role, content}}, a role of {', '.join(ROLES)} and text, not {str(message)[:60]}"
             )
-        return {"role": role, "content": self._special.sub(_broken, content)}
+        return {"role": role, "content": self.guard.data(self.guard.hidden(content))}
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        """Messages through the model's chat template."""
-        if not self._has_chat:
-            return self._bos() + "\n\n".join(message["content"] for message in messages) + "\n"
-        goes_on = messages[-1]["role"] == "assistant"
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=not goes_on,
-                continue_final_message=goes_on,
-                **self._kwargs,
-            )
-        )
+        """Messages through the model's chat template, nothing left out."""
+        markup = self.guard.markup
+        if not markup.has_template:
+            text = "\n\n".join(message["content"] for message in messages) + "\n"
+            return self._bos(text) + text
+        if messages[0]["role"] == "system" and not markup.system_role and len(messages) > 1:
+            joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            messages = [{**messages[1], "content": joined}, *messages[2:]]
+        roles = ", ".join(message["role"] for message in messages)
+        try:
+            text = render(self.tokenizer, messages, self._kwargs)
+        except TEMPLATE_ERRORS as error:
+            found = f"{type(error).__name__}: {error}"
+            raise PromptError(f"the model's chat template fails on messages by {roles}: {found}") from error
+        if self.guard.count(text) < sum(self.guard.count(message["content"]) for message in messages):
+            raise PromptError(f"the model's chat template drops a message, or a part of one (messages by {roles})")
+        return text + ("" if messages[-1]["role"] == "assistant" else markup.generation)
 
-    def _bos(self) -> str:
-        """The BOS token where ``encode`` adds one by itself, else nothing."""
+    def _bos(self, text: str) -> str:
+        """The BOS token where ``encode`` adds one by itself and the text has none, else nothing."""
         bos = self.tokenizer.bos_token
-        return bos if bos and self.tokenizer.encode("text")[:1] == [self.tokenizer.bos_token_id] else ""
-
-    def _try_chat(self) -> None:
-        """Find out whether the chat template takes a system message, and that it works and drops nothing."""
-        if reserved := sorted(set(self._kwargs) & set(_RESERVED)):
-            raise PromptError(f"prompt.chat_template_kwargs has {reserved[0]!r}, which is not for the template to set")
-        if not self._has_chat:
-            self._system_role = False
-            return
-        if self.system:
-            try:
-                self._system_role = self.system.strip() in self._chat("text")
-            except jinja2.TemplateError:  # such as Mistral's "roles must alternate": no place for a system message
-                self._system_role = False
-        if _Sample.response not in self.chat(_Sample()):
-            raise PromptError("the model's chat template drops the user's message: it cannot hold a judge prompt")
-
-
-def _special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Finds the tokenizer's special tokens in a text."""
-    texts = set(tokenizer.all_special_tokens)
-    texts |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    several = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, several)) or "(?!)")
-
-
-def _broken(found: re.Match[str]) -> str:
-    return f"{found[0][0]} {found[0][1:]}"
+        adds = bos and self.tokenizer.encode("text")[:1] == [self.tokenizer.bos_token_id]
+        return bos if adds and not text.startswith(bos) else ""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError
 from real_fast.methods.base import Method
+from real_fast.methods.supervised import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 
 
-def check_rows_fit(rows: Sequence[JudgeRow], method: Method, config: Config, tokenizer: Any, scale: ScoreScale) -> int:
+def check_rows_fit(
+    rows: Sequence[JudgeRow], method: Method, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale
+) -> int:
     """Check a run's rows, for the method and for the warm-up, and return the tokens of the longest sequence.
 
     Raises:
@@ -26,12 +28,14 @@ def check_rows_fit(rows: Sequence[JudgeRow], method: Method, config: Config, tok
         longest = longest_with_rollout(rows, scale, config.rollout)
     else:
         advice = "lower supervised.feedbacks_per_prompt"
-        longest = check_supervised_fits(rows, given, supervised.feedbacks_per_prompt, train, tokenizer, scale, advice)
+        longest = check_supervised_fits(
+            rows, given, supervised.feedbacks_per_prompt, train, encode_feedback, scale, advice
+        )
     # Methods on given feedback have been checked with as much of it or more.
     if config.warmup.steps and (method.uses_rollouts or not given):
         with_feedback = [row for row in rows if row.feedbacks]
         advice = "shorten the feedback, or set warmup.steps to 0"
-        longest = max(longest, check_supervised_fits(with_feedback, True, 1, train, tokenizer, scale, advice))
+        longest = max(longest, check_supervised_fits(with_feedback, True, 1, train, encode_feedback, scale, advice))
     return longest
 
 
@@ -62,7 +66,7 @@ def check_supervised_fits(
     given: bool,
     most: int,
     train: TrainConfig,
-    tokenizer: Any,
+    encode_feedback: EncodeFeedback,
     scale: ScoreScale,
     advice: str,
 ) -> int:
@@ -73,7 +77,7 @@ def check_supervised_fits(
         given: Whether answers hold the row's feedback, or the phrase alone.
         most: Answers of one row in one update.
         train: micro_batch_tokens and shared_prompt.
-        tokenizer: The model's tokenizer.
+        encode_feedback: Gives the token ids of feedback texts.
         scale: The score scale.
         advice: What else than more micro_batch_tokens would help.
 
@@ -85,7 +89,7 @@ def check_supervised_fits(
     """
     longest = 0
     for row in rows:
-        lengths = sorted(_answer_lengths(row.feedbacks if given else [], tokenizer, scale))[-most:]
+        lengths = sorted(_answer_lengths(row.feedbacks if given else [], encode_feedback, scale))[-most:]
         prompt = len(row.prompt_ids)
         longest = max(longest, prompt + lengths[-1])
         need = prompt + sum(lengths) if train.shared_prompt else len(lengths) * (prompt + lengths[-1])
@@ -97,9 +101,8 @@ def check_supervised_fits(
     return longest
 
 
-def _answer_lengths(feedbacks: Sequence[str], tokenizer: Any, scale: ScoreScale) -> list[int]:
+def _answer_lengths(feedbacks: Sequence[str], encode_feedback: EncodeFeedback, scale: ScoreScale) -> list[int]:
     """Tokens of each answer, the phrase included; of the phrase alone where there is no feedback."""
     if not feedbacks:
         return [len(scale.phrase_ids)]
-    texts = [feedback.strip() for feedback in feedbacks]
-    return [len(ids) + len(scale.phrase_ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    return [len(ids) + len(scale.phrase_ids) for ids in encode_feedback(feedbacks)]

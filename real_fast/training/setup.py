@@ -18,6 +18,7 @@ from real_fast.data.sampler import PromptSampler
 from real_fast.distributed.world import OneProcess, World
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
+from real_fast.methods.supervised import EncodeFeedback
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve
@@ -50,6 +51,7 @@ class Parts:
         scale: The score scale.
         data: Training and evaluation rows, and those that were rejected.
         sft_order: What the warm-up trains on.
+        encode_feedback: Gives the token ids of feedback texts.
         method: The training method.
         policy: The model that is trained.
         updater: Micro-batches, optimiser and schedule.
@@ -65,6 +67,7 @@ class Parts:
     scale: ScoreScale
     data: Dataset
     sft_order: SftOrder
+    encode_feedback: EncodeFeedback
     method: Method
     policy: Policy
     updater: Updater
@@ -109,7 +112,7 @@ def build(config: Config) -> Parts:
         method.use_rows(data)
         if config.debug:
             data.eval = data.eval[:EVAL_ROWS]
-        longest = check_rows_fit(data.train, method, config, tokenizer, scale)
+        longest = check_rows_fit(data.train, method, config, builder.guard.encode_feedback, scale)
         order = sft_order(data.train, config.warmup, config.data.train, config.seed)
 
         torch.manual_seed(config.seed)
@@ -134,7 +137,23 @@ def build(config: Config) -> Parts:
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer)
-    return Parts(world, state, timer, tokenizer, scale, data, order, method, policy, updater, groups, run, resume_from)
+    encode_feedback = builder.guard.encode_feedback
+    return Parts(
+        world,
+        state,
+        timer,
+        tokenizer,
+        scale,
+        data,
+        order,
+        encode_feedback,
+        method,
+        policy,
+        updater,
+        groups,
+        run,
+        resume_from,
+    )
 
 
 def load_policy(config: Config, source: str) -> Policy:

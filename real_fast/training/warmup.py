@@ -13,7 +13,7 @@ from real_fast.data.sampler import PromptSampler
 from real_fast.errors import DataError
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.sft import SFT
-from real_fast.methods.supervised import supervised_group, supervised_loss
+from real_fast.methods.supervised import EncodeFeedback, supervised_group, supervised_loss
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.training.optim import build_optimizer, clip_and_step
@@ -42,7 +42,7 @@ def warm_up(
     updater: Updater,
     order: SftOrder,
     warmup: WarmupConfig,
-    tokenizer: Any,
+    encode_feedback: EncodeFeedback,
     scale: ScoreScale,
     log: Callable[[dict[str, Any]], None],
     check_stop: Callable[[], None],
@@ -53,7 +53,7 @@ def warm_up(
         updater: Makes micro-batches and knows the policy, the clipping and the timer.
         order: As :func:`sft_order` gives it.
         warmup: steps, batch_size and lr.
-        tokenizer: The model's tokenizer.
+        encode_feedback: Gives the token ids of feedback texts.
         scale: The score scale.
         log: Called with the metrics of every step.
         check_stop: Called before every step; raises to stop.
@@ -68,7 +68,7 @@ def warm_up(
             with updater.timer("warmup"):
                 started = time.perf_counter()
                 picked = order.batch(step * warmup.batch_size)
-                groups = [supervised_group(row, [i], n, tokenizer, scale) for n, (row, i) in enumerate(picked)]
+                groups = [supervised_group(row, [i], n, encode_feedback, scale) for n, (row, i) in enumerate(picked)]
                 counts = UpdateCounts.of(groups, updater.world)
                 loss = score_loss = 0.0
                 for batch in updater.micro_batches(groups):

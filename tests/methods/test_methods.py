@@ -34,6 +34,11 @@ class Words:
         return [3 + sum(map(ord, word)) % 40 for word in text.split()]
 
 
+def words(texts):
+    """Token ids of several texts."""
+    return [Words().encode(text) for text in texts]
+
+
 def judged_rows():
     rows = [
         JudgeRow("a", "a", "", "", "", "", 2.0, ["one two three", "four five", "six"], [1.0, 2.5, 3.0], [9, 8, 7]),
@@ -67,7 +72,7 @@ def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared,
     policy = Policy(tiny_llama().double(), attention="sdpa" if shared else None)
     rows = judged_rows()
     groups = [
-        supervised_group(row, list(range(len(row.feedbacks)))[:most], n, Words(), SCALE) for n, row in enumerate(rows)
+        supervised_group(row, list(range(len(row.feedbacks)))[:most], n, words, SCALE) for n, row in enumerate(rows)
     ]
     cross, score, squared, tokens, answers = 0.0, 0.0, 0.0, 0, 0
     for row in rows:
@@ -305,5 +310,5 @@ def test_scale_of_the_row_is_the_scale_of_the_loss():
     """Labels between scores and at both ends, as noisy raters give them."""
     scale = ScoreScale((1.0, 3.0, 5.0), ("1", "3", "5"), (50, 51, 52), "score: ", (60, 61), 1)
     row = JudgeRow("a", "a", "", "", "", "", 10 / 3, ["x"], [10 / 3], [9, 8, 7])
-    group = supervised_group(row, [0], 0, Words(), scale)
+    group = supervised_group(row, [0], 0, words, scale)
     assert group.labels == [10 / 3]

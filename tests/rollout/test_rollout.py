@@ -16,6 +16,7 @@ import torch
 from real_fast.config import Config, EvalConfig, RolloutConfig
 from real_fast.errors import ConfigError, EngineMismatchError, ModelError
 from real_fast.methods.supervised import supervised_group
+from real_fast.prompt.guard import Guard
 from real_fast.rollout import make
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
 from real_fast.rollout.assemble import eos_ids
@@ -329,7 +330,7 @@ def test_the_score_without_feedback(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
         and rollout.text == smollm2_tokenizer.decode(scale.phrase_ids)
     )
     row = JudgeRow("r", "p", "i", "r", "", "", 3.0, [], [], prompt)
-    trained = supervised_group(row, [], 0, smollm2_tokenizer, scale).rollouts[
+    trained = supervised_group(row, [], 0, Guard(smollm2_tokenizer, {}).encode_feedback, scale).rollouts[
         0
     ]  # by raft with supervised.feedback none
     assert (trained.context_ids, trained.n_forced) == (rollout.context_ids, rollout.n_forced)

@@ -11,6 +11,7 @@ from real_fast.methods.base import UpdateCounts
 from real_fast.methods.sft import SFT
 from real_fast.methods.supervised import supervised_group, supervised_loss
 from real_fast.model.policy import Policy
+from real_fast.prompt.guard import Guard
 from real_fast.score.scale import ScoreScale
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.types import JudgeRow
@@ -140,7 +141,7 @@ def test_cross_entropy_on_given_feedback(tiny_llama, smollm2_tokenizer):
     scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
     policy = Policy(tiny_llama(vocab_size=49152, hidden_size=16).double())
     row = JudgeRow("a", "a", "i", "r", "", "", 2.5, ["Two are wrong.", "Fine."], [2.5, 4.0], [7, 8, 9])
-    groups = [supervised_group(row, [i], i, smollm2_tokenizer, scale) for i in (0, 1)]
+    groups = [supervised_group(row, [i], i, Guard(smollm2_tokenizer, {}).encode_feedback, scale) for i in (0, 1)]
     (batch,) = micro_batches(groups, LONG, 0, shared_prompt=False)
     out = policy(batch, supervised_loss(SFT, scale, UpdateCounts.of(groups)))
     total, count = 0.0, 0

@@ -1,0 +1,40 @@
+"""TRACT's second stage: what it takes over of the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from real_fast.config import Config, DataConfig, PromptConfig
+from real_fast.methods.tract import Tract, record
+from real_fast.types import JudgeRow
+
+
+def second_stage(output: Path, template: str) -> Config:
+    """The settings of stage 2 of a run whose first stage is done."""
+    (output / "self_generated.jsonl").write_text("{}", encoding="utf-8")
+    prompt, data = PromptConfig(template=template), DataConfig(train="x.jsonl")
+    config = Config(method="tract", model="m", output=str(output), resume=True, prompt=prompt, data=data)
+    stage: Any = next(Tract.stages(config))
+    assert isinstance(stage, Config)
+    return stage
+
+
+def test_the_second_stage_has_the_template_of_the_first_whatever_became_of_its_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jinja"
+    mine.write_text("{{ response }}, as edited later", encoding="utf-8")
+    judge = tmp_path / "run" / "stage1" / "final"
+    judge.mkdir(parents=True)
+    (judge / "mine.jinja").write_text("{{ response }}", encoding="utf-8")
+    (judge / "real_fast.json").write_text(json.dumps({"prompt": {"template": "mine.jinja"}}), encoding="utf-8")
+    assert second_stage(tmp_path / "run", str(mine)).prompt.template == str(judge / "mine.jinja")
+    (judge / "real_fast.json").write_text(json.dumps({"prompt": {"template": "short"}}), encoding="utf-8")
+    assert second_stage(tmp_path / "run", "short").prompt.template == "short"
+
+
+def test_the_second_stages_rows_have_ready_made_prompts_and_further_fields() -> None:
+    messages = [{"role": "user", "content": "Grade this."}]
+    row = JudgeRow("a", "p", "", "", "", "", 2.0, [], [], messages=messages, extra={"category": "x", "score": 9})
+    written = record(row, ["Fine."])
+    assert written["messages"] == messages and written["category"] == "x" and written["score"] == 2.0

@@ -142,7 +142,7 @@ class Trainer:
                 if iteration == 0 and self.method.uses_rollouts:
                     gap = metrics.compare_engine()
                     if compare and self.world.all(metrics.finite):
-                        gap.raise_if_above(self.config.rollout, self.state.step)
+                        gap.raise_if_above(self.config.rollout, self.state.step, self.groups.engine.dtype)
             self.updater.step()  # clip, skip what is not finite, optimiser, schedule
 
     def evaluate(self, name: str) -> None:

@@ -31,6 +31,7 @@ class ScriptedEngine:
     """Hands out prepared rollouts by the prompt's first token, and remembers how it was called."""
 
     name = "scripted"
+    dtype = torch.float32
 
     def __init__(self, answers: list[list[Rollout]]) -> None:
         self.answers = answers

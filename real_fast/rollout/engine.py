@@ -11,9 +11,15 @@ from real_fast.types import Rollout, SamplingParams
 
 
 class RolloutEngine(Protocol):
-    """What the trainer needs from an engine."""
+    """What the trainer needs from an engine.
+
+    Attributes:
+        name: For logs and reports.
+        dtype: What the body of its model computes in.
+    """
 
     name: str
+    dtype: torch.dtype
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt (token ids); one list per prompt, in order."""

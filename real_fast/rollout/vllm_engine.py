@@ -103,7 +103,6 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, generation or config.get_text_config())
-        self._tied = bool(config.get_text_config().tie_word_embeddings)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1
         # On CPU: compiling takes minutes and buys little, and a prompt computed in two parts ends in "CPU Generator
@@ -127,6 +126,8 @@ class VllmEngine:
                 hf_overrides={"head_dtype": "float32"},  # bf16 logits come in steps of 1/8, and scores with them
                 **(whole_prompts if on_cpu else {}),
             )
+        # Asked of vLLM: a checkpoint with a head of its own is not tied, whatever its config.json says.
+        [self._tied] = self._llm.collective_rpc(_repack_tied_heads)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt.
@@ -197,11 +198,13 @@ class VllmEngine:
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the trainer's weights to vLLM (a tied head may be left out) and drop what is cached under the old ones.
 
+        Where it raises, the engine holds a part of the new weights, until another sync.
+
         Raises:
             ValueError: A name that is not in the model folder's safetensors, or a weight of it that was left out.
         """
         given: set[str] = set()
-        left_out = {"lm_head.weight"} if self._tied else set()
+        left_out = {"lm_head.weight"} if self._tied or "lm_head.weight" not in self._names else set()
 
         def pairs() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in named_tensors:
@@ -214,6 +217,7 @@ class VllmEngine:
 
         with process_state_kept(), torch.no_grad():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs()})
+            self._engine.collective_rpc(_repack_tied_heads)
         missing = sorted(self._names - left_out - given)
         if missing:
             raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
@@ -295,6 +299,31 @@ class VllmEngine:
                 "with top_p below 1, vLLM reports log-probabilities at temperature 1 alone, and the temperature is "
                 f"{sampling.temperature}: set rollout.top_p or the temperature to 1, or rollout.engine to transformers"
             )
+
+
+def _repack_tied_heads(worker: Any) -> bool:
+    """Make a tied head's packed copy anew on a CPU, since reloading does so for the embedding alone.
+
+    Args:
+        worker: vLLM's, in this process.
+
+    Returns:
+        Whether the model has a tied head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.platforms import current_platform
+
+    found, seen = False, set()
+    for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, UnquantizedEmbeddingMethod):
+            continue
+        if id(module.weight) in seen:
+            found = True
+            if current_platform.is_cpu():
+                method.process_weights_after_loading(module)
+        seen.add(id(module.weight))
+    return found
 
 
 def _checkpoint_names(folder: Path) -> set[str]:

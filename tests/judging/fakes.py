@@ -16,6 +16,7 @@ class FakeEngine:
     """Gives every prompt the same rollouts, and remembers the calls; fails on prompts of a certain length."""
 
     name = "fake"
+    dtype = torch.float32
 
     def __init__(self, rollouts: list[Rollout], fails_at: int = -1, seconds: float = 0.0) -> None:
         self.rollouts, self.fails_at, self.seconds = rollouts, fails_at, seconds

@@ -247,7 +247,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(
     found = gap(tiny, prompts, groups, scale, temperature)
     assert found.tokens == 7 * 12 and found.scores == 12
     assert found.logprob_max < 1e-4 and found.score_max < 1e-4
-    found.raise_if_above(RolloutConfig(), 0)
+    found.raise_if_above(RolloutConfig(), 0, torch.float32)
 
 
 def test_sequences_that_end_early_leave_the_batch(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
@@ -445,11 +445,13 @@ def test_sync_of_a_copy(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreSc
             parameter.mul_(1.3)
     stale = gap(trainer, prompts[:2], before, scale, 1.0)
     with pytest.raises(EngineMismatchError, match=r"step 7: .*sync was missed"):
-        stale.raise_if_above(RolloutConfig(), 7)
+        stale.raise_if_above(RolloutConfig(), 7, torch.float32)
     engine.sync(trainer.named_parameters())
     after = engine.generate(prompts[:2], sampling)
     assert after != before
-    gap(trainer, prompts[:2], after, scale, 1.0).raise_if_above(RolloutConfig(check_logprob=1e-4, check_score=1e-4), 8)
+    gap(trainer, prompts[:2], after, scale, 1.0).raise_if_above(
+        RolloutConfig(check_logprob=1e-4, check_score=1e-4), 8, torch.float32
+    )
     engine.sync(first.items())
     assert engine.generate(prompts[:2], sampling) == before
 
@@ -527,7 +529,7 @@ def test_logprobs_are_never_taken_a_token_early(
     shifted = compare(rollouts, early, score_rows, scale)
     assert shifted.logprob_mean > 0.5
     with pytest.raises(EngineMismatchError):
-        shifted.raise_if_above(RolloutConfig(), 0)
+        shifted.raise_if_above(RolloutConfig(), 0, torch.float32)
 
 
 def rollout_of(logprobs: list[float], scores: list[float] | None) -> Rollout:
@@ -549,11 +551,11 @@ def test_compare_numbers_and_names(scale: ScoreScale) -> None:
         },
         abs=1e-6,
     )
-    found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.51), 0)
+    found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.51), 0, torch.float32)
     with pytest.raises(EngineMismatchError, match=r"0\.2000, largest 0\.5000 over 3 tokens"):
-        found.raise_if_above(RolloutConfig(check_logprob=0.19, check_score=0.51), 0)
+        found.raise_if_above(RolloutConfig(check_logprob=0.19, check_score=0.51), 0, torch.float32)
     with pytest.raises(EngineMismatchError, match="temperature or top_p"):
-        found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.49), 0)
+        found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.49), 0, torch.float32)
 
 
 def test_compare_a_subset(scale: ScoreScale) -> None:
@@ -562,13 +564,13 @@ def test_compare_a_subset(scale: ScoreScale) -> None:
     assert (found.tokens, found.logprob_max, found.scores) == (1, 0.0, 0)
     nothing = compare(rollouts, [[0.0, 0.0], [0.0]], [None, None], scale, mask=[[False, False], [False]])
     assert nothing.metrics() == {}
-    nothing.raise_if_above(RolloutConfig(), 0)
+    nothing.raise_if_above(RolloutConfig(), 0, torch.float32)
 
 
 def test_compare_refuses_what_does_not_fit(scale: ScoreScale) -> None:
     one = [rollout_of([-1.0], [-1.0] * 5)]
     with pytest.raises(EngineMismatchError):  # not a number is never within a limit
-        compare(one, [[float("nan")]], [None], scale).raise_if_above(RolloutConfig(), 0)
+        compare(one, [[float("nan")]], [None], scale).raise_if_above(RolloutConfig(), 0, torch.float32)
     with pytest.raises(ValueError, match="1 rollouts, 2 rows"):
         compare(one, [[-1.0], [-1.0]], [None], scale)
     with pytest.raises(ValueError, match="rollout 0 has 1 sampled tokens"):

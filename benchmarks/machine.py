@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from real_fast.utils.machine import cpu_name, versions
+from real_fast.utils.machine import cpu_instructions, cpu_name, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,7 @@ def machine() -> dict[str, str]:
         device, where = "cuda", torch.cuda.get_device_name()
         listed.append(f"cuda {torch.version.cuda}")
     else:
-        device, where = "cpu", f"{cpu_name()}, {torch.get_num_threads()} threads"
+        device, where = "cpu", f"{cpu_name()} ({cpu_instructions()}), {torch.get_num_threads()} threads"
     return {"commit": _commit(), "device": device, "machine": where, "versions": ", ".join(listed)}
 
 

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tokenizers
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import smollm2
-from real_fast.runs.progress import no_foreign_bars
+from real_fast.model.folder import check_folder, read_json
+from real_fast.model.weights import check_finite, first_line, load_whole
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 # Weights in any other format than safetensors are not even fetched.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+
+# A folder has a tokenizer if it has one of these.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 # Settings of model configs that change logits after the head's matrix product; (name, value that changes nothing).
 _LOGIT_CHANGES = {
@@ -40,7 +48,7 @@ def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
         files: Patterns of the files that are fetched from the hub.
 
     Raises:
-        ModelError: The folder does not exist or holds no model, or the hub has none.
+        ModelError: The folder does not exist, or the hub has none.
     """
     if name == smollm2.SMOLLM2:
         try:
@@ -49,8 +57,6 @@ def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
             raise ModelError(str(error)) from error
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model folder {name} holds no config.json: it is not a Hugging Face model folder")
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(
@@ -59,9 +65,7 @@ def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelError(
-            f"model {name} is neither a folder nor to be had from the hub: {_first_line(error)}"
-        ) from error
+        raise ModelError(f"model {name} is neither a folder nor to be had from the hub: {first_line(error)}") from error
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -71,17 +75,61 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and wanted != "cpu" else "cpu")
 
 
+def model_folder(name: str, trust_remote_code: bool = False) -> Path:
+    """The folder of a model that can be loaded, as far as that shows without reading its weights.
+
+    Raises:
+        ModelError: As :func:`resolve_model` and :func:`real_fast.model.folder.check_folder` do.
+    """
+    path = resolve_model(name)
+    check_folder(path, trust_remote_code)
+    return path
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer. Raises :class:`ModelError`."""
+    """Load a tokenizer, and look at its model's folder: what is wrong with it shows before anything slow starts.
+
+    Raises:
+        ModelError: As :func:`model_folder` does, or no tokenizer that can be loaded.
+    """
+    path = model_folder(name, trust_remote_code)
+    if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+        raise ModelError(f"{path} holds no tokenizer (tokenizer.json): copy it there from the folder of the base model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"the tokenizer of model {name} cannot be loaded: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust library behind it raises plain Exceptions
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded ({first_line(error)}): its files are damaged, or of another "
+            f"version than the installed transformers {transformers.__version__} and tokenizers "
+            f"{tokenizers.__version__} read; download them again, or upgrade these packages"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _check_vocabulary(path, tokenizer)
     return tokenizer
+
+
+def _check_vocabulary(path: Path, tokenizer: Any) -> None:
+    """Say which tokens the model has no embedding for; padding, which is never looked at, becomes another token.
+
+    Raises:
+        ModelError: The token that ends a text is among them.
+    """
+    config = read_json(path / "config.json")
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    beyond = sorted((i, token) for token, i in tokenizer.get_added_vocab().items() if rows and i >= rows)
+    if not beyond:
+        return
+    names = ", ".join(repr(token) for _, token in beyond[:3])
+    if (tokenizer.eos_token_id or 0) >= rows:
+        raise ModelError(
+            f"the tokenizer in {path} ends a text with {tokenizer.eos_token!r}, id {tokenizer.eos_token_id}, and the "
+            f"model has {rows} embeddings: it was added to the tokenizer and not to the model (resize_token_embeddings)"
+        )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+    message = "tokens of the tokenizer in %s are beyond the model's %d embeddings (%s): a prompt with one is refused"
+    logger.warning(f"%d {message}", len(beyond), path, rows, names)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -90,18 +138,12 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     Dropout is set to 0: the distribution that is trained must be the one that was sampled from.
 
     Raises:
-        ModelError: No such model, no safetensors, or a head other than a plain linear layer.
+        ModelError: No such model, no safetensors, weights that are not all there or not finite, or a head other than a
+            plain linear layer.
     """
-    try:
-        path = resolve_model(name)
-        with no_foreign_bars():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
-            )
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}") from error
+    path = model_folder(name, trust_remote_code)
+    model = load_whole(path, trust_remote_code, dtype=dtype)
+    check_finite(path, model.named_parameters())
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -116,10 +158,11 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
 def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are not ``hidden_states @ lm_head.weight.T``.
 
-    Known settings are refused by name; a comparison on a few tokens catches what has no name yet.
+    Known settings are refused by name; a comparison on a few tokens catches what has no name yet. So does another for
+    a model that sees the tokens behind.
 
     Raises:
-        ModelError: A soft-cap, a scale, a bias, or another kind of head.
+        ModelError: A soft-cap, a scale, a bias, or another kind of head; an encoder; logits that are no numbers.
     """
     what = f"model {model.config.name_or_path or model.config.model_type}"
     config = model.config.get_text_config()
@@ -139,7 +182,13 @@ def check_head(model: PreTrainedModel) -> None:
         want = model(input_ids=ids, use_cache=False).logits.float()
         hidden = body_of(model)(input_ids=ids, use_cache=False).last_hidden_state
         got = (hidden @ head.weight.t()).float()
+        ids[0, -1] = ids[0, 0]
+        other = model(input_ids=ids, use_cache=False).logits.float()
     model.train(training)
+    if not want.isfinite().all():
+        raise ModelError(f"{what} gives logits that are NaN or infinite: its weights are damaged, or too large")
+    if not torch.allclose(other[:, :-1], want[:, :-1], rtol=0.02, atol=0.02 * float(want.abs().max())):
+        raise ModelError(f"{what} lets a token see those behind it, so it is an encoder: take a causal language model")
     if got.shape != want.shape or not torch.allclose(got, want, rtol=0.02, atol=0.02 * float(want.abs().max())):
         raise ModelError(
             f"{what} changes its logits or hidden states around the head (largest difference "
@@ -153,7 +202,3 @@ def body_of(model: PreTrainedModel) -> nn.Module:
     if body is model:
         raise ModelError(f"{type(model).__name__} has no base_model without the head, which the loss needs")
     return body
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,8 +18,8 @@ def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
     )
 
 
-def check_lengths(
-    prompts: Sequence[Sequence[int]], sampling: SamplingParams, scale: ScoreScale, limit: int | None
+def check_prompts(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, scale: ScoreScale, limit: int | None, vocabulary: int
 ) -> None:
     """Refuse prompts that cannot be sampled from, before any work is done.
 
@@ -28,10 +28,12 @@ def check_lengths(
         sampling: How they will be sampled from.
         scale: The score scale; its phrase may be appended to a sampled text.
         limit: Most tokens that a sequence may have; None for no limit.
+        vocabulary: Rows of the model's embedding.
 
     Raises:
-        ValueError: Fewer than one rollout or token asked for; an empty prompt, or one with no room behind it for
-            the sampled text, the phrase and the score. The message names the prompt by its place.
+        ValueError: Fewer than one rollout or token asked for; an empty prompt, one with a token that the model does not
+            have, or one with no room behind it for the sampled text, the phrase and the score. The message names the
+            prompt by its place.
     """
     if sampling.n < 1 or sampling.max_tokens < 1:
         raise ValueError(f"n is {sampling.n} and max_tokens {sampling.max_tokens}: both must be at least 1")
@@ -39,6 +41,12 @@ def check_lengths(
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {place} has no tokens")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            wrong = next(token for token in prompt if not 0 <= token < vocabulary)
+            raise ValueError(
+                f"prompt {place} has the token id {wrong}, and the model has the ids 0 to {vocabulary - 1}: its tokenizer "
+                "is another model's, or tokens were added to it alone"
+            )
         if limit is not None and len(prompt) + behind > limit:
             raise ValueError(
                 f"prompt {place} has {len(prompt)} tokens, and a sequence may have {limit}: with {sampling.max_tokens} "

@@ -11,15 +11,18 @@ import torch
 from transformers import AutoConfig
 
 from real_fast.config import Config
-from real_fast.errors import ConfigError, ModelError
-from real_fast.model.load import load_model, pick_device, resolve_model
+from real_fast.errors import ConfigError
+from real_fast.model.load import load_model, model_folder, pick_device
 from real_fast.model.precision import dtype_of, resolve
+from real_fast.model.weights import check_files
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
 from real_fast.score.scale import ScoreScale
 
 logger = logging.getLogger(__name__)
+
+_LONGEST = 400  # characters of a message of vLLM's
 
 
 def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path) -> RolloutEngine:
@@ -38,7 +41,13 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
     """
     if _takes_vllm(config, model.device.type):
         engine = _vllm(config, tokenizer, scale, model_path, model.config)
-        engine.sync(model.named_parameters())
+        try:
+            engine.sync(model.named_parameters())
+        except ValueError as error:
+            engine.close()
+            raise ConfigError(
+                f"vLLM cannot take over this model's weights ({error}): set rollout.engine to transformers"
+            ) from error
         return engine
     return _transformers(config, model, tokenizer, scale)
 
@@ -58,15 +67,12 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
         ModelError: The model cannot be loaded.
     """
     logger.info("loading %s", config.model)
-    device, path = pick_device(config.train.device), resolve_model(config.model)
+    device, path = pick_device(config.train.device), model_folder(config.model, config.trust_remote_code)
     if _takes_vllm(config, device.type):
-        try:
-            model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-            return _vllm(config, tokenizer, scale, path, model_config)
-        except ConfigError:
-            raise
-        except (OSError, ValueError) as error:
-            raise ModelError(f"model {config.model} cannot be loaded: {error}") from error
+        # vLLM reads the weights itself, and not all that is wrong with them stops it.
+        check_files(path, config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        return _vllm(config, tokenizer, scale, path, model_config)
     model = load_model(config.model, device, _dtype(config), config.trust_remote_code)
     return _transformers(config, model, tokenizer, scale)
 
@@ -104,11 +110,18 @@ def _vllm(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, m
             top_p=config.rollout.top_p,
             trust_remote_code=config.trust_remote_code,
         )
-    except (RuntimeError, ValueError) as error:  # too little memory, an architecture it does not know
+    # Too little memory, an architecture or a quantisation that it does not know, weights that it has no place for.
+    except (RuntimeError, ValueError, ImportError, KeyError, AttributeError, AssertionError, OSError) as error:
         raise ConfigError(
-            f"vLLM did not start: {error}. Change rollout.gpu_memory_utilization if it is the memory, or set "
+            f"vLLM did not start: {_said(error)}. Change rollout.gpu_memory_utilization if it is the memory, or set "
             "rollout.engine to transformers"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """An error's message in one line; vLLM's say what matters in the second or third."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale) -> TransformersEngine:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
+from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
 from real_fast.runs.progress import show
@@ -85,6 +85,7 @@ class TransformersEngine:
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._vocabulary = model.get_input_embeddings().weight.shape[0]
         # A token spells a byte or more: the newest phrase and what was sampled behind it lie within this many tokens.
         self._window = len(self.finder.phrase.encode()) + len(scale.tail_ids) + 8
 
@@ -98,7 +99,7 @@ class TransformersEngine:
             ValueError: An empty prompt, or one too long for the model's positions; before any work.
             FloatingPointError: The model's logits are not finite.
         """
-        check_lengths(prompts, sampling, self.scale, self._limit)
+        check_prompts(prompts, sampling, self.scale, self._limit, self._vocabulary)
         at_once = min(sampling.n, self.max_num_seqs)
         size = self.max_num_seqs // at_once
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from real_fast.rollout.assemble import build_rollout, check_lengths, eos_ids
+from real_fast.model.folder import weight_names
+from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
@@ -69,7 +68,7 @@ class VllmEngine:
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        FileNotFoundError: The folder has no safetensors.
+        ModelError: The folder has no safetensors that can be read.
     """
 
     name = "vllm"
@@ -89,7 +88,8 @@ class VllmEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self._llm: Any = None
-        self._names = _checkpoint_names(model_path)
+        # Rotary frequencies, which old checkpoints hold, are computed.
+        self._names = {name for name in weight_names(model_path) if not name.endswith("rotary_emb.inv_freq")}
         vllm = import_vllm()
         from transformers import AutoConfig, GenerationConfig
         from vllm.platforms import current_platform
@@ -103,6 +103,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, generation or config.get_text_config())
+        self._vocabulary = int(config.get_text_config().vocab_size)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1
         # On CPU: compiling takes minutes and buys little, and a prompt computed in two parts ends in "CPU Generator
@@ -141,7 +142,7 @@ class VllmEngine:
             ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
                 tokens' log-probabilities (top_p below 1 with a temperature other than 0 and 1); before any work.
         """
-        check_lengths(prompts, sampling, self.scale, self.max_model_len)
+        check_prompts(prompts, sampling, self.scale, self.max_model_len, self._vocabulary)
         self._check_sampling(sampling)
         samples = self._sample(prompts, sampling)
         # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score.
@@ -324,17 +325,3 @@ def _repack_tied_heads(worker: Any) -> bool:
                 method.process_weights_after_loading(module)
         seen.add(id(module.weight))
     return found
-
-
-def _checkpoint_names(folder: Path) -> set[str]:
-    """Names of the weights in a model folder's safetensors; nothing but the headers is read."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json: vLLM needs them"
-        )
-    with safe_open(single, framework="pt") as file:
-        return set(file.keys())

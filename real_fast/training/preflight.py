@@ -1,16 +1,45 @@
-"""What is refused before the work starts: rows whose rollouts or answers may not fit into a micro-batch."""
+"""What is refused before the work starts: a model that cannot be trained, rows that may not fit into a micro-batch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+
+from transformers import PreTrainedModel
 
 from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
-from real_fast.errors import BatchError
+from real_fast.errors import BatchError, ModelError
 from real_fast.methods.base import Method
 from real_fast.methods.supervised import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
+
+logger = logging.getLogger(__name__)
+
+# What model configs call the number of experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights cannot be trained, and say what of a mixture of experts is not trained.
+
+    Raises:
+        ModelError: The model is quantised.
+    """
+    if quantization := getattr(model.config, "quantization_config", None):
+        method = getattr(quantization, "quant_method", None) or dict(quantization).get("quant_method")
+        raise ModelError(
+            f"model {model.config.name_or_path} is quantised ({getattr(method, 'value', method)}), and such weights "
+            "cannot be trained: take the model that it was made from"
+        )
+    config = model.config.get_text_config()
+    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
+        logger.warning(
+            "the model is a mixture of experts, and the router's load-balancing loss (router_aux_loss_coef in its "
+            "config.json: %s) is added to no method's loss: see docs/methods.md",
+            getattr(config, "router_aux_loss_coef", "not given"),
+        )
 
 
 def check_rows_fit(

@@ -31,7 +31,7 @@ from real_fast.runs.run import Run
 from real_fast.score.scale import ScoreScale
 from real_fast.training.groups import GroupSource
 from real_fast.training.optim import build_optimizer, build_scheduler
-from real_fast.training.preflight import check_rows_fit
+from real_fast.training.preflight import check_rows_fit, check_trainable
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
 from real_fast.training.warmup import SftOrder, sft_order
@@ -160,6 +160,7 @@ def load_policy(config: Config, source: str) -> Policy:
     """The model in float32, its matrix products in ``train.precision``, ready for shared prompts where they are on."""
     device, train = pick_device(config.train.device), config.train
     model = load_model(source, device, torch.float32, config.trust_remote_code)
+    check_trainable(model)
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dtype = dtype_of(resolve(train.precision, device))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from real_fast.types import Rollout, SamplingParams
 
 ROW = {"instruction": "Name a fruit.", "response": "An apple.", "rubric": "Is it a fruit?", "reference_answer": "Plum."}

@@ -17,7 +17,7 @@ def test_missing_models_are_clear_errors(tmp_path):
     with pytest.raises(ModelError, match="does not exist"):
         resolve_model("some-model")
     with pytest.raises(ModelError, match=r"no config\.json"):
-        resolve_model(str(tmp_path))
+        load_tokenizer(str(tmp_path))
     with pytest.raises(ModelError, match="hub"):
         load_tokenizer("nobody/no-such-model")
 

@@ -579,6 +579,27 @@ def test_compare_refuses_what_does_not_fit(scale: ScoreScale) -> None:
         compare(one, [[-1.0]], [[-1.0] * 4], scale)
 
 
+def test_token_ids_that_the_model_does_not_have(tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
+    engine = TransformersEngine(tiny, smollm2_tokenizer, scale)
+    for wrong in (49152, -1):
+        with pytest.raises(ValueError, match=rf"prompt 1 has the token id {wrong}, .*0 to 49151"):
+            engine.generate([[5], [5, wrong]], SamplingParams(n=1, max_tokens=2))
+
+
+def test_bounds_of_the_check_follow_the_precision() -> None:
+    """What rounding to bf16 explains is a stale weight in fp32; a user's own limit holds in both."""
+    found = EngineGap(100, 0.05, 0.2, 10, 0.01, 0.02)
+    found.raise_if_above(RolloutConfig(), 0, torch.bfloat16)
+    with pytest.raises(EngineMismatchError, match=r"check_logprob allows a mean of 0\.001.*float32 here"):
+        found.raise_if_above(RolloutConfig(), 0, torch.float32)
+    found.raise_if_above(RolloutConfig(check_logprob=0.06, check_score=0.02), 0, torch.float32)
+    with pytest.raises(EngineMismatchError, match=r"0\.04\)"):
+        found.raise_if_above(RolloutConfig(check_logprob=0.04), 0, torch.bfloat16)
+    # A stale head, as it was found: just under a bound of 0.1 that knew no precision.
+    with pytest.raises(EngineMismatchError):
+        EngineGap(100, 0.097, 0.3, 0, 0.0, 0.0).raise_if_above(RolloutConfig(), 0, torch.bfloat16)
+
+
 # Choosing an engine
 
 
@@ -641,7 +662,7 @@ def test_vllm_cannot_report_these_logprobs(
 def test_without_a_trainer_vllm_alone_holds_the_weights(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.config.save_pretrained(tmp_path)
+    tiny.save_pretrained(tmp_path)
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(make, "_obstacle", lambda *_: None)
     monkeypatch.setattr(make, "load_model", lambda *_: pytest.fail("the weights are loaded twice"))
@@ -654,11 +675,33 @@ def test_without_a_trainer_vllm_alone_holds_the_weights(
     assert engine["max_model_len"] == 256 + 64 + len(scale.phrase_ids) + 1
 
     def broken(*_: Any, **__: Any) -> None:
-        raise FileNotFoundError("no model.safetensors")
+        raise AssertionError("no such\nkernel")
 
     monkeypatch.setattr(make, "VllmEngine", broken)
-    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+    with pytest.raises(ConfigError, match=r"vLLM did not start: no such kernel.*rollout\.engine to transformers"):
         make.load_engine(settings, smollm2_tokenizer, scale)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"neither model\.safetensors"):
+        make.load_engine(settings, smollm2_tokenizer, scale)
+
+
+def test_weights_that_vllm_does_not_know_by_name(
+    tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Foreign:
+        closed = False
+
+        def sync(self, _weights: Any) -> None:
+            raise ValueError("sync got the weight 'experts.gate_up_proj'")
+
+        def close(self) -> None:
+            Foreign.closed = True
+
+    monkeypatch.setattr(make, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(make, "VllmEngine", lambda *_args, **_kwargs: Foreign())
+    with pytest.raises(ConfigError, match=r"gate_up_proj.*rollout\.engine to transformers"):
+        make.make_engine(config(engine="vllm"), tiny, smollm2_tokenizer, scale, tmp_path)
+    assert Foreign.closed
 
 
 def test_without_a_trainer_transformers_loads_the_model(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from real_fast.config import Config, RolloutConfig
-from real_fast.errors import EngineMismatchError
+from real_fast.errors import EngineMismatchError, ModelError
 from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
 from real_fast.rollout.make import make_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -29,8 +29,8 @@ pytestmark = [
 ]
 
 # The engine computes in bf16, the trainer here in fp32, from the same weights: what rounding explains is the default of
-# the check. Noise of a tenth of their spread in the last layer's weights alone, which the engine does not know of, makes
-# 0.19 to 0.32.
+# the check. Noise of a tenth of their spread in the last layer's weights alone, which the engine does not know of,
+# makes 0.19 to 0.32.
 BF16 = RolloutConfig(check_score=0.02)  # the trainer does not round here
 STALE = 2 * limits(BF16, torch.bfloat16)[0]
 
@@ -330,5 +330,5 @@ def test_what_cannot_be_done_is_refused_before_work(
 
 
 def test_a_folder_without_safetensors(smollm2_tokenizer: Any, setup: Setup, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="neither"):
+    with pytest.raises(ModelError, match="neither"):
         VllmEngine(tmp_path, smollm2_tokenizer, setup.scale, dtype=torch.bfloat16, max_model_len=128)

@@ -1,0 +1,161 @@
+"""What is wrong with a model's folder, found in its small files and in the headers of its large ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from real_fast.errors import ModelError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_POINTER = b"version https://git-lfs"
+# A model that can write says so by one of these; names of other heads are refused, names that nobody knows are not.
+_OTHER_HEADS = (
+    "Classification",
+    "MaskedLM",
+    "QuestionAnswering",
+    "PreTraining",
+    "RewardModel",
+    "SentencePrediction",
+)
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_AGAIN = "download it again"
+
+
+def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
+    """Refuse a folder that no causal language model can be loaded from; nothing large is read.
+
+    Args:
+        folder: A Hugging Face model folder.
+        trust_remote_code: Whether the model may be of a kind that comes with its own code.
+
+    Raises:
+        ModelError: A file that is missing, a git-LFS pointer, damaged or cut short, or written for another library or
+            version; an adapter without its model; another kind of model. The message names the file and the remedy.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and _is_pointer(file):
+            raise ModelError(
+                f"{file} is a git-LFS pointer and not the file itself: run `git lfs pull` in its folder, or {_AGAIN}"
+            )
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise ModelError(
+            f"{folder} holds an adapter (adapter_config.json) of the model {base}, and not a whole model: merge the "
+            "two with peft's merge_and_unload(), save the result and give that folder"
+        )
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model folder {folder} holds no config.json: it is not a Hugging Face model folder")
+    _check_config(folder / "config.json", trust_remote_code)
+    if (folder / "generation_config.json").is_file():  # Transformers passes over a damaged one, and its stop tokens
+        read_json(folder / "generation_config.json")
+    weight_names(folder)
+
+
+def _check_config(path: Path, trust_remote_code: bool) -> None:
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind is None:
+        raise ModelError(f"{path} has no model_type, so it is not a Transformers model's: convert the model first")
+    if kind not in CONFIG_MAPPING and "auto_map" in config and not trust_remote_code:
+        raise ModelError(
+            f"{path}: the model {kind!r} comes with its own code, which is not run unless trust_remote_code says so"
+        )
+    if kind not in CONFIG_MAPPING and "auto_map" not in config:
+        written = config.get("transformers_version")
+        raise ModelError(
+            f"{path} has model_type {kind!r}, which the installed transformers {transformers.__version__} does not know"
+            + (f" (the file was written by {written})" if written else "")
+            + ": upgrade transformers, or choose another model"
+        )
+    if "auto_map" not in config:
+        try:
+            AutoConfig.from_pretrained(path.parent)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+            raise ModelError(
+                f"{path} cannot be used ({' '.join(str(error).split())}): it is damaged, or for another version than "
+                f"the installed transformers {transformers.__version__}"
+            ) from error
+    for name in config.get("architectures") or ():
+        if any(head in name for head in _OTHER_HEADS):
+            raise ModelError(
+                f"{path} says that the model is a {name}, which writes no text: a judge needs a causal language model "
+                "(...ForCausalLM)"
+            )
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{path} is an encoder-decoder's ({kind}): a judge needs a causal language model")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder.
+
+    Raises:
+        ModelError: There are none, or one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        where = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise ModelError(f"{folder / INDEX} has no weight_map: {_AGAIN}")
+        files = [folder / name for name in sorted(set(where.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names ({missing[0]}): "
+                "download the model again"
+            )
+        return files
+    if not (folder / SINGLE).is_file():
+        raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}: {_instead(folder)}")
+    return [folder / SINGLE]
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Names of the weights in a model folder's safetensors, by the headers of the files.
+
+    Raises:
+        ModelError: As :func:`weight_files` does, or a file is damaged or cut short.
+    """
+    found: set[str] = set()
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            size = file.stat().st_size
+            raise ModelError(f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_AGAIN}") from error
+    return found
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors has in their place, and what to do about it."""
+    pickled = [file.name for pattern in _PICKLED for file in sorted(folder.glob(pattern))]
+    if pickled:
+        return (
+            f"{pickled[0]} is pickled, and nothing is unpickled here; have its owner save it anew with "
+            "save_pretrained(), which writes safetensors"
+        )
+    if any(folder.glob("*.gguf")):
+        return "convert the GGUF file to safetensors first (from_pretrained(..., gguf_file=...), save_pretrained())"
+    return "copy or download the weights into it"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small JSON file of a model. Raises :class:`ModelError` where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise ModelError(f"{path} cannot be read as JSON ({error}): it is damaged or cut short; {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__} and not an object: {_AGAIN}")
+    return value
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER

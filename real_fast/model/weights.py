@@ -118,7 +118,7 @@ def _some(names: Sequence[str]) -> str:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep Transformers' table of weights that do not fit, which an error says here, off the terminal."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -44,8 +44,8 @@ def check_prompts(
         if not 0 <= min(prompt) <= max(prompt) < vocabulary:
             wrong = next(token for token in prompt if not 0 <= token < vocabulary)
             raise ValueError(
-                f"prompt {place} has the token id {wrong}, and the model has the ids 0 to {vocabulary - 1}: its tokenizer "
-                "is another model's, or tokens were added to it alone"
+                f"prompt {place} has the token id {wrong}, and the model has the ids 0 to {vocabulary - 1}: its "
+                "tokenizer is another model's, or tokens were added to it alone"
             )
         if limit is not None and len(prompt) + behind > limit:
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from real_fast.config import Config, EvalConfig, RolloutConfig
+from real_fast.config import Config, EvalConfig, RolloutConfig, TrainConfig
 from real_fast.errors import ConfigError, EngineMismatchError, ModelError
 from real_fast.methods.supervised import supervised_group
 from real_fast.prompt.guard import Guard
@@ -604,7 +604,8 @@ def test_bounds_of_the_check_follow_the_precision() -> None:
 
 
 def config(**rollout: Any) -> Config:
-    made = Config(model="m", output="o", rollout=RolloutConfig(max_tokens=64, **rollout))
+    precision = TrainConfig(precision="bf16")  # on any CPU
+    made = Config(model="m", output="o", rollout=RolloutConfig(max_tokens=64, **rollout), train=precision)
     made.prompt.max_tokens = 256
     return made
 

@@ -74,7 +74,7 @@ def setup(smollm2: Path, smollm2_tokenizer: Any) -> Iterator[Setup]:
     scale = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3, 4, 5], "So the overall score is ")
     trainer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     config = Config(model="m", output="o", rollout=RolloutConfig(engine="vllm", max_tokens=64, max_num_seqs=32))
-    config.prompt.max_tokens = 300
+    config.prompt.max_tokens, config.train.precision = 300, "bf16"
     before = process_state()
     engine = make_engine(config, trainer, smollm2_tokenizer, scale, smollm2)
     after = process_state()

@@ -16,6 +16,7 @@ from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
+from real_fast.score.verdict import phrases_outside, thought_left_open, written_behind
 from real_fast.types import Rollout
 
 # Servers give that many of the likeliest tokens at most; vLLM gives the scores' own besides, however unlikely.
@@ -58,6 +59,8 @@ class ServedJudge:
         self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._written = [tokenizer.decode([i]) for i in self.scale.score_ids]
+        sample = parse_texts({"instruction": "a", "response": "b", "rubric": "c"}, False)
+        self._thought = thought_left_open(self._builder.chat(sample))
 
     def request(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``client.completions.create`` beside the model's name.
@@ -105,19 +108,23 @@ class ServedJudge:
         return verdict(rollouts, self.scale, "real", self.config.objective.renormalize)
 
     def _rollout(self, tokens: list[tuple[str, dict[str, float]]]) -> Rollout:
+        """The verdict as both engines have it, which stop there: the first phrase with a score behind it."""
         text = "".join(token for token, _ in tokens)
-        phrase = self.scale.phrase.strip()
-        at, place = text.rfind(phrase), 0
-        found: list[float] | None = None
-        written: float | None = None
-        for token, likely in tokens if at >= 0 else ():
-            if place >= at + len(phrase) and token.strip():  # the first token behind the phrase and its white space
-                found = [likely.get(score, -math.inf) for score in self._written]
-                written = next((v for v, t in zip(self.scale.values, self._written, strict=True) if t == token), None)
-                break
-            place += len(token)
-        shown = text if found is None else text[:at]
-        return Rollout([], [], [], 0, "phrase" if found else "length", found, written, shown)
+        phrase, scale = self.scale.phrase.strip(), self.scale
+        space = scale.phrase[len(scale.phrase.rstrip()) :]
+        found = [
+            (place.at, written_behind(text[place.at + len(phrase) :], space, scale.texts).score)
+            for place in phrases_outside(text, phrase, self._thought)[0]
+        ]
+        at, score = next((one for one in found if one[1] is not None), found[0] if found else (len(text), None))
+        start = 0
+        for token, likely in tokens:
+            if start >= at + len(phrase) and token.strip():  # the first token behind the phrase and its white space
+                logprobs = [likely.get(one, -math.inf) for one in self._written]
+                written = None if score is None else scale.values[score]
+                return Rollout([], [], [], 0, "phrase", logprobs, written, text[:at])
+            start += len(token)
+        return Rollout([], [], [], 0, "length", None, None, text)
 
 
 def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]]:

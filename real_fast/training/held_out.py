@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from real_fast.config import Config
 from real_fast.evaluation.run import evaluate
+from real_fast.reports.health import evaluation_warnings
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.run import Run
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_held_out(
@@ -53,6 +57,9 @@ def evaluate_held_out(
             renormalize=config.objective.renormalize,
         )
     run.folder.save_evaluation(name, result.summary, result.predictions)
+    if name not in ("before", "after"):  # an untrained model is often off the scale; the end of a run says it by itself
+        for warning in evaluation_warnings(result.summary):
+            logger.warning("evaluation %s: %s", name, warning)
     run.log(record_of(name, step, result.summary))
 
 

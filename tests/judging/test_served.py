@@ -88,6 +88,16 @@ def test_several_choices_are_averaged(served: ServedJudge) -> None:
     assert grade.score == pytest.approx((2.3 + 1.0) / 2) and grade.feedback == ["A.", "B."]
 
 
+def test_the_verdict_is_that_of_the_engines(served: ServedJudge) -> None:
+    """Outside thoughts and quotations, and the first: what a server samples behind it was never asked for."""
+    thought = [("<think>", {}), ("Grade: 1?", {"1": 0.0}), ("</think>", {}), ("Fine. ", {})]
+    more = ("\n", "Grade", ":", " ", "1")
+    grade = served.grade(completion([*thought, *answer("Not ", '"Grade: 1"', ". ", behind=more)]))
+    assert grade.score == pytest.approx(2.3) and grade.decoded == 3.0 and (grade.feedback or "").endswith('"Grade: 1".')
+    ten = served.grade(completion(answer("Good. ", score="1", behind=("0", "."))))
+    assert ten.decoded is None  # 10 is not 1
+
+
 def test_no_score_is_made_up(served: ServedJudge) -> None:
     none = served.grade(completion([("No idea", {}), (".", {})]))
     assert none.score is None and none.feedback == "No idea." and "none of the feedbacks has one" in (none.error or "")

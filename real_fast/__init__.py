@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from real_fast.utils.version import __version__
+
 if TYPE_CHECKING:
     from real_fast.errors import GradeError
     from real_fast.judging.grade import Grade
     from real_fast.judging.judge import Judge
 
-__all__ = ["Grade", "GradeError", "Judge"]
+__all__ = ["Grade", "GradeError", "Judge", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The command that grades rows: a JSON line in, the same line with its grade out, in order.
 
-python -m real_fast.judge --model runs/x/final < rows.jsonl > graded.jsonl
+real-fast judge --model runs/x/final < rows.jsonl > graded.jsonl
 """
 
 from __future__ import annotations
@@ -10,97 +10,42 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
-from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.commands import run as run_command
+
+if __name__ == "__main__":  # before what takes seconds to import
+    sys.exit(run_command("judge"))
+
+from real_fast.config.commands import JudgeConfig
 from real_fast.data.readers import jsonl_records, open_binary
-from real_fast.errors import ConfigError, DataError, UserError, run_command
+from real_fast.errors import ConfigError, DataError, UserError
 from real_fast.judging.grade import Grade
 from real_fast.judging.judge import Judge
 from real_fast.judging.lines import RAW, Grader, grade_lines
-from real_fast.model import judge_settings
-from real_fast.runs import log
 from real_fast.runs.progress import progress_bar
 from real_fast.utils.seeds import call_seed
 
-PROG = "real_fast.judge"
 
-
-@dataclass
-class JudgeConfig:
-    """Grade JSON lines from standard input (or a file); write them to standard output, each with its grade.
-
-    Args:
-        model: A folder or a model on the Hugging Face hub. Of a folder that real_fast.train wrote, scale, prompt,
-            answer and protocol are taken over; flags override them.
-        data: A .jsonl or .jsonl.gz file in place of standard input.
-        n: Feedbacks sampled per row; their score distributions are averaged.
-        temperature: Sampling temperature of the feedback; 0 for greedy.
-        protocol: How a score comes about. "real": the score distribution behind the phrase that the model wrote, or as
-            rollout.answer says where it wrote none; "tract": the feedback is cut where the phrase begins, and the
-            phrase is appended; "raft": no feedback, the score is read right behind the phrase; "decode": the mean of
-            the scores that the model wrote itself.
-        key: The field that a grade is written to; rows must not have it yet.
-        batch_size: Rows graded and written at a time.
-        seed: The same rows, seed and batch_size give the same samples.
-        precision: Number format of the weights: "bf16", "fp32", or "auto", which is what is fast here.
-        device: "auto" takes CUDA where there is one.
-        trust_remote_code: Run Python code that comes with the model.
-        renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
-        scale: The score scale.
-        prompt: How a row becomes a prompt.
-        rollout: Sampling of feedback: engine, max_tokens, top_p, answer, and the engine's limits are used.
-    """
-
-    model: str = ""
-    data: str = ""
-    n: int = 1
-    temperature: float = 1.0
-    protocol: Literal["real", "tract", "raft", "decode"] = "real"
-    key: str = "grade"
-    batch_size: int = 64
-    seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    trust_remote_code: bool = False
-    renormalize: bool = False
-    scale: ScaleConfig = field(default_factory=ScaleConfig)
-    prompt: PromptConfig = field(default_factory=PromptConfig)
-    rollout: RolloutConfig = field(
-        default_factory=lambda: RolloutConfig(gpu_memory_utilization=judge_settings.GPU_SHARE)
+def load_judge(config: JudgeConfig) -> Judge:
+    """Load the judge of these settings."""
+    return Judge(
+        config.model,
+        scale=config.scale,
+        engine=config.rollout.engine,
+        n=config.n,
+        temperature=config.temperature,
+        protocol=config.protocol,
+        prompt=config.prompt,
+        rollout=config.rollout,
+        renormalize=config.renormalize,
+        precision=config.precision,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
     )
-
-    def check(self) -> None:
-        """Raise :class:`ConfigError` for settings that cannot work; the judge checks the others."""
-        if not self.model:
-            raise ConfigError("model is not set: give --model or put it into the config file")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}: it must be 1 or more")
-        for name, own in (("temperature", "temperature"), ("group_size", "n")):
-            if getattr(self.rollout, name) != getattr(RolloutConfig(), name):
-                raise ConfigError(f"rollout.{name} is for training: give --{own}, which is the judge's")
-        if not self.key or self.key == RAW:
-            raise ConfigError(f"key is {self.key!r}: give another name for the field that a grade is written to")
-
-    def judge(self) -> Judge:
-        """Load the judge."""
-        return Judge(
-            self.model,
-            scale=self.scale,
-            engine=self.rollout.engine,
-            n=self.n,
-            temperature=self.temperature,
-            protocol=self.protocol,
-            prompt=self.prompt,
-            rollout=self.rollout,
-            renormalize=self.renormalize,
-            precision=self.precision,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
-        )
 
 
 @dataclass
@@ -211,17 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 where any row has a score (how many have none is said on stderr), 1 where none has or nobody reads the results
         any more, 2 for a mistake of the user's, 130 for Ctrl-C.
     """
-    log.set_up()
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command(PROG, lambda: _main(arguments), "stopped; every batch that was finished has been written")
+    return run_command("judge", argv)
 
 
-def _main(argv: list[str]) -> int:
-    config: JudgeConfig = judge_settings.parse(JudgeConfig, PROG, "Grade rows.", argv)
+def work(config: JudgeConfig) -> int:
+    """What the command does. Returns the exit status, as :func:`main` says."""
     config.check()
+    if not config.key or config.key == RAW:
+        raise ConfigError(f"key is {config.key!r}: give another name for the field that a grade is written to")
     try:
         with results_alone() as out, ExitStack() as judges, _source(config.data) as source:
-            done = run(config, source, out, lambda: judges.enter_context(config.judge()))
+            done = run(config, source, out, lambda: judges.enter_context(load_judge(config)))
     except BrokenPipeError:
         print("stopped: nobody reads the results any more", file=sys.stderr)
         return 1
@@ -231,7 +176,3 @@ def _main(argv: list[str]) -> int:
         raise DataError(f"reading the rows or writing the results failed: {error}") from error
     print(done, file=sys.stderr)
     return 1 if done.rows and done.failed == done.rows else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,4 @@
-"""Train a judge by REAL (arXiv 2603.17145), or by one of the methods that it is compared with.
-
-python -m real_fast.train --config configs/quickstart.yaml
-"""
+"""real-fast train: train a judge by REAL (arXiv 2603.17145), or by one of the methods that it is compared with."""
 
 from __future__ import annotations
 
@@ -10,13 +7,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from real_fast.config import Config, cli
+from real_fast.commands import run
+
+if __name__ == "__main__":  # before what takes seconds to import
+    sys.exit(run("train"))
+
+from real_fast.config import Config
 from real_fast.config.debug import smaller
-from real_fast.errors import run_command
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
-from real_fast.runs import checkpoint, log
+from real_fast.runs import checkpoint
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.stop import Stopped, StopSignal
 from real_fast.training.debug import Profile, debugging
@@ -185,14 +186,11 @@ def train(config: Config) -> bool:
         del trainer, p  # and with them the optimiser, before the next stage has one
 
 
+def work(config: Config) -> int:
+    """What the command does. Returns the exit status: 130 for a run that was stopped."""
+    return 0 if train(smaller(config) if config.debug else config) else 130
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 2 for a mistake of the user's, 130 for a run that was stopped."""
-    config = cli.parse(Config, "real_fast.train", "Train a judge.", None if argv is None else list(argv))
-    config = smaller(config) if config.debug else config
-    log.set_up(config.log_level)
-    interrupted = "stopped at once; the newest complete checkpoint is kept: go on with --resume"
-    return run_command("real_fast.train", lambda: 0 if train(config) else 130, interrupted)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run("train", argv)

@@ -190,7 +190,7 @@ def test_a_trained_folder_gives_defaults_and_flags_win(tmp_path: Path) -> None:
     assert (config.prompt.template, config.prompt.max_tokens) == ("short", 99)
     assert (config.rollout.answer, config.rollout.max_tokens) == ("generated", 44)
     assert config.rollout.max_num_seqs == RolloutConfig().max_num_seqs  # the training machine's business
-    assert config.renormalize and config.overwrite and config.eval.protocol == "tract"
+    assert config.renormalize and config.overwrite and config.protocol == "tract"
 
     file = tmp_path / "e.yaml"
     file.write_text(f"model: {model}\nscale:\n  phrase: 'Mark: '\n")
@@ -207,8 +207,8 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         status = int(exit.code or 0)
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
-    assert err.startswith("real_fast.evaluate: error: ") and "Traceback" not in err
-    return err.removeprefix("real_fast.evaluate: error: ")
+    assert err.startswith("real-fast evaluate: error: ") and "Traceback" not in err
+    return err.removeprefix("real-fast evaluate: error: ")
 
 
 def test_missing_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -216,19 +216,19 @@ def test_missing_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path
     for key in ("model", "data", "output"):
         at = base.index(f"--{key}")
         assert f"{key} is not set" in failure(capsys, *base[:at], *base[at + 2 :])
-    assert "eval.n is 0" in failure(capsys, *base, "--eval.n", "0")
+    assert "n is 0: it must be above 0" in failure(capsys, *base, "--n", "0")
     assert "max_rows is -1" in failure(capsys, *base, "--max_rows", "-1")
     assert not (tmp_path / "o").exists()
 
 
 def test_unknown_and_ill_typed_settings_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "--tempereture" in failure(capsys, "--model", str(tmp_path), "--tempereture", "1")
-    assert "eval.n" in failure(capsys, "--eval.n", "many")
+    assert "--n is 'many'" in failure(capsys, "--n", "many")
     file = tmp_path / "e.yaml"
     file.write_text("modle: x\n")
     assert "modle" in failure(capsys, "--config", str(file))
     file.write_text("model: [\n")
-    assert "config" in failure(capsys, "--config", str(file))
+    assert f"{file}:2: this is no YAML" in failure(capsys, "--config", str(file))
     broken = trained_folder(tmp_path / "final", scale=3)
     assert "real_fast.json is not what real_fast.train writes" in failure(capsys, "--model", str(broken))
 

@@ -137,7 +137,7 @@ def test_output_folders_are_not_touched_unless_told(tiny_judge, uninterrupted, t
 )
 def test_wrong_input_is_one_clear_line(tiny_judge, tmp_path, changes, message, capsys):
     assert main(flags(tiny_judge, tmp_path / "run", *changes)) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("real_fast.train: error: ")]
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("real-fast train: error: ")]
     assert len(error) == 1 and message in error[0]
 
 
@@ -220,7 +220,7 @@ def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsy
         str(target),
     ]
     assert evaluation.main(
-        [*evaluation_flags, "--max_rows", "5", "--rollout.engine", "transformers", "--eval.bootstrap", "20"]
+        [*evaluation_flags, "--max_rows", "5", "--rollout.engine", "transformers", "--bootstrap", "20"]
     ) in (0, None)
     again = json.loads((target / "summary.json").read_text())
     assert again["n"] >= 4 and again["no_score"] == 0

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from real_fast.config import (
     Config,
@@ -21,12 +18,11 @@ from real_fast.config import (
     ScaleConfig,
     cli,
 )
+from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
-from real_fast.model.load import resolve_model
-from real_fast.score.protocol import ProtocolName
 
-# With no trainer beside it, vLLM gets nearly all of a GPU.
-GPU_SHARE = 0.9
+if TYPE_CHECKING:
+    from real_fast.score.protocol import ProtocolName
 
 
 def trained_settings(model: str) -> dict[str, Any]:
@@ -42,6 +38,8 @@ def trained_settings(model: str) -> dict[str, Any]:
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
+        from real_fast.model.load import resolve_model  # which brings PyTorch along, and a folder here needs none
+
         folder = resolve_model(model, ("real_fast.json", "*.jinja", "*.txt"))
     path = folder / "real_fast.json"
     if not path.is_file():
@@ -62,28 +60,13 @@ def trained_settings(model: str) -> dict[str, Any]:
     return found
 
 
-def parse(config_class: type, prog: str, description: str, argv: list[str]) -> Any:
-    """Parse a command line into a `config_class`, on top of what the folder of its ``model`` says.
+def defaults_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder of the ``model`` among `given` settings says, for a command whose settings these are.
 
-    Flags and the ``--config`` file override the folder. A wrong key or value ends the process with status 2 and a
-    message that names the key, as :func:`real_fast.config.cli.parse` does. Raises as :func:`trained_settings` does.
+    Raises as :func:`trained_settings` does.
     """
-    first = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--model")
-    first.add_argument("--config")
-    known = first.parse_known_args(argv)[0]
-    model = known.model
-    if model is None and known.config and Path(known.config).is_file():
-        try:
-            values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError):
-            values = None  # the parser below says what is wrong with the file
-        model = values.get("model") if isinstance(values, dict) else None
-    defaults = trained_settings(model) if isinstance(model, str) and model else {}
-    if "protocol" in defaults and not hasattr(config_class, "protocol"):
-        defaults["eval"] = {"protocol": defaults.pop("protocol")}
-    argv = [*(["--config", json.dumps(defaults)] if defaults else []), *argv]
-    return cli.parse(config_class, prog, description, argv)
+    model = given.get("model")
+    return trained_settings(model) if model else {}
 
 
 def judge_config(

@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from real_fast.config import Config
-from real_fast.errors import ConfigError, ModelError, WheelMissing
+from real_fast.config.commands import PlanConfig
+from real_fast.config.validation import check_bounds
+from real_fast.errors import ModelError, WheelMissing
 from real_fast.methods.registry import method_class
 from real_fast.model.smollm2 import SMOLLM2, prepare
 from real_fast.planning.flops import ModelFlops, UpdateFlops
@@ -25,43 +26,6 @@ RESERVE = 2 * GIB
 
 # Tokens of "So the overall score is " where no tokenizer is at hand.
 PHRASE_TOKENS = 6
-
-
-@dataclass
-class PlanConfig(Config):
-    """What to plan: a training run's own settings, and the machine.
-
-    Args:
-        model: A folder with a config.json, a model on the hub, or "smollm2-135m".
-        output: Not used; a training run's folder.
-        method: The training method.
-        seed: Not used.
-        log_level: Not used.
-        debug: Not used.
-        profile: Not used.
-        resume: Not used.
-        overwrite: Not used.
-        trust_remote_code: Run Python code that comes with the model.
-        scale: The score scale.
-        prompt: Of it, max_tokens is P unless prompt_tokens is given.
-        data: Not used.
-        rollout: Of it, group_size is K and max_tokens is R unless response_tokens is given.
-        objective: Of it, kl_coef and num_iterations change memory or work.
-        warmup: Not used.
-        optim: Not used.
-        train: The update.
-        eval: Not used.
-        save: Not used.
-        gpus: Devices that weights, gradients and optimiser state are sharded over.
-        gpu_memory: Memory of one device in GiB.
-        prompt_tokens: P, tokens of a prompt; 0 for the longest that the settings allow.
-        response_tokens: R, tokens of a response; 0 for the longest.
-    """
-
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,9 +71,7 @@ def make_plan(config: PlanConfig, model_config: Any) -> Plan:
     Raises:
         ConfigError: A machine without devices or memory.
     """
-    for key in ("gpus", "gpu_memory"):
-        if not getattr(config, key) > 0:
-            raise ConfigError(f"{key} is {getattr(config, key)}: it must be above 0")
+    check_bounds(config)
     sizes, train = ModelSizes.of(model_config, config.train.precision), config.train
     p = config.prompt_tokens or config.prompt.max_tokens
     r = config.response_tokens or config.rollout.max_tokens + PHRASE_TOKENS

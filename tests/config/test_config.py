@@ -4,12 +4,13 @@ import pytest
 import yaml
 
 from real_fast.config import Config, cli
+from real_fast.config.commands import COMMANDS
 from real_fast.errors import ConfigError
 from real_fast.methods.registry import check_config
 
 
 def parse(*argv):
-    return cli.parse(Config, "real_fast.train", "Train.", list(argv))
+    return cli.parse(COMMANDS["train"], "real-fast train", list(argv))
 
 
 def write(tmp_path, text):
@@ -85,7 +86,7 @@ def test_print_config_is_a_config(tmp_path, capsys):
 
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
-        parse("--help")
+        parse("--help", "all")
     text = capsys.readouterr().out
     for words in ("rollouts per prompt", "--objective.lam", "default: forced", "Peak learning rate"):
         assert words in text

@@ -22,11 +22,14 @@ import torch
 from real_fast import Grade, GradeError, Judge
 from real_fast import judge as command
 from real_fast.config import RolloutConfig
+from real_fast.config.cli import parse
+from real_fast.config.commands import COMMANDS
 from real_fast.data.readers import jsonl_records
 from real_fast.data.rows import parse_row
 from real_fast.errors import ConfigError
 from real_fast.evaluation.run import evaluate
 from real_fast.judging.lines import grade_lines
+from real_fast.model.judge_settings import defaults_of
 from real_fast.types import Rollout, SamplingParams
 from tests.judging.fakes import ROW, FakeEngine, rollout
 
@@ -84,7 +87,7 @@ def test_a_trained_model_on_the_hub_is_taken_over_as_a_folder_is(
         return str(folder)
 
     monkeypatch.setattr("real_fast.model.load.snapshot_download", download)
-    found = command.judge_settings.parse(command.JudgeConfig, command.PROG, "", ["--model", "me/judge"])
+    found = parse(COMMANDS["judge"], "real-fast judge", ["--model", "me/judge"], defaults_of)
     assert (found.scale.values, found.prompt.template, found.renormalize) == ([1, 2, 3], "short", True)
     assert fetched == [("me/judge", ["real_fast.json", "*.jinja", "*.txt"])]  # no weights before the flags are read
     monkeypatch.setattr("real_fast.judging.judge.load_engine", lambda *_: FakeEngine([]))
@@ -99,7 +102,7 @@ def test_the_protocol_of_the_run_is_taken_over(folder: Path, tmp_path: Path, mon
     assert [Judge(m).config.eval.protocol for m in (model, folder)] == ["raft", "real"]
     assert Judge(model, protocol="decode").config.eval.protocol == "decode"
     flags = [["--model", str(model)], ["--model", str(model), "--protocol", "tract"], ["--model", str(folder)]]
-    found = [command.judge_settings.parse(command.JudgeConfig, command.PROG, "", argv).protocol for argv in flags]
+    found = [parse(COMMANDS["judge"], "real-fast judge", argv, defaults_of).protocol for argv in flags]
     assert found == ["raft", "tract", "real"]
 
 
@@ -484,7 +487,7 @@ def test_mistakes_of_the_users(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         except SystemExit as exit:
             status = int(exit.code or 0)
         out, err = capfd.readouterr()
-        assert (status, out) == (2, "") and err.startswith("real_fast.judge: error: ") and "Traceback" not in err
+        assert (status, out) == (2, "") and err.startswith("real-fast judge: error: ") and "Traceback" not in err
         return err
 
     assert "model is not set" in failure()

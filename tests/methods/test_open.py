@@ -91,6 +91,6 @@ def test_an_unknown_method_is_one_clear_line(tmp_path, capsys):
     assert Config().method == "real"
     assert main(["--model", "nowhere", "--output", str(tmp_path / "run"), "--method", "real_absolut"]) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and error[0].startswith("real_fast.train: error: method is 'real_absolut': ")
+    assert len(error) == 1 and error[0].startswith("real-fast train: error: method is 'real_absolut': ")
     assert "did you mean real_absolute?" in error[0] and all(name in error[0] for name in METHODS)
     assert not (tmp_path / "run").exists()

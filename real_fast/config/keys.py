@@ -1,0 +1,241 @@
+"""The keys of a command's settings: their names, types and explanations, and what to say of one that does not exist.
+
+A key is a field's name with its sections in front: ``rollout.max_tokens``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
+
+from real_fast.errors import ConfigError
+
+# What TRL, Transformers and verl call these.
+_ELSEWHERE = {
+    "model_name_or_path": "model",
+    "output_dir": "output",
+    "learning_rate": "optim.lr",
+    "num_generations": "rollout.group_size",
+    "max_steps": "train.steps",
+    "max_prompt_length": "prompt.max_tokens",
+    "max_completion_length": "rollout.max_tokens",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "resume_from_checkpoint": "resume",
+    "dtype": "precision",
+    "dataset_name": "data.train",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A setting.
+
+    Attributes:
+        name: With its sections, e.g. "rollout.max_tokens".
+        type: Its annotation.
+        default: Its value where nothing is given.
+        help: What its class's docstring says of it.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is true or false, and so needs no value on the command line."""
+        return self.type is bool
+
+    @property
+    def takes_several(self) -> bool:
+        """Whether several values may follow its flag."""
+        return any(get_origin(kind) is list for kind in _alternatives(self.type))
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether it holds names and values of its own, such as a chat template's arguments."""
+        return any(get_origin(kind) is dict for kind in _alternatives(self.type))
+
+
+@lru_cache
+def keys_of(settings: type) -> dict[str, Key]:
+    """Every key of a dataclass of settings, those of its sections included, in order."""
+    return dict(_walk(settings, settings(), ""))
+
+
+@lru_cache
+def sections_of(settings: type) -> dict[str, str]:
+    """The names of the sections of a dataclass of settings, and what each is about."""
+    hints, texts = get_type_hints(settings), _texts(settings)
+    names = [field.name for field in dataclasses.fields(settings)]
+    return {name: texts.get(name, "") for name in names if dataclasses.is_dataclass(hints[name])}
+
+
+def _walk(settings: type, defaults: Any, prefix: str) -> Iterable[tuple[str, Key]]:
+    hints, texts = get_type_hints(settings), _texts(settings)
+    for field in dataclasses.fields(settings):
+        kind, default = hints[field.name], getattr(defaults, field.name)
+        name = prefix + field.name
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from _walk(kind, default, f"{name}.")
+        else:
+            yield name, Key(name, kind, default, texts.get(field.name, ""))
+
+
+def _texts(settings: type) -> dict[str, str]:
+    """What the docstrings say of each field; a subclass's docstring adds to its parent's."""
+    found = {}
+    for kind in reversed(settings.__mro__):
+        for field in parse_docstring(kind.__doc__ or "").params:
+            found[field.arg_name] = " ".join((field.description or "").split())
+    return found
+
+
+def flatten(
+    settings: type,
+    values: Mapping[Any, Any],
+    where: Callable[[str], str] = lambda name: "",
+    other_names: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """Bring nested values under their keys, each converted to its type.
+
+    Args:
+        settings: The dataclass.
+        values: Nested mappings, or keys with dots, or both.
+        where: What stands in front of a message about a name: a file and its line, or "--" for a flag.
+        other_names: Names that mean a key of `settings` here.
+        tell: Gets a message for each of those that is used.
+
+    Raises:
+        ConfigError: A name that does not exist, or a value of another type.
+    """
+    keys, found = keys_of(settings), {}
+    pending = [(str(name), value) for name, value in values.items()]
+    while pending:
+        name, value = pending.pop(0)
+        own = (other_names or {}).get(name)
+        if own:
+            tell(f"{where(name)}{name} is called {own} here, and is taken for it")
+        name_here = own or name
+        if name_here in keys:
+            found[name_here] = convert(keys[name_here], value, where(name), name)
+        elif is_section(name_here, keys) or is_section(name_here, other_names or {}):
+            value = _read_inline(value)
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{where(name)}{name} is {_show(value)}: it is a section, whose settings stand under it by name"
+                )
+            pending[:0] = [(f"{name}.{inner}", v) for inner, v in (value or {}).items()]
+        elif (owner := name_here.rpartition(".")[0]) in keys and keys[owner].is_mapping:
+            found[owner] = {**found.get(owner, keys[owner].default), name_here.rpartition(".")[2]: _read_inline(value)}
+        else:
+            raise ConfigError(f"{where(name)}{name} is no setting{hint(name, keys)}")
+    return found
+
+
+def is_section(name: str, keys: Iterable[str]) -> bool:
+    """Whether keys stand under a name."""
+    return any(key.startswith(f"{name}.") for key in keys)
+
+
+def convert(key: Key, value: Any, where: str = "", name: str = "") -> Any:
+    """Convert a value from a file or a flag to the key's type. Raises :class:`ConfigError`."""
+    if key.is_switch and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "1", "0"):
+        return value.lower() in ("yes", "on", "1")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=key.type)
+    try:
+        return parser.parse_object({"value": value})["value"]
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        said = f"{where}{name or key.name} is {_show(value)}: it must be {_expected(key.type)}"
+        raise ConfigError(said + _close_value(value, key.type)) from error
+
+
+def hint(name: str, keys: Mapping[str, Any]) -> str:
+    """ "; did you mean ...?" for a name that is none, or nothing where no key is close."""
+    last = name.rpartition(".")[2]
+    elsewhere = next((k for k in keys if k.endswith(_ELSEWHERE.get(last, " "))), None)
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    close = get_close_matches(name, keys, n=1, cutoff=0.75)
+    by_last = {key.rpartition(".")[2]: key for key in reversed(list(keys))}
+    similar = [by_last[found] for found in get_close_matches(last, by_last, n=1, cutoff=0.75)]
+    found = [elsewhere] if elsewhere else same or close or similar
+    return f"; did you mean {' or '.join(map(str, found[:3]))}?" if found else ""
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> str:
+    """The message for a name that is none of a few: which it may be, and which was probably meant."""
+    choices = list(choices)
+    close = get_close_matches(value.lower(), choices, n=1)
+    return (
+        f"{what} is {value!r}: "
+        + (f"did you mean {close[0]}? There are " if close else "there are ")
+        + ", ".join(choices)
+    )
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _choices(kind: Any) -> list[str]:
+    """The names that a value may be, where they are few."""
+    found: list[str] = []
+    for one in _alternatives(kind):
+        inner = get_args(one)[0] if get_origin(one) is list else one
+        found += [str(choice) for choice in get_args(inner)] if get_origin(inner) is Literal else []
+    return list(dict.fromkeys(found))
+
+
+def _expected(kind: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    parts = []
+    for one in _alternatives(kind):
+        if get_origin(one) is Literal:
+            parts.append("one of " + ", ".join(map(str, get_args(one))))
+        elif get_origin(one) is list:
+            (inner,) = get_args(one)
+            few = get_origin(inner) is Literal
+            parts.append("a list of these" if few and parts else f"a list, each {_expected(inner)}")
+        elif get_origin(one) is dict:
+            parts.append("names with values, such as {name: value}")
+        else:
+            parts.append(words.get(one, str(one)))
+    return " or ".join(parts)
+
+
+def _close_value(value: Any, kind: Any) -> str:
+    if kind is str and not isinstance(value, str):
+        return " (put it into quotes)" if isinstance(value, int | float) else ""
+    given = value if isinstance(value, list) else [value]
+    choices = _choices(kind)
+    wrong = [one for one in given if isinstance(one, str) and one not in choices]
+    close = get_close_matches(wrong[0].lower(), choices, n=1) if wrong else []
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_inline(value: Any) -> Any:
+    """A value as YAML reads it, where a flag gave it as text."""
+    if not isinstance(value, str):
+        return value
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value

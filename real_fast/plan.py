@@ -1,7 +1,6 @@
-"""Will it fit, and how much work is it? From the model's config alone, before a weight is downloaded.
+"""The command that plans: will a run fit, and how much work is it? From the model's shape alone, without a weight.
 
-real-fast plan --model Qwen/Qwen3-32B --gpus 8 --gpu-memory 80
-real-fast plan --config configs/qwen3-8b-real.yaml --gpu-memory 141
+real-fast plan --config qwen3-8b-real --gpu_memory 141
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from collections.abc import Sequence
 
 from real_fast.commands import run
 from real_fast.config.commands import PlanConfig
-from real_fast.errors import ConfigError, ModelError, UserError
+from real_fast.errors import ConfigError
+from real_fast.planning.plan import make_plan, report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,20 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def work(config: PlanConfig) -> int:
-    """What the command does. Returns the exit status."""
-    from real_fast.planning.plan import load_config, make_plan, report
-
+    """What the command does. Returns the exit status, as :func:`main` says."""
     if not config.model:
-        raise ConfigError("model is not set: --model NAME")
-    model_config = load_config(config.model, config.trust_remote_code)
-    try:
-        plan = make_plan(config, model_config)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise ModelError(f"model {config.model} cannot be planned: {error}") from error
+        raise ConfigError("model is not set: give --model or put it into the config file")
+    plan = make_plan(config)
     print(report(config, plan))
-    return 0 if plan.fits(config.gpu_memory) else 1
+    return 0 if plan.need.fits else 1
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ def _flags(command: Command, argv: list[str]) -> tuple[dict[str, Any], list[str]
             given: Any = value
         elif key is not None and key.is_switch:
             given = rest.pop(0) if rest and rest[0].lower() in _VALUES else True
+            if given is True and rest and not rest[0].startswith("-") and not command.positional:
+                raise ConfigError(f"{rest[0]!r} stands behind --{flag}, a switch: it takes true, false or nothing")
         elif not rest or rest[0].startswith("--"):
             raise ConfigError(f"--{flag} needs a value behind it")
         else:

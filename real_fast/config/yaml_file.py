@@ -36,8 +36,8 @@ def find(name: str | Path) -> Path:
     names = sorted(file.stem for file in known.glob("*.yaml"))
     close = get_close_matches(stem, names, n=1)
     raise ConfigError(
-        f"config {name}: there is no such file; "
-        + (f"did you mean {close[0]}? " if close else "")
+        f"config {name}: there is no such file"
+        + (f"; did you mean {close[0]}? " if close else ". ")
         + f"With the package come {', '.join(names)}"
     )
 

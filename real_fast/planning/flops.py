@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+if TYPE_CHECKING:
+    from real_fast.types import Group
 
-from real_fast.types import Group
+# A prompt's tokens, and of each of its rollouts the tokens in the context and those that were sampled.
+Lengths = tuple[int, Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,6 @@ class UpdateFlops:
     def ratio(self) -> float:
         """The speed-up that the count predicts where both run at the same rate."""
         return self.reference / self.ours
-
-
-def empty_model(config: Any) -> PreTrainedModel:
-    """A causal language model of a config, without memory for its weights."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 @dataclass(frozen=True)
@@ -55,18 +48,9 @@ class ModelFlops:
     @classmethod
     def of(cls, config: Any) -> ModelFlops:
         """From a Transformers config, without weights. Raises ValueError for mixtures of experts and convolutions."""
-        model = empty_model(config)
-        text = model.config.get_text_config()
-        head = model.get_output_embeddings().weight.numel()
-        embeddings = {id(m.weight) for m in model.base_model.modules() if isinstance(m, nn.Embedding)}
-        weights = [p for p in model.base_model.parameters() if id(p) not in embeddings]
-        if any(p.dim() > 2 for p in weights):
-            raise ValueError(f"{text.model_type} has stacked experts or convolutions, whose work is not counted")
-        linear = sum(p.numel() for p in weights if p.dim() == 2)
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        kinds = getattr(text, "layer_types", None) or []
-        window = getattr(text, "sliding_window", None) if set(kinds) <= {"sliding_attention"} else None
-        return cls(linear, text.num_hidden_layers * text.num_attention_heads * size, head, window)
+        from real_fast.planning import count
+
+        return cls(**count.matrices(config))
 
     def forward(self, spans: Sequence[tuple[int, int]]) -> float:
         """One forward pass of the body over spans of tokens, each behind so many tokens that it sees too."""
@@ -87,24 +71,34 @@ class ModelFlops:
         kl: bool = False,
         iterations: int = 1,
     ) -> UpdateFlops:
+        """One update over groups of rollouts, as :meth:`update_of` has it."""
+        lengths = [(len(g.prompt_ids), [(len(r.context_ids), len(r.sampled_ids)) for r in g.rollouts]) for g in groups]
+        return self.update_of(lengths, shared_prompt, recompute, kl, iterations)
+
+    def update_of(
+        self,
+        groups: Sequence[Lengths],
+        shared_prompt: bool = True,
+        recompute: bool = False,
+        kl: bool = False,
+        iterations: int = 1,
+    ) -> UpdateFlops:
         """One update over groups of rollouts.
 
         Args:
-            groups: The groups.
+            groups: The lengths of each group.
             shared_prompt: Whether ours shares prompts.
             recompute: Activation checkpointing on both sides: one more forward pass of the body.
             kl: The KL to a reference on both sides: one forward pass without gradients, body and head.
             iterations: Optimiser steps on the same rollouts.
         """
         alone, shared, rows, tokens = [], [], 0, 0
-        for group in groups:
-            p = len(group.prompt_ids)
+        for p, rollouts in groups:
             shared.append((p, 0))
-            for rollout in group.rollouts:
-                r = len(rollout.context_ids)
+            for r, sampled in rollouts:
                 alone.append((p + r, 0))
                 shared.append((r, p))
-                rows += len(rollout.sampled_ids) + 1
+                rows += sampled + 1
                 tokens += p + r
         passes = 3 + recompute  # forward, and twice as much backward
         separate = self.forward(alone)

@@ -1,24 +1,14 @@
-"""Memory of an update, part by part, from the model's config alone: nothing is allocated to find it out.
-
-Activations are not estimated but counted: the model runs on fake tensors, and what autograd would keep is added up.
-"""
+"""Memory of an update, part by part, from counts of the model: arithmetic, without PyTorch."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from real_fast.attention.interface import NAME, prepare, prepared_mask
-from real_fast.attention.layout import Layout
-from real_fast.attention.support import known_reason
-from real_fast.planning.flops import empty_model
-from real_kernels.head import CHUNK_BYTES, TRITON_CHUNK_BYTES
+# As in real_kernels.head, which brings PyTorch along; a test holds them equal.
+CHUNK_BYTES = 256 * 2**20
+TRITON_CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -57,27 +47,9 @@ class ModelSizes:
             config: A Transformers config of a causal language model.
             precision: "bf16" (autocast over fp32 weights) or "fp32".
         """
-        model = empty_model(config)
-        text = model.config.get_text_config()
-        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-        one, two = (_kept(config, layers, precision) for layers in (1, 2))
-        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        total = sum(p.numel() for p in model.parameters())
-        single, double = (sum(p.numel() for p in empty_model(_with_layers(config, n)).parameters()) for n in (1, 2))
-        layer = double - single
-        return cls(
-            parameters=total,
-            layer=layer,
-            head=head.numel(),
-            tied=head is embedding,
-            layers=text.num_hidden_layers,
-            layer_bytes=two - one,
-            other_bytes=one - (two - one),
-            boundary_bytes=4.0 * text.hidden_size,
-            kv_width=2 * heads * size,
-            hidden=text.hidden_size,
-        )
+        from real_fast.planning import count
+
+        return cls(**count.sizes(config, precision))
 
 
 @dataclass(frozen=True)
@@ -167,56 +139,3 @@ def largest(fits: Callable[[int], bool], limit: int = 2**20) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _with_layers(config: Any, layers: int) -> Any:
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return config
-
-
-def _kept(config: Any, layers: int, precision: str) -> float:
-    """Bytes per token that autograd keeps of the body's forward pass with so many layers.
-
-    The difference between two lengths: what does not grow with the tokens, such as autocast's copies of weights, is
-    counted elsewhere.
-    """
-    few, many = (_kept_at(config, layers, precision, tokens) for tokens in (128, 256))
-    return (many - few) / 128
-
-
-def _kept_at(config: Any, layers: int, precision: str, tokens: int) -> int:
-    with FakeTensorMode():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=torch.float32)
-        inputs: dict[str, Any] = {}
-        if known_reason(model) is None:
-            model.set_attn_implementation(NAME)
-            row = Layout(torch.zeros(1, 4, dtype=torch.int64))
-            inputs = {
-                "shared_prompt": prepare(row, "sdpa", torch.device("cpu")),
-                "attention_mask": prepared_mask(torch.device("cpu")),
-            }
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        seen: dict[int, int] = {}
-        kept: list[torch.Tensor] = []  # alive to the end, or another tensor could take over a storage's address
-
-        def pack(x: torch.Tensor) -> torch.Tensor:
-            storage = x.untyped_storage()
-            if storage._cdata not in weights:
-                seen[storage._cdata] = storage.nbytes()
-            kept.append(x)
-            return x
-
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-        ):
-            model.train()
-            model.base_model(
-                input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, **inputs
-            ).last_hidden_state.sum()
-    return sum(seen.values())

@@ -1,160 +1,110 @@
-"""A plan: parameters, memory by part, what fits and the work of an update, from a model's config alone."""
+"""A plan: parameters, memory by part, what fits and the work of an update, from a model's shape alone."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-from transformers import AutoConfig
+from dataclasses import dataclass, replace
 
 from real_fast.config.commands import PlanConfig
+from real_fast.config.schema import Config
 from real_fast.config.validation import check_bounds
-from real_fast.errors import ModelError, WheelMissing
-from real_fast.methods.registry import method_class
-from real_fast.model.smollm2 import SMOLLM2, prepare
-from real_fast.planning.flops import ModelFlops, UpdateFlops
-from real_fast.planning.memory import ModelSizes, UpdateMemory, largest, update_memory
-from real_fast.types import Group, Rollout
-
-GIB = 2**30
-
-
-# The CUDA context, libraries' workspaces and what the allocator cannot use.
-RESERVE = 2 * GIB
-
-
-# Tokens of "So the overall score is " where no tokenizer is at hand.
-PHRASE_TOKENS = 6
+from real_fast.planning.changes import changed_flags, smallest_change
+from real_fast.planning.flops import UpdateFlops
+from real_fast.planning.memory import largest
+from real_fast.planning.need import GIB, RESERVE, Need, lengths, need, precision_of, smallest_share
+from real_fast.planning.shape import Shape, shape_of
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the report says; see :func:`make_plan`."""
+    """Everything that the report says.
 
-    sizes: ModelSizes
-    p: int
-    r: int
-    k: int
-    prompts: int
-    memory: UpdateMemory
-    rollout_bytes: float
-    rollout_sequences: int
+    Attributes:
+        shape: The model's.
+        need: What a device must hold with the settings as they are.
+        flops: The work of an update.
+        change: The settings with the smallest change that fits; None where nothing helps.
+        device: Where nothing helps, the GiB of the smallest device that does, and the settings for it.
+        options: What fits: the engine's share, activation checkpointing, and the tokens of a micro-batch.
+    """
+
+    shape: Shape
+    need: Need
     flops: UpdateFlops
-    options: list[tuple[bool, bool, int, int]]
-
-    @property
-    def total(self) -> float:
-        """Bytes on a device during the update, the rollout engine included."""
-        return self.memory.total + self.rollout_bytes + RESERVE
-
-    def fits(self, gpu_memory: float) -> bool:
-        """Whether the update fits into so many GiB, and the rollout engine can decode at least one sequence."""
-        return self.total <= gpu_memory * GIB and self.rollout_sequences > 0
+    change: PlanConfig | None
+    device: tuple[int, PlanConfig] | None
+    options: list[tuple[float, bool, int]]
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A model's config. Raises :class:`ModelError`."""
-    try:
-        return AutoConfig.from_pretrained(prepare() if name == SMOLLM2 else name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, WheelMissing) as error:
-        raise ModelError(f"the config of model {name} cannot be read: {str(error).strip().splitlines()[0]}") from error
-
-
-def make_plan(config: PlanConfig, model_config: Any) -> Plan:
+def make_plan(config: PlanConfig) -> Plan:
     """Count parameters, memory and operations.
 
-    Args:
-        config: The run and the machine.
-        model_config: The model's Transformers config.
-
     Raises:
-        ConfigError: A machine without devices or memory.
+        ConfigError: A setting out of its bounds, or an unknown method.
+        ModelError: A model whose shape is not to be had or not counted.
     """
     check_bounds(config)
-    sizes, train = ModelSizes.of(model_config, config.train.precision), config.train
-    p = config.prompt_tokens or config.prompt.max_tokens
-    r = config.response_tokens or config.rollout.max_tokens + PHRASE_TOKENS
-    k, prompts = config.rollout.group_size, config.rollout.prompts_per_step
-    method = method_class(config)
-    kl = method.uses_rollouts and config.objective.kl_coef > 0
-
-    def memory(tokens: int, checkpointing: bool, shared: bool) -> UpdateMemory:
-        group = p + k * r if shared else k * (p + r)
-        groups = max(tokens // group, 1)
-        return update_memory(
-            sizes,
-            tokens,
-            head_rows=groups * k * r,
-            precision=train.precision,
-            checkpointing=checkpointing,
-            gpus=config.gpus,
-            repeated_keys=groups * k * p if shared else 0,
-            kl=kl,
-        )
-
-    engine, sequences = _rollout(config, sizes, p, r)
-    room = config.gpu_memory * GIB - RESERVE - engine
-
-    def fit(checkpointing: bool, shared: bool, tokens: int) -> bool:
-        return memory(tokens, checkpointing, shared).total <= room
-
-    options = []
-    for shared in (True, False):
-        for checkpointing in (False, True):
-            fits = largest(partial(fit, checkpointing, shared))
-            options.append((shared, checkpointing, p + k * r if shared else k * (p + r), fits))
-    rollout = Rollout([0] * (r - 1), [], [0] * r, 1, "phrase", None, None)
-    groups = [Group(i, range(p), 0.0, [rollout] * k) for i in range(prompts)]
-    flops = ModelFlops.of(model_config).update(
-        groups,
-        train.shared_prompt,
-        train.activation_checkpointing,
+    uses_rollouts = _uses_rollouts(config)
+    shape = shape_of(config.model, precision_of(config), config.trust_remote_code)
+    sizes, kl = shape.sizes, uses_rollouts and config.objective.kl_coef > 0
+    (p, r), k = lengths(config), config.rollout.group_size
+    flops = shape.flops.update_of(
+        [(p, [(r - 1, r)] * k)] * config.rollout.prompts_per_step,
+        config.train.shared_prompt,
+        config.train.activation_checkpointing,
         kl=kl,
-        iterations=config.objective.num_iterations if method.uses_rollouts else 1,
+        iterations=config.objective.num_iterations if uses_rollouts else 1,
     )
-    return Plan(
-        sizes=sizes,
-        p=p,
-        r=r,
-        k=k,
-        prompts=prompts,
-        memory=memory(train.micro_batch_tokens, train.activation_checkpointing, train.shared_prompt),
-        rollout_bytes=engine,
-        rollout_sequences=sequences,
-        flops=flops,
-        options=options,
-    )
+    change, device = smallest_change(config, sizes, kl), None
+    if change is None:
+
+        def on(gib: int) -> PlanConfig | None:
+            return smallest_change(replace(config, gpu_memory=float(gib)), sizes, kl, free=True)
+
+        least = 2**16 - largest(lambda less: on(2**16 - less) is not None, 2**16 - 1)
+        if (settings := on(least)) is not None:
+            device = least, settings
+    options = []
+    for share in dict.fromkeys((config.rollout.gpu_memory_utilization, smallest_share(config, sizes))):
+        for checkpointing in (False, True):
+            train = replace(config.train, activation_checkpointing=checkpointing)
+            start = replace(config, train=train, rollout=replace(config.rollout, gpu_memory_utilization=share))
+
+            def fits(tokens: int, start: PlanConfig = start) -> bool:
+                group = need(start, sizes, kl).group
+                changed = replace(start, train=replace(start.train, micro_batch_tokens=max(tokens, group)))
+                return need(changed, sizes, kl).fits
+
+            options.append((share, checkpointing, largest(fits)))
+        if config.rollout.engine == "transformers":
+            break
+    return Plan(shape, need(config, sizes, kl), flops, change, device, options)
 
 
-def _rollout(config: PlanConfig, sizes: ModelSizes, p: int, r: int) -> tuple[float, int]:
-    """Bytes that the rollout engine holds on a device during the update, and sequences it can decode at a time."""
-    weights, per_token = 2.0 * sizes.parameters, 2.0 * sizes.kv_width * sizes.layers
-    if config.rollout.engine == "transformers":
-        # Its 16-bit weights and its cache live only while it samples, when the update's activations do not.
-        free = config.gpu_memory * GIB - RESERVE - 16.0 * sizes.parameters / config.gpus - weights
-        return 0.0, max(0, min(config.rollout.max_num_seqs, int(free / (per_token * (p + r)))))
-    held = config.rollout.gpu_memory_utilization * config.gpu_memory * GIB
-    cache = held - weights / config.gpus
-    # Sharded over the devices, each sequence's cache is as well.
-    return held, max(0, int(cache * config.gpus / (per_token * (p + r))))
+def _uses_rollouts(config: PlanConfig) -> bool:
+    """Whether the method samples; the registry, which brings PyTorch along, is asked only where it matters."""
+    usual = Config()
+    if config.method == usual.method and not config.objective.kl_coef and config.objective.num_iterations == 1:
+        return True
+    from real_fast.methods.registry import method_class
+
+    return bool(method_class(config).uses_rollouts)
 
 
 def report(config: PlanConfig, plan: Plan) -> str:
-    """The plan for people to read."""
-    s, m, train = plan.sizes, plan.memory, config.train
-    billions = s.parameters / 1e9
-    knobs = ", activation checkpointing" if train.activation_checkpointing else ""
+    """The plan for people to read; its last line says whether the run fits."""
+    s, n, train, (p, r) = plan.shape.sizes, plan.need, config.train, lengths(config)
+    m = n.memory
+    recomputed = ", activation checkpointing" if train.activation_checkpointing else ""
     lines = [
-        f"{config.model}: {billions:.2f} B parameters in {s.layers} layers, {'tied' if s.tied else 'untied'} head "
-        f"({s.head / 1e9:.2f} B)",
-        f"update: {plan.prompts} prompts x {plan.k} rollouts, prompts of {plan.p} tokens, responses of {plan.r}",
+        f"{config.model}: {s.parameters / 1e9:.2f} B parameters in {s.layers} layers, "
+        f"{'tied' if s.tied else 'untied'} head ({s.head / 1e9:.2f} B), from {plan.shape.source}",
+        f"update: {config.rollout.prompts_per_step} prompts x {config.rollout.group_size} rollouts, prompts of {p} "
+        f"tokens, responses of {r}; {plan.flops.ours / 1e15:.3g} PFLOP, {plan.flops.ratio:.1f} times less than the "
+        f"reference-style update's {plan.flops.reference / 1e15:.3g}",
         "",
         f"memory per device, {config.gpus} x {config.gpu_memory:g} GiB, micro-batches of {train.micro_batch_tokens} "
-        f"tokens{knobs}",
+        f"tokens (one group takes {n.group}){recomputed}",
     ]
-    length = plan.p + plan.r
-    engine = f"rollout engine ({config.rollout.engine}, {plan.rollout_sequences} sequences of {length} at a time)"
     parts = {
         "weights, fp32": m.weights,
         "gradients, fp32": m.gradients,
@@ -163,28 +113,38 @@ def report(config: PlanConfig, plan: Plan) -> str:
         **({"reference for the KL, frozen": m.reference} if m.reference else {}),
         "activations": m.activations,
         "head (a chunk of logits, fp32 gradients)": m.head,
-        engine: plan.rollout_bytes,
+        f"rollout engine ({config.rollout.engine}, {n.sequences} sequences of {p + r} at a time)": n.engine,
         "context and workspaces": RESERVE,
     }
     width = max(map(len, parts))
     lines += [f"  {name:<{width}} {size / GIB:8.1f} GiB" for name, size in parts.items()]
-    verdict = "fits" if plan.fits(config.gpu_memory) else "DOES NOT FIT"
-    lines += [f"  {'all':<{width}} {plan.total / GIB:8.1f} GiB: {verdict}", "", "what fits"]
-    for shared, checkpointing, group, fits in plan.options:
-        knobs = f"shared_prompt {str(shared).lower():<5}  activation_checkpointing {str(checkpointing).lower():<5}"
-        if fits >= group:
-            lines.append(f"  {knobs}  micro_batch_tokens up to {fits} (one group takes {group})")
-        else:
-            lines.append(f"  {knobs}  nothing: one group takes {group} tokens, {fits} fit")
-    lines += [
-        "",
-        f"work per update: {plan.flops.ours / 1e15:.3g} PFLOP, {plan.flops.ratio:.1f} times less than the "
-        f"reference-style update's {plan.flops.reference / 1e15:.3g}",
-    ]
-    if config.gpus > 1:
-        lines += [
-            "",
-            f"real_fast.train runs on one device today: --gpus {config.gpus} is the arithmetic of sharding weights, "
-            "gradients and optimiser state.",
-        ]
-    return "\n".join(lines)
+    lines += [f"  {'all':<{width}} {n.total / GIB:8.1f} GiB", "", "what fits"]
+    lines.append("  rollout.gpu_memory_utilization  train.activation_checkpointing  train.micro_batch_tokens")
+    for share, checkpointing, tokens in plan.options:
+        found = f"up to {tokens}" if tokens >= n.group else "nothing"
+        shown = "not used" if config.rollout.engine == "transformers" else f"{share:g}"
+        lines.append(f"  {shown:<30}  {str(checkpointing).lower():<29}  {found}")
+    return "\n".join([*lines, "", _verdict(config, plan)])
+
+
+def _verdict(config: PlanConfig, plan: Plan) -> str:
+    n, machine = plan.need, f"{config.gpus} x {config.gpu_memory:g} GiB"
+    one_device = "; real-fast trains on one device today, so this is arithmetic" if config.gpus > 1 else ""
+    if n.fits:
+        return f"FITS: {n.total / GIB:.1f} of {config.gpu_memory:g} GiB{one_device}"
+    why = f"{n.total / GIB:.1f} GiB of {config.gpu_memory:g}"
+    if n.group > n.tokens:
+        why = f"one group takes {n.group} tokens, and train.micro_batch_tokens is {n.tokens}"
+    elif n.total <= n.room:
+        why = f"the rollout engine can decode {n.sequences} sequences at a time, and {n.wanted} are needed"
+    if plan.change is not None:
+        return f"DOES NOT FIT: {why}. The smallest change that fits: {changed_flags(config, plan.change)}{one_device}"
+    if plan.device is None:
+        return f"DOES NOT FIT: {why}. No change of settings helps, nor does any device{one_device}"
+    gib, settings = plan.device
+    held = (n.memory.weights + n.memory.gradients + n.memory.moments) / GIB
+    with_flags = f" with {flags}" if (flags := changed_flags(config, settings)) else ""
+    return (
+        f"DOES NOT FIT {machine} with any settings: weights, gradients and moments alone take {held:.1f} GiB. "
+        f"The smallest device that fits: {gib} GiB{with_flags}{one_device}"
+    )

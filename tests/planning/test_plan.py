@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +16,18 @@ from transformers import Qwen3Config
 from real_fast.attention.interface import prepare, prepared_mask
 from real_fast.attention.layout import Layout
 from real_fast.attention.support import enable
+from real_fast.config.commands import PlanConfig
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import frozen_copy
 from real_fast.plan import main
+from real_fast.planning import memory
+from real_fast.planning.changes import changed_flags, smallest_change
 from real_fast.planning.flops import ModelFlops
 from real_fast.planning.memory import ModelSizes, largest, update_memory
+from real_fast.planning.need import need
+from real_fast.planning.shape import known_models, shape_of
 from real_fast.types import Group, Rollout
+from real_kernels import head
 
 GROUPS = ((40, (12, 30)), (25, (18,)))
 
@@ -160,14 +170,16 @@ def test_the_command_says_what_fits(model_folder, capsys):
     given = ["--model", model_folder, "--gpus", "8", "--gpu-memory", "80", "--prompt-tokens=1200"]
     assert main(given) == 0
     text = capsys.readouterr().out
-    assert "8 x 80 GiB" in text and "prompts of 1200 tokens" in text and ": fits" in text
-    assert "micro_batch_tokens up to" in text and "times less" in text and "runs on one device today" in text
+    assert "8 x 80 GiB" in text and "prompts of 1200 tokens" in text and "times less" in text and "up to " in text
+    last = text.splitlines()[-1]
+    assert last.startswith("FITS: ") and "trains on one device today" in last
 
 
 def test_the_command_says_what_does_not_fit(model_folder, capsys):
     assert main(["--model", model_folder, "--gpu-memory", "0.1"]) == 1
     text = capsys.readouterr().out
-    assert "DOES NOT FIT" in text and "nothing: one group takes" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("DOES NOT FIT") and "The smallest device that fits: " in last and "nothing" in text
 
 
 def test_the_command_takes_a_training_config(model_folder, tmp_path, capsys):
@@ -186,6 +198,8 @@ def test_the_command_takes_a_training_config(model_folder, tmp_path, capsys):
         ([], "model is not set"),
         (["--model", "/nowhere/at/all"], "config of model /nowhere/at/all"),
         (["--model", "MODEL", "--gpus", "0"], "gpus is 0"),
+        (["--model", "MODEL", "--method", "reel"], "did you mean real"),
+        (["--model", "Qwen/Qwen3-9B"], "did you mean Qwen/Qwen3-8B"),
     ],
 )
 def test_mistakes(model_folder, capsys, flags, message):
@@ -203,3 +217,93 @@ def test_a_config_without_weights_is_enough(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert main(["--model", str(tmp_path), "--gpus", "8", "--gpu-memory", "80"]) == 1
     assert "32.76 B parameters in 64 layers, untied head (0.78 B)" in capsys.readouterr().out
+
+
+def test_the_constants_are_those_of_the_head():
+    assert (memory.CHUNK_BYTES, memory.TRITON_CHUNK_BYTES) == (head.CHUNK_BYTES, head.TRITON_CHUNK_BYTES)
+
+
+def test_the_table_of_models_is_what_is_counted(tmp_path):
+    """Published totals, and one model counted anew; activations may move a little with Transformers' versions."""
+    published = {
+        "smollm2-135m": 134_515_008, "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-4B": 4_022_468_096, "Qwen/Qwen3-8B": 8_190_735_360, "Qwen/Qwen3-14B": 14_768_307_200,
+        "Qwen/Qwen3-32B": 32_762_123_264, "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    }  # fmt: skip
+    table = known_models()
+    assert {name: found["sizes"]["bf16"]["parameters"] for name, found in table.items()} == published
+    (tmp_path / "config.json").write_text(json.dumps(table["Qwen/Qwen3-0.6B"]["config"]), encoding="utf-8")
+    for precision in ("bf16", "fp32"):
+        kept, counted = shape_of("Qwen/Qwen3-0.6B", precision), shape_of(str(tmp_path), precision)
+        assert kept.flops == counted.flops
+        assert vars(kept.sizes) == pytest.approx(vars(counted.sizes), rel=0.05)
+    assert "published dimensions" in kept.source and counted.source == str(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b-real", "qwen3-32b-real", "mistral-7b-real", "quickstart"])
+def test_a_plan_needs_neither_network_nor_pytorch(name):
+    code = (
+        f"import sys; from real_fast.commands import main; status = main(['plan', '--config', {name!r}])\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *report, last = done.stdout.strip().splitlines()
+    assert last == f"False False {0 if name == 'quickstart' else 1}", done.stderr
+    assert report[-1].startswith(("FITS: ", "DOES NOT FIT"))
+
+
+def plan_of(name, gpu_memory=80.0, **sections):
+    config = PlanConfig(model=name, gpu_memory=gpu_memory)
+    for section, changes in sections.items():
+        setattr(config, section, replace(getattr(config, section), **changes))
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        (plan_of("Qwen/Qwen3-0.6B", rollout={"gpu_memory_utilization": 0.9}), "--rollout.gpu_memory_utilization"),
+        (plan_of("Qwen/Qwen3-0.6B", train={"micro_batch_tokens": 10**6}), "--train.micro_batch_tokens"),
+        (plan_of("Qwen/Qwen3-1.7B", rollout={"max_tokens": 1500}), "--train.activation_checkpointing"),
+        (
+            plan_of("Qwen/Qwen3-0.6B", 20.0, rollout={"engine": "transformers", "max_num_seqs": 512}),
+            "--rollout.max_num_seqs --train.activation_checkpointing",
+        ),
+        (
+            plan_of("Qwen/Qwen3-1.7B", 44.0),
+            "--rollout.gpu_memory_utilization --train.micro_batch_tokens --train.activation_checkpointing",
+        ),
+    ],
+)
+def test_the_smallest_change_is_the_smallest(config, flags):
+    """It names as few settings as can be, each changed no further than it must be, and it fits."""
+    sizes = shape_of(config.model, "bf16").sizes
+    changed = smallest_change(config, sizes, kl=False)
+    found = changed_flags(config, changed)
+    assert " ".join(re.findall(r"--[\w.]+", found)) == flags, found
+    assert not need(config, sizes, kl=False).fits and need(changed, sizes, kl=False).fits
+    if flags == "--rollout.gpu_memory_utilization":
+        share = round(changed.rollout.gpu_memory_utilization + 0.01, 2)
+        assert not need(
+            replace(config, rollout=replace(changed.rollout, gpu_memory_utilization=share)), sizes, False
+        ).fits
+    if flags == "--train.micro_batch_tokens":
+        longer = replace(changed.train, micro_batch_tokens=changed.train.micro_batch_tokens + 256)
+        assert not need(replace(config, train=longer), sizes, kl=False).fits
+
+
+def test_nothing_that_fits_is_said_with_the_device_that_would_do(capsys):
+    assert main(["--config", "qwen3-8b-real"]) == 1
+    text = capsys.readouterr().out
+    last = text.splitlines()[-1]
+    assert "weights, gradients and moments alone take 122.1 GiB" in last
+    gib = re.search(r"smallest device that fits: (\d+) GiB with (.*)", last)
+    assert main(["--config", "qwen3-8b-real", "--gpu_memory", gib[1], *gib[2].split()]) == 0
+    assert main(["--config", "qwen3-8b-real", "--gpu_memory", str(int(gib[1]) - 1), *gib[2].split()]) == 1
+    assert "published dimensions" in text
+
+
+def test_a_micro_batch_below_one_group_does_not_fit(capsys):
+    assert main(["--model", "Qwen/Qwen3-0.6B", "--train.micro_batch_tokens", "1000"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "one group takes 6192 tokens, and train.micro_batch_tokens is 1000" in last

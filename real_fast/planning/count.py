@@ -1,0 +1,120 @@
+"""Counts of a model from its config: parameters, matrices, and the activations that a token keeps.
+
+Nothing is allocated: the model runs on fake tensors, and what autograd would keep is added up. This is the part of the
+plan that needs PyTorch and Transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from real_fast.attention.interface import NAME, prepare, prepared_mask
+from real_fast.attention.layout import Layout
+from real_fast.attention.support import known_reason
+
+
+def empty_model(config: Any) -> PreTrainedModel:
+    """A causal language model of a config, without memory for its weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def sizes(config: Any, precision: str) -> dict[str, Any]:
+    """The fields of :class:`real_fast.planning.memory.ModelSizes`."""
+    model = empty_model(config)
+    text = model.config.get_text_config()
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    one, two = (_kept(config, layers, precision) for layers in (1, 2))
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    single, double = (sum(p.numel() for p in empty_model(_with_layers(config, n)).parameters()) for n in (1, 2))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layer": double - single,
+        "head": head.numel(),
+        "tied": head is embedding,
+        "layers": text.num_hidden_layers,
+        "layer_bytes": two - one,
+        "other_bytes": one - (two - one),
+        "boundary_bytes": 4.0 * text.hidden_size,
+        "kv_width": 2 * heads * size,
+        "hidden": text.hidden_size,
+    }
+
+
+def matrices(config: Any) -> dict[str, Any]:
+    """The fields of :class:`real_fast.planning.flops.ModelFlops`. Raises ValueError as that says."""
+    model = empty_model(config)
+    text = model.config.get_text_config()
+    embeddings = {id(m.weight) for m in model.base_model.modules() if isinstance(m, nn.Embedding)}
+    weights = [p for p in model.base_model.parameters() if id(p) not in embeddings]
+    if any(p.dim() > 2 for p in weights):
+        raise ValueError(f"{text.model_type} has stacked experts or convolutions, whose work is not counted")
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or []
+    return {
+        "body": sum(p.numel() for p in weights if p.dim() == 2),
+        "attention": text.num_hidden_layers * text.num_attention_heads * size,
+        "head": model.get_output_embeddings().weight.numel(),
+        "window": getattr(text, "sliding_window", None) if set(kinds) <= {"sliding_attention"} else None,
+    }
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def _kept(config: Any, layers: int, precision: str) -> float:
+    """Bytes per token that autograd keeps of the body's forward pass with so many layers.
+
+    The difference between two lengths: what does not grow with the tokens, such as autocast's copies of weights, is
+    counted elsewhere.
+    """
+    few, many = (_kept_at(config, layers, precision, tokens) for tokens in (128, 256))
+    return (many - few) / 128
+
+
+def _kept_at(config: Any, layers: int, precision: str, tokens: int) -> int:
+    with FakeTensorMode():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=torch.float32)
+        inputs: dict[str, Any] = {}
+        if known_reason(model) is None:
+            model.set_attn_implementation(NAME)
+            row = Layout(torch.zeros(1, 4, dtype=torch.int64))
+            inputs = {
+                "shared_prompt": prepare(row, "sdpa", torch.device("cpu")),
+                "attention_mask": prepared_mask(torch.device("cpu")),
+            }
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        seen: dict[int, int] = {}
+        kept: list[torch.Tensor] = []  # alive to the end, or another tensor could take over a storage's address
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage._cdata not in weights:
+                seen[storage._cdata] = storage.nbytes()
+            kept.append(x)
+            return x
+
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            model.train()
+            model.base_model(
+                input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, **inputs
+            ).last_hidden_state.sum()
+    return sum(seen.values())

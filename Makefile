@@ -29,7 +29,7 @@ help: ## list the targets
 install: $(STAMP) ## make .venv with pinned dependencies, for CPU
 
 quickstart: $(STAMP) ## train a small judge on this CPU and plot before and after, in runs/quickstart
-	$(PY) -m real_fast.train --config configs/quickstart.yaml $(ARGS)
+	$(PY) -m real_fast train --config configs/quickstart.yaml $(ARGS)
 
 experiment: $(STAMP) ## train a judge by every method on real judge data and compare them (a night on 2 cores)
 	$(PY) -m experiments.run --results experiments $(ARGS)

@@ -230,7 +230,7 @@ def test_unknown_and_ill_typed_settings_are_named(capsys: pytest.CaptureFixture[
     file.write_text("model: [\n")
     assert f"{file}:2: this is no YAML" in failure(capsys, "--config", str(file))
     broken = trained_folder(tmp_path / "final", scale=3)
-    assert "real_fast.json is not what real_fast.train writes" in failure(capsys, "--model", str(broken))
+    assert "real_fast.json is not what real-fast train writes" in failure(capsys, "--model", str(broken))
 
 
 def test_missing_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ class Evaluation:
 
 
 def find_evaluations(folders: Sequence[str | Path]) -> tuple[list[Evaluation], list[str]]:
-    """Every finished evaluation in the folders and below them: those of ``real_fast.evaluate``, and runs' last ones.
+    """Every finished evaluation in the folders and below them: those of ``real-fast evaluate``, and runs' last ones.
 
     Args:
         folders: Runs, evaluations, or folders of them.
@@ -124,7 +124,7 @@ def _of_run(path: Path) -> list[Evaluation]:
 
 
 def _of_evaluate(path: Path) -> list[Evaluation]:
-    """What real_fast.evaluate wrote; none for a run's own summary, whose evaluation is in its eval folder."""
+    """What real-fast evaluate wrote; none for a run's own summary, whose evaluation is in its eval folder."""
     summary = json.loads(path.read_text(encoding="utf-8"))
     predictions = path.with_name("predictions.jsonl")
     if "pearson" not in summary or not predictions.is_file():

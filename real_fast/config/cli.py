@@ -76,7 +76,7 @@ def _parse(
     given |= flatten(command.settings, flags, lambda name: "--", command.other_names, _note)
     settings = command.settings()
     if defaults is not None:
-        _set(settings, flatten(command.settings, defaults(given)))
+        _set(settings, flatten(command.settings, defaults(given), lambda name: "the model's folder: "))
     _set(settings, given)
     return settings, _text(settings) if "print_config" in asked else None
 

@@ -127,7 +127,8 @@ def flatten(
         if own:
             tell(f"{where(name)}{name} is called {own} here, and is taken for it")
         name_here = own or name
-        if name_here in keys:
+        section_elsewhere = isinstance(value, Mapping) and is_section(name_here, other_names or {})
+        if name_here in keys and not section_elsewhere:
             found[name_here] = convert(keys[name_here], value, where(name), name)
         elif is_section(name_here, keys) or is_section(name_here, other_names or {}):
             value = _read_inline(value)

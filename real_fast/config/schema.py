@@ -1,4 +1,4 @@
-"""Every setting of a run, as dataclasses; ``python -m real_fast.train --help`` is made from the docstrings here.
+"""Every setting of a run, as dataclasses; ``real-fast train --help`` is made from the docstrings here.
 
 Checks that need only the config live in :mod:`real_fast.config.validation` and run before anything is loaded.
 """

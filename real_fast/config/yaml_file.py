@@ -68,6 +68,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             raise ConfigError(f"{path}:{_line(node)}: this is {kind}: a file of settings has lines such as model: NAME")
         _note_lines(node, "", path, lines)
         return loader.construct_document(node), lines
+    except ConfigError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f"{path}:{mark.line + 1}" if mark else str(path)

@@ -34,7 +34,7 @@ from real_fast.utils.seeds import call_seed
 class Judge(PrometheusNames):
     """Grades responses with a language model.
 
-    Of a folder that real_fast.train wrote, scale, prompt, answer, lengths and the protocol of its evaluations are taken
+    Of a folder that real-fast train wrote, scale, prompt, answer, lengths and the protocol of its evaluations are taken
     over where they are not given.
 
     Safe to call from several threads, also where judges share a loaded model or a tokenizer: calls wait for each other.

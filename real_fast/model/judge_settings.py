@@ -1,4 +1,4 @@
-"""What a model folder that real_fast.train wrote says of how to judge with it (its real_fast.json)."""
+"""What a model folder that real-fast train wrote says of how to judge with it (its real_fast.json)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trained_settings(model: str) -> dict[str, Any]:
             if key in saved.get(section, {}):
                 found[key] = saved[section][key]
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not what real_fast.train writes ({error}): mend it or remove it") from error
+        raise ConfigError(f"{path} is not what real-fast train writes ({error}): mend it or remove it") from error
     template = found.get("prompt", {}).get("template", "")
     if template and (folder / template).is_file():
         found["prompt"]["template"] = str(folder / template)

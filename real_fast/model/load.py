@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,8 +60,11 @@ def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        close = get_close_matches(name.lower(), [smollm2.SMOLLM2, "smollm2"], n=1)
+        meant = f" (did you mean {smollm2.SMOLLM2}?)" if close else ""
         raise ModelError(
-            f"model {name} does not exist: give a folder, a hub name such as Qwen/Qwen3-0.6B, or {smollm2.SMOLLM2}"
+            f"model {name} does not exist{meant}: "
+            f"give a folder, a hub name such as Qwen/Qwen3-0.6B, or {smollm2.SMOLLM2}"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))

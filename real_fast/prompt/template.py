@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,9 +43,10 @@ def template_path(name: str) -> Path:
     if not path.suffix:
         path = TEMPLATES / f"{name}.jinja"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
+        names = sorted(p.stem for p in TEMPLATES.glob("*.jinja"))
+        known, close = ", ".join(names), get_close_matches(path.stem.lower(), names, n=1)
         raise PromptError(
-            f"prompt.template {name!r}: there is no file {path.absolute()}. "
+            f"prompt.template {name!r}: there is no file {path.absolute()}{f'; did you mean {close[0]}?' if close else '.'} "
             f"Give a .jinja or .txt file, or one of the package's: {known}"
         )
     if path.suffix not in (".jinja", ".j2", ".txt"):

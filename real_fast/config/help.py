@@ -8,7 +8,7 @@ import textwrap
 from typing import Any, get_args, get_origin
 
 from real_fast.config.commands import Command
-from real_fast.config.keys import Key, hint, keys_of, sections_of
+from real_fast.config.keys import Key, hint, is_section, keys_of, sections_of
 from real_fast.errors import ConfigError
 
 _ALWAYS = {
@@ -30,13 +30,12 @@ def help_text(prog: str, command: Command, topic: str = "") -> str:
         ConfigError: There is no such topic.
     """
     keys = {name: key for name, key in keys_of(command.settings).items() if not name.startswith(command.unused or "?")}
-    sections = {name: text for name, text in sections_of(command.settings).items() if _within(name, keys)}
+    sections = {name: text for name, text in sections_of(command.settings).items() if is_section(name, keys)}
     if topic and topic != "all":
         chosen = [key for name, key in keys.items() if name == topic or name.startswith(f"{topic}.")]
         if not chosen:
             raise ConfigError(f"--help {topic}: there is no such setting or section{hint(topic, {**keys, **sections})}")
         return "\n".join(_lines(chosen, short=False))
-    name = prog.rpartition(" ")[2]
     lines = [f"usage: {prog} {command.usage}", "", command.about, ""]
     lines += [line for flag, text in _ALWAYS.items() for line in _entry(flag, text)]
     if topic == "all":
@@ -49,18 +48,9 @@ def help_text(prog: str, command: Command, topic: str = "") -> str:
     if others := [key for key in keys if key not in command.main]:
         topics = ", ".join([*sections, "or one setting"])
         lines += ["", *textwrap.wrap(f"{len(others)} more: {prog} --help all, or --help with {topics}.", _width())]
-    if command.positional == "":
-        lines += [f"A switch needs no value (--{_a_switch(keys)}); --no-{_a_switch(keys)} turns it off."]
-    del name
+    switch = next(name for name, key in reversed(list(keys.items())) if key.is_switch)
+    lines += [f"A switch needs no value (--{switch}); --no-{switch} turns it off."]
     return "\n".join(lines)
-
-
-def _within(section: str, keys: Any) -> bool:
-    return any(name.startswith(f"{section}.") for name in keys)
-
-
-def _a_switch(keys: dict[str, Key]) -> str:
-    return next(name for name, key in reversed(list(keys.items())) if key.is_switch)
 
 
 def _lines(keys: list[Key], short: bool) -> list[str]:

@@ -46,7 +46,8 @@ def template_path(name: str) -> Path:
         names = sorted(p.stem for p in TEMPLATES.glob("*.jinja"))
         known, close = ", ".join(names), get_close_matches(path.stem.lower(), names, n=1)
         raise PromptError(
-            f"prompt.template {name!r}: there is no file {path.absolute()}{f'; did you mean {close[0]}?' if close else '.'} "
+            f"prompt.template {name!r}: there is no file {path.absolute()}"
+            f"{f'; did you mean {close[0]}?' if close else '.'} "
             f"Give a .jinja or .txt file, or one of the package's: {known}"
         )
     if path.suffix not in (".jinja", ".j2", ".txt"):

@@ -127,8 +127,7 @@ def flatten(
         if own:
             tell(f"{where(name)}{name} is called {own} here, and is taken for it")
         name_here = own or name
-        section_elsewhere = isinstance(value, Mapping) and is_section(name_here, other_names or {})
-        if name_here in keys and not section_elsewhere:
+        if name_here in keys and not _is_section_elsewhere(name, value, other_names or {}):
             found[name_here] = convert(keys[name_here], value, where(name), name)
         elif is_section(name_here, keys) or is_section(name_here, other_names or {}):
             value = _read_inline(value)
@@ -138,10 +137,17 @@ def flatten(
                 )
             pending[:0] = [(f"{name}.{inner}", v) for inner, v in (value or {}).items()]
         elif (owner := name_here.rpartition(".")[0]) in keys and keys[owner].is_mapping:
-            found[owner] = {**found.get(owner, keys[owner].default), name_here.rpartition(".")[2]: _read_inline(value)}
+            before = found.get(owner, keys[owner].default)
+            inner = {name_here.rpartition(".")[2]: _read_inline(value)}
+            found[owner] = convert(keys[owner], {**before, **inner} if isinstance(before, dict) else inner, where(name))
         else:
             raise ConfigError(f"{where(name)}{name} is no setting{hint(name, keys)}")
     return found
+
+
+def _is_section_elsewhere(name: str, value: Any, other_names: Mapping[str, str]) -> bool:
+    """Whether what a key here got is another command's section of that name, such as train's data in evaluate."""
+    return isinstance(value, Mapping) and bool(value) and all(f"{name}.{inner}" in other_names for inner in value)
 
 
 def is_section(name: str, keys: Iterable[str]) -> bool:
@@ -206,8 +212,7 @@ def _expected(kind: Any) -> str:
             parts.append("one of " + ", ".join(map(str, get_args(one))))
         elif get_origin(one) is list:
             (inner,) = get_args(one)
-            few = get_origin(inner) is Literal
-            parts.append("a list of these" if few and parts else f"a list, each {_expected(inner)}")
+            parts.append("a list" if inner is Any else f"a list, each {_expected(inner)}")
         elif get_origin(one) is dict:
             parts.append("names with values, such as {name: value}")
         else:

@@ -17,7 +17,7 @@ from real_fast.config.debug import smaller
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
-from real_fast.runs import checkpoint
+from real_fast.runs import checkpoint, log
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.stop import Stopped, StopSignal
 from real_fast.training.debug import Profile, debugging
@@ -188,7 +188,9 @@ def train(config: Config) -> bool:
 
 def work(config: Config) -> int:
     """What the command does. Returns the exit status: 130 for a run that was stopped."""
-    return 0 if train(smaller(config) if config.debug else config) else 130
+    config = smaller(config) if config.debug else config
+    log.set_up(config.log_level)  # smaller's, which shows more
+    return 0 if train(config) else 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

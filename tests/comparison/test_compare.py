@@ -536,7 +536,7 @@ def test_mistakes_of_the_users(tmp_path: Path, capsys: pytest.CaptureFixture[str
     output = ["--output", str(tmp_path / "o")]
     for argv, message in {
         (str(tmp_path / "none"),): "no such folder",
-        (folder, "--bootstrap", "0"): "--bootstrap is 0",
+        (folder, "--bootstrap", "0"): "bootstrap is 0: it must be above 0",
         (folder, "--baseline", "x"): "no evaluation of the baseline 'x'",
     }.items():
         assert main([*argv, *output]) == 2

@@ -15,6 +15,7 @@ from real_fast.data.rows import instruction_key, parse_row
 from real_fast.data.splits import limit_by_prompt, split_by_prompt
 from real_fast.errors import DataError, PromptError, RowError
 from real_fast.prompt.builder import PromptBuilder
+from real_fast.prompt.guard import Marked
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 from real_fast.utils.jsonio import write_jsonl
@@ -85,7 +86,7 @@ def load_rows(
     """
     name = Path(source).name
     needs_rubric = builder.uses("rubric")
-    parsed: list[tuple[int, Any, JudgeRow, str]] = []
+    parsed: list[tuple[int, Any, JudgeRow, Marked]] = []
     refused: list[Rejected] = []
 
     def refuse(line: int, record: Any, reason: str) -> None:

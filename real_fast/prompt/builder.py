@@ -8,7 +8,7 @@ from typing import Any
 
 from real_fast.config import PromptConfig
 from real_fast.errors import PromptError
-from real_fast.prompt.guard import Guard
+from real_fast.prompt.guard import Guard, Marked
 from real_fast.prompt.markup import TEMPLATE_ERRORS, render
 from real_fast.prompt.template import PromptRow, Template
 from real_fast.score.scale import ScoreScale
@@ -101,20 +101,20 @@ class PromptBuilder:
         """
         return self.encode([self.marked(row)])[0]
 
-    def marked(self, row: PromptRow) -> str:
+    def marked(self, row: PromptRow) -> Marked:
         """The whole prompt with borders around what is data, for :meth:`encode`.
 
         Raises:
             PromptError: The template, or the model's chat template, fails on this row.
         """
         if row.messages:
-            return self._rendered([self._ready(message) for message in row.messages])
+            return Marked(self._rendered([self._ready(message) for message in row.messages]))
         messages = [{"role": "user", "content": self._template.render(row)}]
         if self.system:
             messages.insert(0, {"role": "system", "content": self.system})
-        return self._rendered(messages)
+        return Marked(self._rendered(messages))
 
-    def encode(self, marked: Sequence[str]) -> list[list[int]]:
+    def encode(self, marked: Sequence[Marked]) -> list[list[int]]:
         """Token ids of several prompts as :meth:`marked` gives them; many at once use all cores.
 
         Raises:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NewType
 
 from tokenizers import Tokenizer
 
@@ -22,6 +22,7 @@ from real_fast.errors import PromptError
 from real_fast.prompt.markup import END_THINK, THINK, find_markup
 
 _ADDED = '"added_tokens":'
+Marked = NewType("Marked", str)  # a text with borders around what is data; a text without them would all be trusted
 Pieces = list[tuple[str, bool]]  # texts in order, and whether each is data
 
 
@@ -80,7 +81,7 @@ class Guard:
         """
         return "".join(text for text, _ in self._pieces(marked))
 
-    def encode(self, marked: Sequence[str]) -> list[list[int]]:
+    def encode(self, marked: Sequence[Marked]) -> list[list[int]]:
         """Token ids of marked texts; many at once use all cores.
 
         Raises:
@@ -107,7 +108,7 @@ class Guard:
         Raises:
             PromptError: As of :meth:`encode`.
         """
-        return self.encode([self._answer(text.strip()) for text in feedbacks])
+        return self.encode([Marked(self._answer(text.strip())) for text in feedbacks])
 
     def _answer(self, text: str) -> str:
         opening = THINK if text.startswith(THINK) else ""

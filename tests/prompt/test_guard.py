@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from real_fast.config import PromptConfig
+from real_fast.data.dataset import load_rows
 from real_fast.prompt.builder import PromptBuilder
-from real_fast.prompt.guard import Guard, control_tokens
+from real_fast.prompt.guard import Guard, Marked, control_tokens
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeTexts
 from tests.vocabularies import FAMILIES
@@ -168,11 +170,23 @@ def test_roles_and_contents_of_ready_made_prompts_are_data(model: Model) -> None
     )
 
 
+def test_loaded_rows_are_guarded(model: Model, tmp_path: Any) -> None:
+    """The whole way from a file: prompts of honest and of forged rows have the same control tokens."""
+    everything = "".join(list(model.control)[:30])
+    rows = [
+        {"instruction": i, "response": r, "score": 3} for i, r in (("a", "b"), (f"a{everything}", f"{everything}b"))
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    honest, forged = load_rows(str(path), "train", model.builder(), model.scale, 4096, [])
+    assert model.of_control(honest.prompt_ids) == model.of_control(forged.prompt_ids)
+
+
 def test_white_space_and_words_that_a_vocabulary_adds_stay_its_tokens(smollm2_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(smollm2_tokenizer)
     tokenizer.add_tokens(["      ", "covid", "<note>"])
     guard = Guard(tokenizer, {})
-    ids = guard.encode([guard.data("a      b covid <note> c")])[0]
+    ids = guard.encode([Marked(guard.data("a      b covid <note> c"))])[0]
     words = tokenizer.convert_ids_to_tokens(ids)
     assert "      " in words and "covid" in words and "<note>" not in words
     assert tokenizer.decode(ids) == "a      b covid <note> c"

@@ -174,7 +174,8 @@ def test_loaded_rows_are_guarded(model: Model, tmp_path: Any) -> None:
     """The whole way from a file: prompts of honest and of forged rows have the same control tokens."""
     everything = "".join(list(model.control)[:30])
     rows = [
-        {"instruction": i, "response": r, "score": 3} for i, r in (("a", "b"), (f"a{everything}", f"{everything}b"))
+        {"instruction": i, "response": r, "rubric": "r", "score": 3}
+        for i, r in (("a", "b"), (f"a{everything}", f"{everything}b"))
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -165,7 +165,6 @@ def feedback_of(rollout: Rollout, phrase: str) -> str:
 def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
     """A row as a line of a data file."""
     return {
-        **row.extra,
         "id": row.id,
         "prompt_id": row.prompt_id,
         "instruction": row.instruction,
@@ -173,6 +172,8 @@ def record(row: JudgeRow, feedbacks: Sequence[str]) -> dict[str, Any]:
         "rubric": row.rubric,
         "reference_answer": row.reference_answer,
         **({"messages": row.messages} if row.messages else {}),
+        # Apart from the others: a field such as orig_feedback would be read in place of the new feedback.
+        **({"extra": row.extra} if row.extra else {}),
         "score": row.label,
         "feedbacks": list(feedbacks),
     }

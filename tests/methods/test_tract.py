@@ -35,6 +35,9 @@ def test_the_second_stage_has_the_template_of_the_first_whatever_became_of_its_f
 
 def test_the_second_stages_rows_have_ready_made_prompts_and_further_fields() -> None:
     messages = [{"role": "user", "content": "Grade this."}]
-    row = JudgeRow("a", "p", "", "", "", "", 2.0, [], [], messages=messages, extra={"category": "x", "score": 9})
+    row = JudgeRow(
+        "a", "p", "", "", "", "", 2.0, [], [], messages=messages, extra={"category": "x", "orig_feedback": "Old."}
+    )
     written = record(row, ["Fine."])
-    assert written["messages"] == messages and written["category"] == "x" and written["score"] == 2.0
+    assert written["messages"] == messages and written["extra"] == row.extra and written["feedbacks"] == ["Fine."]
+    assert "orig_feedback" not in written

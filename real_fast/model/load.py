@@ -120,9 +120,9 @@ def _check_vocabulary(path: Path, tokenizer: Any) -> None:
         ModelError: The token that ends a text is among them.
     """
     config = read_json(path / "config.json")
-    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    beyond = sorted((i, token) for token, i in tokenizer.get_added_vocab().items() if rows and i >= rows)
-    if not beyond:
+    rows: int = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0
+    beyond = sorted((i, token) for token, i in tokenizer.get_added_vocab().items() if i >= rows)
+    if not rows or not beyond:
         return
     names = ", ".join(repr(token) for _, token in beyond[:3])
     if (tokenizer.eos_token_id or 0) >= rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import is_accelerate_available
 
 from real_fast.errors import ModelError
 from real_fast.model.folder import read_json, weight_files
@@ -73,7 +73,7 @@ def check_files(path: Path, trust_remote_code: bool = False) -> None:
     if read_json(path / "config.json").get("quantization_config"):
         return
     # Without accelerate, which the extra vllm brings, they are loaded once more instead of being skipped over.
-    how: dict[str, Any] = {"device_map": {"": "meta"}} if is_accelerate_available() else {"dtype": "auto"}
+    how: dict[str, Any] = {"device_map": {"": "meta"}} if importlib.util.find_spec("accelerate") else {"dtype": "auto"}
     load_whole(path, trust_remote_code, **how)
     for file in weight_files(path):
         with safe_open(file, framework="pt") as opened:

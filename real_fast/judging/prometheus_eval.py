@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from inspect import signature
 from typing import Any
 
+from real_fast.config import ScaleConfig
 from real_fast.errors import ConfigError
 from real_fast.judging.grade import Grade
 from real_fast.judging.judge import Judge
 from real_fast.judging.prometheus_names import PrometheusNames
+from real_fast.model.judge_settings import trained_settings
 from real_fast.types import SamplingParams
 
 # A judge is asked in the words that it was trained with, so these stand for its own prompt, whichever is given.
@@ -27,10 +29,14 @@ SCORE_RUBRIC_TEMPLATE = "\n".join(["[{criteria}]", *(f"Score {s}: {{score{s}_des
 
 # prometheus-eval's own where nothing else is given.
 _ROLLOUT = {"max_tokens": 1024, "top_p": 0.9}
+# What its own models were trained with; a model of real_fast.train says this of itself.
+_PROMETHEUS = {"prompt": {"template": "prometheus", "system": ""}, "scale": ScaleConfig(phrase="[RESULT] ")}
 
 
 class VLLM:
     """Which model to judge with; :class:`PrometheusEval` loads it.
+
+    One that real_fast.train wrote is asked as it was trained; another, as Prometheus's models are.
 
     Args:
         model: A folder or a model on the Hugging Face hub.
@@ -54,7 +60,8 @@ class VLLM:
 
     def judge(self) -> Judge:
         """Load it. Raises as :class:`Judge` does."""
-        return Judge(self.model, **self.settings)
+        own = {} if trained_settings(self.model) else _PROMETHEUS
+        return Judge(self.model, **{**own, **self.settings})
 
 
 class PrometheusEval(PrometheusNames):

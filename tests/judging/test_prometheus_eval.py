@@ -170,6 +170,16 @@ def test_a_pair_without_a_score_has_no_verdict(by_text: PrometheusEval) -> None:
         by_text.relative_grade(instructions=["a"], responses_A=["x", "y"], responses_B=["x"], rubric="r")
 
 
+def test_a_model_is_asked_as_it_was_trained(folder: Path, tiny_judge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of its README has no settings of ours: Prometheus's prompt, and the score behind [RESULT]."""
+    monkeypatch.setattr("real_fast.judging.judge.load_engine", lambda *_: FakeEngine([]))
+    ours, theirs = (VLLM(model=str(model)).judge() for model in (folder, tiny_judge))
+    assert (ours.config.prompt.template, ours.scale.phrase) == ("short", "Grade: ")
+    assert (theirs.config.prompt.template, theirs.scale.phrase) == ("prometheus", "[RESULT] ")
+    assert VLLM(model=str(tiny_judge), prompt={"template": "short"}).judge().config.prompt.template == "short"
+    assert (theirs.config.rollout.max_tokens, theirs.config.rollout.top_p) == (1024, 0.9)
+
+
 def test_what_it_does_not_have_is_said(folder: Path) -> None:
     with pytest.raises(ConfigError, match="absolute_grade_template is a text of your own"):
         PrometheusEval(VLLM(str(folder)), absolute_grade_template="Grade {response}.")

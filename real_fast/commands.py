@@ -18,7 +18,7 @@ from real_fast.model.judge_settings import defaults_of
 from real_fast.runs import log
 
 _INTERRUPTED = {
-    "train": "stopped at once; the newest complete checkpoint is kept: go on with --resume",
+    "train": "stopped at once: --resume goes on from the newest complete checkpoint, or starts over without one",
     "evaluate": "stopped before the end: no evaluation was written",
     "judge": "stopped; every batch that was finished has been written",
     "compare": "stopped: no comparison was written",

@@ -23,7 +23,7 @@ from real_fast.config.validation import check_bounds
 from real_fast.errors import ConfigError, NoEvaluationError, OutputError, UserError
 from real_fast.runs.folder import check_writable, writing
 from real_fast.runs.progress import progress_bar
-from real_fast.utils.jsonio import replacing
+from real_fast.utils.files import replacing
 
 FILES = ("comparison.md", "comparison.csv", "comparison.png")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from real_fast.utils.interrupt import second_signal_ends
+
 
 class UserError(Exception):
     """What a user can mend: a wrong setting, file or model. The message names it and says what to do."""
@@ -54,6 +56,10 @@ class EngineMismatchError(UserError, RuntimeError):
     """Engine and trainer disagree by more than the settings allow. The message has the numbers and the usual causes."""
 
 
+class NothingTrainedError(UserError, RuntimeError):
+    """Updates in a row that trained nothing; the message says why and what to do."""
+
+
 class OutputError(UserError, OSError):
     """An output folder that cannot, or must not, be written."""
 
@@ -77,7 +83,7 @@ class JudgeError(UserError, RuntimeError):
 def run_command(
     prog: str, command: Callable[[], int], interrupted: str, known: tuple[type[Exception], ...] = ()
 ) -> int:
-    """Run a command for people.
+    """Run a command for people. A second Ctrl-C ends it within seconds, see :mod:`real_fast.utils.interrupt`.
 
     Args:
         prog: Its name, in front of an error's message.
@@ -90,7 +96,8 @@ def run_command(
     """
     expected: tuple[type[Exception], ...] = (UserError, FloatingPointError, OSError, *known)
     try:
-        return command()
+        with second_signal_ends(interrupted):
+            return command()
     except expected as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2

@@ -18,12 +18,12 @@ from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
 from real_fast.runs import checkpoint, log
+from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.stop import Stopped, StopSignal
 from real_fast.training.debug import Profile, debugging
 from real_fast.training.held_out import already_made, evaluate_held_out
 from real_fast.training.rollout_log import rollout_lines
-from real_fast.training.saving import save_checkpoint, save_final
 from real_fast.training.setup import build, settled
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.training.warmup import warm_up
@@ -50,9 +50,7 @@ class Trainer:
                 with self.stop:
                     self.train()
             except Stopped:
-                kept = checkpoint.complete(self.run.folder.checkpoints)
-                what = f"{kept[-1].name} is kept: go on" if kept else "no checkpoint was due yet: start over"
-                logger.info("stopped after step %d; %s with --resume", self.state.step, what)
+                logger.info("stopped after step %d; %s", self.state.step, checkpoint.kept(self.run.folder.checkpoints))
                 return False
             if self.world.is_main:
                 self.finish()
@@ -75,11 +73,12 @@ class Trainer:
                     break
                 report.advance(bar, self.step())
                 profile.step()
+                self.stop.give_up(self.updater.idle.end())
                 stopping = self.world.any(self.stop.requested)
                 if stopping or state.step == config.train.steps or self.due(config.save.every):
                     self.save()
                 if stopping:
-                    raise Stopped
+                    raise self.stop.reason
         self.evaluate("after")
 
     def due(self, every: int) -> bool:
@@ -158,13 +157,13 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the current step."""
         with self.timer("save"):
-            save_checkpoint(self.run.folder, self.updater, self.state, self.parts.tokenizer, self.config)
+            self.parts.saver.checkpoint(self.state)
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""
         folder, config, p = self.run.folder, self.config, self.parts
         with self.timer("save"):
-            save_final(folder, self.updater, p.tokenizer, config)
+            p.saver.final()
         report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.model.device)
 
 
@@ -172,18 +171,19 @@ def train(config: Config) -> bool:
     """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
     stages = check_config(config).stages(config)
     done: Trained | None = None
-    while True:
-        try:
-            stage = stages.send(done)
-        except StopIteration:
-            return True
-        trainer = Trainer(stage)
-        if not trainer.fit():
-            return False
-        trainer.groups.catch_up(trainer.policy)
-        p = trainer.parts
-        done = Trained(p.groups.engine, p.data, p.scale, p.run.folder.path)
-        del trainer, p  # and with them the optimiser, before the next stage has one
+    with alone_in(config.output):
+        while True:
+            try:
+                stage = stages.send(done)
+            except StopIteration:
+                return True
+            trainer = Trainer(stage)
+            if not trainer.fit():
+                return False
+            trainer.groups.catch_up(trainer.policy)
+            p = trainer.parts
+            done = Trained(p.groups.engine, p.data, p.scale, p.run.folder.path)
+            del trainer, p  # and with them the optimiser, before the next stage has one
 
 
 def work(config: Config) -> int:

@@ -21,6 +21,7 @@ from real_fast.config.keys import Key, flatten, hint, is_section, keys_of
 from real_fast.config.schema import Config
 from real_fast.config.yaml_file import find, read
 from real_fast.errors import ConfigError, UserError
+from real_fast.utils.files import replacing
 from real_fast.utils.version import __version__
 
 _VALUES = ("true", "false", "yes", "no")
@@ -192,8 +193,9 @@ def _text(config: Any) -> str:
 
 
 def dump(config: Any, path: str | Path) -> None:
-    """Write settings as YAML, every key resolved."""
-    Path(path).write_text(_text(config), encoding="utf-8")
+    """Write settings as YAML, every key resolved, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(_text(config), encoding="utf-8")
 
 
 def versions() -> str:

@@ -1,6 +1,8 @@
 """Every setting of a run, as dataclasses; ``real-fast train --help`` is made from the docstrings here.
 
-Checks that need only the config live in :mod:`real_fast.config.validation` and run before anything is loaded.
+Checks that need only the config live in :mod:`real_fast.config.validation` and run before anything is loaded. A setting
+that a resumed run may change says so beside its default (``resume=``, ``FREE``, ``CONTENTS``); all others decide what
+is trained or measured, and a resumed run is held to them (:mod:`real_fast.runs.fingerprints`).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from real_fast.config.validation import above, at_least, check_config, finite
+from real_fast.config.validation import CONTENTS, FREE, above, at_least, check_config, finite
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -39,7 +41,7 @@ class PromptConfig:
         max_tokens: Longest prompt, in tokens; longer rows are rejected, never truncated.
     """
 
-    template: str = "judge"
+    template: str = field(default="judge", metadata=CONTENTS)
     system: str = "You are a fair judge assistant. You grade a response strictly by the given rubric."
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     max_tokens: int = above(0, 2048)
@@ -92,20 +94,20 @@ class RolloutConfig:
         log_prompts: Of so many prompts.
     """
 
-    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    engine: Literal["auto", "transformers", "vllm"] = field(default="auto", metadata=FREE)
     prompts_per_step: int = above(0, 32)
     group_size: int = 8
     max_tokens: int = above(0, 512)
     temperature: float = above(0, 1.0)
     top_p: float = above(0, 1.0, at_most=1)
     answer: Literal["forced", "generated"] = "forced"
-    check_every: int = at_least(0, 20)
-    check_logprob: float | None = None
-    check_score: float | None = None
-    gpu_memory_utilization: float = 0.4
-    max_num_seqs: int = above(0, 256)
-    log_every: int = at_least(0, 10)
-    log_prompts: int = above(0, 2)
+    check_every: int = at_least(0, 20, resume="free")
+    check_logprob: float | None = field(default=None, metadata=FREE)
+    check_score: float | None = field(default=None, metadata=FREE)
+    gpu_memory_utilization: float = field(default=0.4, metadata=FREE)
+    max_num_seqs: int = above(0, 256, resume="free")
+    log_every: int = at_least(0, 10, resume="free")
+    log_prompts: int = above(0, 2, resume="free")
 
 
 @dataclass
@@ -148,7 +150,7 @@ class ObjectiveConfig:
     renormalize: bool = False
     reward_from: Literal["trainer", "engine"] = "trainer"
     kl_coef: float = at_least(0, 0.0)
-    kl_every: int = at_least(0, 20)
+    kl_every: int = at_least(0, 20, resume="free")
     num_iterations: int = above(0, 1)
     epsilon: float = above(0, 0.2, below=1)
 
@@ -227,15 +229,18 @@ class TrainConfig:
             a CPU that multiplies faster in it than in fp32 (it is measured), and fp32 elsewhere.
         activation_checkpointing: Recompute activations in the backward pass.
         device: "auto" takes CUDA where there is one.
+        give_up_after: Stop, with a checkpoint and an error, after so many updates in a row that trained nothing: no
+            rollout had a score, or the gradient was not finite. 0 for never.
     """
 
-    steps: int = at_least(0, 100)
-    micro_batch_tokens: int = above(0, 24576)
-    shared_prompt: bool = True
-    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    steps: int = at_least(0, 100, resume="up")
+    micro_batch_tokens: int = above(0, 24576, resume="free")
+    shared_prompt: bool = field(default=True, metadata=FREE)
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = field(default="auto", metadata=FREE)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    activation_checkpointing: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    activation_checkpointing: bool = field(default=False, metadata=FREE)
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
+    give_up_after: int = at_least(0, 10, resume="free")
 
 
 @dataclass
@@ -254,12 +259,12 @@ class EvalConfig:
         on_start: Evaluate before training; without it, a run that goes on from an evaluated one saves that time.
     """
 
-    every: int = at_least(0, 0)
+    every: int = at_least(0, 0, resume="free")
     n: int = above(0, 1)
     temperature: float = at_least(0, 1.0)
-    bootstrap: int = above(0, 1000)
+    bootstrap: int = above(0, 1000, resume="free")
     protocol: Literal["real", "tract", "raft", "decode"] = "real"
-    on_start: bool = True
+    on_start: bool = field(default=True, metadata=FREE)
 
 
 @dataclass
@@ -289,7 +294,8 @@ class Config:
             cross-entropy on the feedback and squared error, in two stages; "binary_rl": policy gradient of "the drawn
             score is right"; "real".
         seed: Seed of everything random.
-        resume: Go on from the newest complete checkpoint in `output`.
+        resume: Go on from the newest complete checkpoint in `output`; a finished run goes on with more train.steps.
+        allow_changed: Resume although data, labels, template, tokenizer or a setting that decides the run has changed.
         overwrite: Move an earlier run in `output` aside and start anew.
         trust_remote_code: Run Python code that comes with the model.
         report_to: Log to these too, beside metrics.jsonl: tensorboard (into `output`/tensorboard), trackio, wandb; each
@@ -313,21 +319,22 @@ class Config:
     """
 
     model: str = ""
-    output: str = ""
+    output: str = field(default="", metadata=FREE)
     init_from: str | None = None
     method: str = "real"
     seed: int = 0
-    resume: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-    report_to: list[TrackerName] | TrackerName = field(default_factory=list)
-    run_name: str = ""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    debug: bool = False
-    profile: int = at_least(0, 0)
+    resume: bool = field(default=False, metadata=FREE)
+    allow_changed: bool = field(default=False, metadata=FREE)
+    overwrite: bool = field(default=False, metadata=FREE)
+    trust_remote_code: bool = field(default=False, metadata=FREE)
+    report_to: list[TrackerName] | TrackerName = field(default_factory=list, metadata=FREE)
+    run_name: str = field(default="", metadata=FREE)
+    log_level: Literal["debug", "info", "warning", "error"] = field(default="info", metadata=FREE)
+    debug: bool = field(default=False, metadata=FREE)
+    profile: int = at_least(0, 0, resume="free")
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig, metadata=CONTENTS)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
@@ -335,7 +342,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    save: SaveConfig = field(default_factory=SaveConfig)
+    save: SaveConfig = field(default_factory=SaveConfig, metadata=FREE)
 
     @property
     def initial_weights(self) -> str:

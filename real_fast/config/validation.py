@@ -10,15 +10,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from real_fast.errors import ConfigError
 
-
-def above(low: float, default: Any, below: float | None = None, at_most: float | None = None) -> Any:
-    """A dataclass field that must be above `low` (and below, or at most, another number)."""
-    return dataclasses.field(default=default, metadata={"above": low, "below": below, "at_most": at_most})
+# Metadata of settings that a resumed run may change; real_fast.runs.fingerprints says what each means.
+FREE, CONTENTS = {"resume": "free"}, {"resume": "contents"}
 
 
-def at_least(low: float, default: Any) -> Any:
-    """A dataclass field that must be `low` or more."""
-    return dataclasses.field(default=default, metadata={"at_least": low})
+def above(low: float, default: Any, below: float | None = None, at_most: float | None = None, resume: str = "") -> Any:
+    """A dataclass field that must be above `low` (and below, or at most, another); `resume` as FREE has it."""
+    bounds = {"above": low, "below": below, "at_most": at_most}
+    return dataclasses.field(default=default, metadata=bounds | {"resume": resume})
+
+
+def at_least(low: float, default: Any, resume: str = "") -> Any:
+    """A dataclass field that must be `low` or more; `resume` as FREE has it."""
+    return dataclasses.field(default=default, metadata={"at_least": low, "resume": resume})
 
 
 def finite(default: float) -> Any:

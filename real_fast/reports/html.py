@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment
 
+from real_fast.utils.files import replacing
+
 _FIGURES = (
     ("training.png", "Training"),
     ("health.png", "Training health"),
@@ -107,7 +109,8 @@ def write(
         summary=yaml.safe_dump({k: v for k, v in summary.items() if k != "eval"}, sort_keys=False),
         settings=settings.read_text(encoding="utf-8") if settings.is_file() else "",
     )
-    (folder / "report.html").write_text(text, encoding="utf-8", errors="backslashreplace")
+    with replacing(folder / "report.html") as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def health_warnings(metrics: list[dict[str, Any]]) -> list[str]:

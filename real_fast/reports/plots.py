@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from real_fast.evaluation.metrics import calibration, correlations
-from real_fast.utils import jsonio
+from real_fast.utils import files
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
@@ -243,5 +243,5 @@ def describe(axes: Axes, title: str, x: str, y: str) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a PNG, whole or not at all."""
-    with jsonio.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)

@@ -1,10 +1,14 @@
-"""Checkpoints: written under a temporary name, renamed when complete, safetensors and JSON alone."""
+"""Checkpoints: written under a temporary name, renamed when complete, with checksums; safetensors and JSON alone."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,14 @@ from transformers import PreTrainedModel
 
 from real_fast.errors import CheckpointError
 from real_fast.runs.progress import no_foreign_bars
+from real_fast.runs.sealed import damage, writing_folder
+from real_fast.utils.files import free_name
 
+logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _TENSORS = "model.safetensors"
+_DAMAGED = ".damaged"
 
 
 @dataclass
@@ -53,24 +61,23 @@ class TrainState:
         self.sampled_tokens += sampled_tokens
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, target: Path, extra: dict[str, Any], dtype: torch.dtype) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: Any, target: Path, texts: Mapping[str, str], dtype: torch.dtype
+) -> None:
     """Write a normal Hugging Face folder, atomically.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         target: Folder to make or replace.
-        extra: Written as real_fast.json: scale, prompt and protocol that the judge was trained with.
+        texts: Files that go with it, by name: what a judge has to know of how it was trained.
         dtype: Dtype of the weights on disk.
+
+    Raises:
+        CheckpointError: The disk is full or read-only.
     """
-    temporary = _temporary(target)
-    try:
-        _empty(temporary)
-        _write_model(model, tokenizer, temporary, extra, dtype)
-        _publish(temporary, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{target} could not be written: {error}. Earlier checkpoints are untouched") from error
+    with _disk_errors(target, "checkpoints are untouched"), writing_folder(target) as folder:
+        _write_model(model, tokenizer, folder, texts, dtype)
 
 
 def save(
@@ -80,7 +87,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
     state: TrainState,
-    extra: dict[str, Any],
+    texts: Mapping[str, str],
     keep: int,
 ) -> Path:
     """Write ``folder/step-NNNNNN`` and remove the oldest beyond `keep`.
@@ -89,20 +96,11 @@ def save(
         CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
     """
     target = folder / f"step-{state.step:06d}"
-    temporary = _temporary(target)
-    try:
-        _empty(temporary)
-        _write_model(model, tokenizer, temporary, extra, model.dtype)
+    with _disk_errors(target, "repair the disk or free space; " + kept(folder)), writing_folder(target) as temporary:
+        _write_model(model, tokenizer, temporary, texts, model.dtype)
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         state.scheduler = {"last_epoch": scheduler.last_epoch}
         (temporary / _STATE).write_text(json.dumps(asdict(state), indent=2, allow_nan=False), encoding="utf-8")
-        _publish(temporary, target)
-    except (OSError, SafetensorError) as error:  # the latter on a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched: free space or "
-            "repair the disk, then go on with --resume"
-        ) from error
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -110,30 +108,70 @@ def save(
 
 def save_tensors(target: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write tensors into a folder of their own, atomically. Raises :class:`CheckpointError`."""
-    temporary = _temporary(target)
-    try:
-        _empty(temporary)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary / _TENSORS)
-        _publish(temporary, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"{target} could not be written: {error}. Free space or repair the disk") from error
+    with _disk_errors(target, "free space or repair the disk"), writing_folder(target) as folder:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor] | None:
     """What :func:`save_tensors` wrote, or None where there is no such folder. Raises :class:`CheckpointError`."""
     if not (folder / _TENSORS).is_file():
         return None
-    try:
-        return load_file(folder / _TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / _TENSORS} cannot be read: {error}") from error
+    if wrong := damage(folder):
+        raise CheckpointError(f"{folder} is damaged: {wrong}")
+    return load_file(folder / _TENSORS)
 
 
 def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; a half-written one has a temporary name and is ignored."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and ".tmp" not in p.name and (p / _STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """Complete checkpoints, oldest first. A half-written one has another name, and so has anything of the user's."""
+    return [path for path in _numbered(folder) if (path / _STATE).is_file()]
+
+
+def step_of(path: Path) -> int:
+    """Updates done, of a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; every file is read for that. None where there is no checkpoint.
+
+    A newer one that is damaged is passed over, with a warning that names it.
+
+    Raises:
+        CheckpointError: All are damaged.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path not in _numbered(folder) and not path.name.endswith((".tmp", _DAMAGED)):
+            logger.warning("%s is not a checkpoint's name: it is left alone", path)
+    wrong: dict[str, str] = {}
+    for path in reversed(_numbered(folder)):
+        problem = damage(path) or _state_problem(path)
+        if problem is None:
+            if wrong:
+                named = "; ".join(f"{name}: {text}" for name, text in wrong.items())
+                logger.warning("going on from %s, since what is newer is damaged (%s)", path.name, named)
+            return path
+        wrong[path.name] = problem
+    if wrong:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({'; '.join(f'{k}: {v}' for k, v in wrong.items())}): bring one "
+            "back from a copy, or start over with --overwrite, which moves the run aside"
+        )
+    return None
+
+
+def tidy(folder: Path, resumed_step: int) -> None:
+    """Before a run goes on: what is newer than its checkpoint is damaged and gets a name that says so."""
+    for path in _numbered(folder):
+        if step_of(path) > resumed_step:
+            os.replace(path, free_name(path.with_name(path.name + _DAMAGED)))
+    for half_written in folder.glob("step-*.tmp"):
+        shutil.rmtree(half_written, ignore_errors=True)
+
+
+def kept(folder: Path) -> str:
+    """What there is to go on from, for people."""
+    found = complete(folder)
+    return f"{found[-1].name} is kept: go on with --resume" if found else "no checkpoint yet: --resume starts over"
 
 
 def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> TrainState:
@@ -148,7 +186,7 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
     Raises:
         CheckpointError: A checkpoint of another model.
     """
-    state = TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    state = _read_state(path)
     tensors = load_file(path / _OPTIMIZER)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -187,8 +225,34 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     return tensors
 
 
+def _read_state(path: Path) -> TrainState:
+    return TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+
+
+def _state_problem(path: Path) -> str | None:
+    try:
+        _read_state(path)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{_STATE} cannot be read ({error})"
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Folders with a checkpoint's name, oldest first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{6,}", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+@contextmanager
+def _disk_errors(target: Path, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter on a full disk
+        raise CheckpointError(f"{target} could not be written: {error}; {advice}") from error
+
+
 def _write_model(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, extra: dict[str, Any], dtype: torch.dtype
+    model: PreTrainedModel, tokenizer: Any, folder: Path, texts: Mapping[str, str], dtype: torch.dtype
 ) -> None:
     if dtype != model.dtype:
         # A copy of the tensors, not of the module: training goes on in float32. A tied head is listed once.
@@ -204,27 +268,5 @@ def _write_model(
         with no_foreign_bars():
             model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    template = Path(extra.get("prompt", {}).get("template", ""))
-    if template.suffix:  # a template of the user's goes with the model, so that the folder can be moved
-        shutil.copyfile(template.expanduser(), folder / template.name)
-        extra = extra | {"prompt": extra["prompt"] | {"template": template.name}}
-    (folder / "real_fast.json").write_text(json.dumps(extra, indent=2, allow_nan=False), encoding="utf-8")
-
-
-def _temporary(target: Path) -> Path:
-    return target.with_name(f"{target.name}.tmp")
-
-
-def _empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(temporary, target)
+    for name, content in texts.items():
+        (folder / name).write_text(content, encoding="utf-8")

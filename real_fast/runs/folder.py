@@ -8,8 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,15 @@ import yaml
 
 from real_fast.config import Config, cli
 from real_fast.errors import OutputError
+from real_fast.runs import checkpoint, fingerprints
+from real_fast.runs.lock import move_lock
+from real_fast.utils.files import free_name
 from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
+# Any of these is a run's. config.yaml alone would not do: it can be lost.
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_RESULTS = ("predictions.jsonl", "report.html", "final", "summary.json")
 
 
 @contextmanager
@@ -51,28 +56,65 @@ class RunFolder:
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.output).expanduser()
-        finished = (self.path / "summary.json").is_file()
-        started = self._started = finished or (self.path / "config.yaml").is_file()
-        if finished and config.resume and not config.overwrite:
-            raise OutputError(
-                f"output {self.path} holds a finished run: nothing is left to resume; take another --output"
-            )
-        if started and not config.overwrite and not config.resume:
-            what = "a finished run" if finished else "an unfinished run (go on with --resume)"
+        self.finished = (self.path / "summary.json").is_file()
+        self._started = self.finished or any((self.path / name).exists() for name in _OF_A_RUN)
+        if self._started and not config.overwrite and not config.resume:
+            what = "a finished run" if self.finished else "an unfinished run (go on with --resume)"
             raise OutputError(
                 f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
             )
         check_writable(self.path)
-        self.resumed = started and not config.overwrite
+        self.resumed = self._started and not config.overwrite
+        if self.resumed:
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                self.lines(name)  # what is broken there is found before the model is loaded
+
+    def check_extends(self, steps: int, done: int | None) -> None:
+        """A finished run goes on only where more updates are asked for than it has.
+
+        Args:
+            steps: Updates that are asked for.
+            done: Updates of the newest checkpoint; None where there is none.
+
+        Raises:
+            OutputError: There is nothing left to do, or nothing to go on from.
+        """
+        if not self.resumed:
+            return
+        if self.finished and done is None:
+            raise OutputError(
+                f"output {self.path} holds a finished run without its checkpoints, so it cannot be resumed: start "
+                f"another run from its weights with --init_from {self.path} and another --output"
+            )
+        if done is not None and (steps < done or (self.finished and steps == done)):
+            what = f"finished run of {done} updates" if self.finished else f"run that has made {done} updates"
+            raise OutputError(
+                f"output {self.path} holds a {what}, and train.steps is {steps}: nothing is left to resume; raise "
+                "train.steps to extend it, or take another --output"
+            )
 
     def claim(self, config: Config) -> None:
         """Start to write here; until then, nothing of an earlier run has been touched."""
-        if self.resumed:
-            self._report_changes(config)
-        elif self._started:
+        if self._started and not self.resumed:
             move_aside(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        if self.finished and self.resumed:
+            self._set_results_aside()
+        for left in self.path.glob(".*.tmp"):  # by a kill in the middle of a file
+            left.unlink(missing_ok=True)
         cli.dump(config, self.path / "config.yaml")
+
+    def _set_results_aside(self) -> None:
+        """A finished run is extended: its results are kept in superseded/, and made again at the end."""
+        steps = json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("steps")
+        target = free_name(self.path / "superseded" / f"{steps}-steps")
+        target.mkdir(parents=True)
+        shutil.copyfile(self.path / "config.yaml", target / "config.yaml")
+        # The summary last: it marks the run as finished.
+        for path in (*self.path.glob("*.png"), *(self.path / name for name in _RESULTS)):
+            if path.exists():
+                os.replace(path, target / path.name)
+        logger.info("the results after %s updates are kept in %s", steps, target)
 
     @property
     def checkpoints(self) -> Path:
@@ -112,41 +154,63 @@ class RunFolder:
         return self.lines("metrics.jsonl")
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """All lines of a JSON Lines file of the run; none where it is not there."""
+        """All lines of a JSON Lines file of the run; none where it is not there.
+
+        Raises:
+            OutputError: A line that is not the run's.
+        """
         file = self.path / name
-        return list(read_jsonl(file)) if file.is_file() else []
+        try:
+            found = read_jsonl(file) if file.is_file() else []
+        except ValueError as error:
+            raise OutputError(f"{error}: mend that line, or remove it") from error
+        for line in found:
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise OutputError(f"{file} has a line without a step: {str(line)[:80]!r}: mend that line, or remove it")
+        return found
 
     def rewind(self, step: int) -> None:
         """Set aside metric lines and evaluations after `step`, which a resumed run makes again (-1: all of them)."""
 
         def metric_stays(m: dict[str, Any]) -> bool:
-            before = m["phase"] == "warmup" or (m["step"] <= step and m.get("name") != "after")
+            before = m.get("phase") == "warmup" or (m["step"] <= step and m.get("name") != "after")
             return step >= 0 and before
 
         self._keep("metrics", metric_stays)
         if (self.path / "rollouts.jsonl").is_file():
             self._keep("rollouts", lambda r: r["step"] <= step)
-        for file in (self.path / "eval").glob("*.json*"):
+        for file in sorted((self.path / "eval").glob("*.json*")):
             name = file.name.partition(".")[0]
-            made_at = int(name.removeprefix("step-")) if name.startswith("step-") else 0
+            number = name.removeprefix("step-")
+            made_at = int(number) if number.isdecimal() else 0
             if step < made_at or step < 0 or name == "after":
                 (self.path / "eval" / "superseded").mkdir(exist_ok=True)
-                os.replace(file, self.path / "eval" / "superseded" / file.name)
+                os.replace(file, free_name(self.path / "eval" / "superseded" / file.name))
 
     def _keep(self, name: str, stays: Callable[[dict[str, Any]], bool]) -> None:
         """Leave the lines that stay in a file, and move the others to the one beside it."""
-        kept = []
+        kept: list[dict[str, Any]] = []
+        moved: list[dict[str, Any]] = []
         for line in self.lines(f"{name}.jsonl"):
-            if stays(line):
-                kept.append(line)
-            else:
-                self.append(f"{name}.superseded.jsonl", line)
+            (kept if stays(line) else moved).append(line)
+        if moved:
+            aside = f"{name}.superseded.jsonl"
+            write_jsonl(self.path / aside, [*self.lines(aside), *moved])
         write_jsonl(self.path / f"{name}.jsonl", kept)  # also rids the file of a last line that was cut off
 
     def evaluation(self, name: str) -> dict[str, Any] | None:
-        """Summary of an evaluation that an interrupted run has already made."""
+        """Summary of an evaluation that has been made; None, with a warning, where one of its files is damaged."""
         file = self.path / "eval" / f"{name}.json"
-        summary: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            count = len(self.predictions(name))
+            if count != summary["n"]:
+                raise ValueError(f"{count} predictions of {summary['n']}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("the evaluation %s is damaged, and left out: %s", file, error)
+            return None
         return summary
 
     def predictions(self, name: str) -> list[dict[str, Any]]:
@@ -159,27 +223,28 @@ class RunFolder:
         write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
         write_json(self.path / "eval" / f"{name}.json", summary)
 
-    def _report_changes(self, config: Config) -> None:
-        old = settings_in(self.path)
-        new = _flat(asdict(config))
-        for key in sorted(old.keys() & new.keys() - {"output", "overwrite", "resume"}):
-            if old[key] != new[key]:
-                logger.warning("resuming with %s = %r, which was %r", key, new[key], old[key])
-
 
 def move_aside(folder: Path) -> None:
-    """Rename a folder to the first free NAME.old-1, NAME.old-2, ..."""
+    """Rename a folder to the first free NAME.old-1, NAME.old-2, ...; its lock stays with its name."""
     n = 1
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     os.replace(folder, old)
+    move_lock(old, folder)
     logger.info("moved the earlier run to %s", old)
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, by their full names ("train.steps"); none where there is no run."""
-    file = folder / "config.yaml"
-    return _flat(yaml.safe_load(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    """The settings of the run in a folder, by their full names ("train.steps"), as far as they can be read."""
+    for path in reversed(checkpoint.complete(folder / "checkpoints")):
+        with suppress(OSError, ValueError, TypeError):
+            if known := fingerprints.read(path):
+                return known.settings
+    try:
+        found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return _flat(found) if isinstance(found, dict) else {}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

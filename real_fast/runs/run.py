@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 from real_fast.config import Config
+from real_fast.runs import checkpoint
 from real_fast.runs.folder import RunFolder
 from real_fast.runs.trackers import Trackers
 
+logger = logging.getLogger(__name__)
+
 
 class Run:
-    """As a context, it tells the trackers how it ended.
+    """As a context, it tells the trackers how it ended, and the user what there is to go on from after an error.
 
     Args:
         folder: The run's folder.
@@ -34,8 +38,10 @@ class Run:
         """
         if not self.writes:
             return
+        step = -1 if resumed_step is None else resumed_step
         self.folder.claim(config)
-        self.folder.rewind(-1 if resumed_step is None else resumed_step)
+        self.folder.rewind(step)
+        checkpoint.tidy(self.folder.checkpoints, step)
         self.trackers.catch_up(self.folder.metrics())
 
     def log(self, record: dict[str, Any]) -> None:
@@ -60,4 +66,6 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self.writes:
+            logger.info("%s", checkpoint.kept(self.folder.checkpoints))
         self.trackers.__exit__(kind, error, trace)

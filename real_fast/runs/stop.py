@@ -7,6 +7,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from real_fast.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -15,28 +17,49 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once."""
+    """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once.
+
+    A run that finds out by itself that it must stop does so in the same way, see :meth:`give_up`.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signalled = False
+        self._error: UserError | None = None
         self._old: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop after this step, with a checkpoint."""
+        return self._signalled or self._error is not None
+
+    @property
+    def reason(self) -> Exception:
+        """What to raise where the run stops."""
+        return self._error or Stopped()
+
+    def give_up(self, error: UserError | None) -> None:
+        """Stop after this step, with a checkpoint, and end with this error, if it is one."""
+        self._error = self._error or error
+
+    def check(self, *_: object) -> None:
+        """Raise :class:`Stopped`, or the error of :meth:`give_up`, where the run is to stop."""
+        if self.requested:
+            raise self.reason
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old[number] = signal.signal(number, self._handle)
         return self
 
-    def check(self, *_: object) -> None:
-        """Raise :class:`Stopped` if a signal came."""
-        if self.requested:
-            raise Stopped
-
     def __exit__(self, *_: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.requested = True
-        logger.info("\nstopping after this step, with a checkpoint; once more to stop at once")
+        self._signalled = True
+        logger.info(
+            "\nstopping: an update is finished and a checkpoint written, an evaluation or a warm-up is left; once more "
+            "to stop at once"
+        )

@@ -146,7 +146,7 @@ class Trackers:
         self.warmup = config.warmup.steps
         self.complete = False
         self._file = folder.path / "trackers.json"
-        known = json.loads(self._file.read_text(encoding="utf-8")) if folder.resumed and self._file.is_file() else {}
+        known = _known(self._file) if folder.resumed else {}
         self._id: str = known.get("id") or secrets.token_hex(4)
         # By tracker and kind of record, the last step that it has.
         self._sent: dict[str, dict[str, int]] = known.get("sent", {})
@@ -211,6 +211,16 @@ class Trackers:
                 tracker.finish(status)
             except (Exception, KeyboardInterrupt) as failure:  # Ctrl-C: somebody does not want to wait for an upload
                 logger.warning("%s was not finished (%s); metrics.jsonl has all of it", name, _said(failure))
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """What trackers.json says; nothing, and so new curves, where it is damaged."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return {"id": str(known["id"]), "sent": dict(known["sent"])} if known else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s): the trackers start new curves", file, error)
+        return {}
 
 
 def names(config: Config) -> list[str]:

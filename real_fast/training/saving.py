@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from real_fast.config import Config
 from real_fast.model.precision import dtype_of, resolve
-from real_fast.runs import checkpoint
+from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.fingerprints import Fingerprints
 from real_fast.runs.folder import RunFolder
 from real_fast.training.update import Updater
 
@@ -25,23 +28,56 @@ def judge_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(folder: RunFolder, updater: Updater, state: TrainState, tokenizer: Any, config: Config) -> None:
-    """Everything that the next step depends on; the main process writes it. Raises :class:`CheckpointError`."""
-    if not updater.world.is_main:
-        return
-    checkpoint.save(
-        folder.checkpoints,
-        updater.policy.model,
-        tokenizer,
-        updater.optimizer,
-        updater.scheduler,
-        state,
-        judge_settings(config),
-        config.save.keep,
-    )
+class Saver:
+    """Writes into a run's folder; the main process alone does.
 
+    Args:
+        folder: The run's.
+        updater: Has the model, its optimiser and the schedule.
+        tokenizer: The model's.
+        config: The settings.
+        template: Text of the prompt's template as the run uses it; its file may change meanwhile.
+        identity: Go with every checkpoint.
+    """
 
-def save_final(folder: RunFolder, updater: Updater, tokenizer: Any, config: Config) -> None:
-    """The judge, in the precision that it was trained in. Raises :class:`CheckpointError`."""
-    dtype = dtype_of(resolve(config.train.precision, updater.policy.model.device))
-    checkpoint.save_model(updater.policy.model, tokenizer, folder.path / "final", judge_settings(config), dtype)
+    def __init__(
+        self,
+        folder: RunFolder,
+        updater: Updater,
+        tokenizer: Any,
+        config: Config,
+        template: str,
+        identity: Fingerprints,
+    ) -> None:
+        self.folder, self.updater, self.tokenizer, self.config = folder, updater, tokenizer, config
+        settings = judge_settings(config)
+        self.texts: dict[str, str] = {}
+        if suffix := Path(config.prompt.template).suffix:  # the user's own goes with the model, so that it can be moved
+            name = f"judge_template{suffix}"  # not its own name, which may be that of the chat template's file
+            settings["prompt"]["template"] = name
+            self.texts[name] = template
+        self.texts["real_fast.json"] = json.dumps(settings, indent=2, allow_nan=False)
+        self.identity = identity
+
+    def checkpoint(self, state: TrainState) -> None:
+        """Everything that the next step depends on. Raises :class:`CheckpointError`."""
+        u = self.updater
+        if not u.world.is_main:
+            return
+        texts = self.texts | {fingerprints.FILE: self.identity.text()}
+        checkpoint.save(
+            self.folder.checkpoints,
+            u.policy.model,
+            self.tokenizer,
+            u.optimizer,
+            u.scheduler,
+            state,
+            texts,
+            self.config.save.keep,
+        )
+
+    def final(self) -> None:
+        """The judge, in the precision that it was trained in. Raises :class:`CheckpointError`."""
+        dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.model.device))
+        target = self.folder.path / "final"
+        checkpoint.save_model(self.updater.policy.model, self.tokenizer, target, self.texts, dtype)

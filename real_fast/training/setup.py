@@ -30,8 +30,10 @@ from real_fast.runs.folder import RunFolder, settings_in
 from real_fast.runs.run import Run
 from real_fast.score.scale import ScoreScale
 from real_fast.training.groups import GroupSource
+from real_fast.training.identity import check_same_run, fingerprints_of
 from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.preflight import check_rows_fit, check_trainable
+from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
 from real_fast.training.warmup import SftOrder, sft_order
@@ -57,6 +59,7 @@ class Parts:
         updater: Micro-batches, optimiser and schedule.
         groups: The groups of one update after another.
         run: The run's folder and trackers.
+        saver: Writes checkpoints and final/.
         resume_from: The checkpoint that the run goes on from, None for a run from its start.
     """
 
@@ -73,6 +76,7 @@ class Parts:
     updater: Updater
     groups: GroupSource
     run: Run
+    saver: Saver
     resume_from: Path | None
 
 
@@ -100,8 +104,8 @@ def build(config: Config) -> Parts:
     timer = Timer(state.seconds)
     with timer("load"):
         folder = RunFolder(config)
-        checkpoints = checkpoint.complete(folder.checkpoints) if folder.resumed else []
-        resume_from = checkpoints[-1] if checkpoints else None
+        resume_from = checkpoint.newest(folder.checkpoints) if folder.resumed else None
+        folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
         scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
@@ -112,6 +116,9 @@ def build(config: Config) -> Parts:
         method.use_rows(data)
         if config.debug:
             data.eval = data.eval[:EVAL_ROWS]
+        identity = fingerprints_of(config, data, tokenizer, builder)
+        if resume_from:
+            check_same_run(resume_from, identity, config)
         longest = check_rows_fit(data.train, method, config, builder.guard.encode_feedback, scale)
         order = sft_order(data.train, config.warmup, config.data.train, config.seed)
 
@@ -138,6 +145,7 @@ def build(config: Config) -> Parts:
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer)
     encode_feedback = builder.guard.encode_feedback
+    saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
     return Parts(
         world,
         state,
@@ -152,6 +160,7 @@ def build(config: Config) -> Parts:
         updater,
         groups,
         run,
+        saver,
         resume_from,
     )
 

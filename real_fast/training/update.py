@@ -16,6 +16,7 @@ from real_fast.distributed.world import World
 from real_fast.model.policy import Policy
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.progress import show
+from real_fast.training.idle import Idle
 from real_fast.training.optim import clip_and_step
 from real_fast.training.timer import Timer
 from real_fast.types import Batch, Group
@@ -31,7 +32,7 @@ class Updater:
         optimizer: Its optimiser.
         scheduler: The learning rate's schedule, in optimiser steps.
         optim: Of it, max_grad_norm.
-        train: Of it, micro_batch_tokens and shared_prompt.
+        train: Of it, micro_batch_tokens, shared_prompt and give_up_after.
         pad_id: Token id for padding.
         world: The run's processes.
         timer: Times packing and the optimiser.
@@ -61,6 +62,7 @@ class Updater:
         self.state = state
         self._first: dict[str, Any] = {}
         self._batches = self._begun = 0
+        self.idle = Idle(train.give_up_after)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The groups of an update, spread over micro-batches on the policy's device."""
@@ -70,6 +72,7 @@ class Updater:
             raise RuntimeError("processes with different numbers of micro-batches are not supported yet")
         self._first = {}
         self._batches, self._begun = len(batches), 0
+        self.idle.begin(self.world.any(any(r.has_score for g in groups for r in g.rollouts)))
         logger.debug("%d groups in %d micro-batches", len(groups), len(batches))
         return [batch.to(self.policy.model.device) for batch in batches]
 
@@ -87,6 +90,7 @@ class Updater:
             norm, stepped = clip_and_step(self.policy, self.optimizer, self.optim.max_grad_norm, self.world)
             self.scheduler.step()
         self.state.skipped_steps += not stepped
+        self.idle.step(stepped)
         self._first = self._first or {"grad_norm": norm, "learning_rate": lr}
 
     def metrics(self) -> dict[str, Any]:

@@ -57,6 +57,9 @@ def warm_up(
         scale: The score scale.
         log: Called with the metrics of every step.
         check_stop: Called before every step; raises to stop.
+
+    Raises:
+        NothingTrainedError: Too many steps in a row were skipped.
     """
     policy = updater.policy
     optimizer = build_optimizer(policy, OptimConfig(lr=warmup.lr))
@@ -79,6 +82,7 @@ def warm_up(
                 lr = decay.get_last_lr()[0]
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
                 decay.step()
+                updater.idle.step(stepped)
             log(
                 {
                     "phase": "warmup",
@@ -92,3 +96,5 @@ def warm_up(
                 }
             )
             bar.update()
+            if error := updater.idle.end():
+                raise error

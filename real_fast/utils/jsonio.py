@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from real_fast.utils.files import replacing
 
 
 def clean(obj: Any) -> Any:
@@ -72,18 +72,6 @@ def read_jsonl(path: str | Path) -> list[Any]:
                     break
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
     return rows
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; rename it to `path` afterwards, or remove it on an error."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def encode(obj: Any, indent: int | None = None) -> bytes:

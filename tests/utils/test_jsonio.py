@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, replacing, write_json, write_jsonl
+from real_fast.utils.files import replacing
+from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
 
 
 def test_json_is_whole_or_absent(tmp_path: Path) -> None:

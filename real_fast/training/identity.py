@@ -20,6 +20,7 @@ from real_fast.types import JudgeRow
 
 logger = logging.getLogger(__name__)
 
+_APART = ("label", "feedbacks", "feedback_labels", "prompt_ids")  # of a row: what has a digest of its own
 # Of a model's config.json: what says nothing about the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
@@ -66,7 +67,7 @@ def check_same_run(resume_from: Path, identity: Fingerprints, config: Config) ->
 
 def _of_rows(name: str, rows: Sequence[JudgeRow]) -> dict[str, str]:
     """Digests of rows, part by part, so that it can be said which part has changed; the order counts."""
-    texts = ((r.id, r.prompt_id, r.instruction, r.response, r.rubric, r.reference_answer) for r in rows)
+    texts = ({key: value for key, value in vars(r).items() if key not in _APART} for r in rows)
     tokens = (array("q", r.prompt_ids).tobytes() for r in rows)
     return {
         f"the {name}": f"{len(rows)} rows, {_digest(map(_json, texts))}",

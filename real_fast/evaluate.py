@@ -29,6 +29,7 @@ from real_fast.reports import plots
 from real_fast.reports.health import evaluation_warnings
 from real_fast.rollout.make import load_engine
 from real_fast.runs.folder import check_writable, writing
+from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
@@ -57,6 +58,11 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
 def run(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate as configured, write the files and return the summary. Raises :class:`UserError`."""
     full = config.full()
+    with alone_in(config.output):
+        return _run(config, full)
+
+
+def _run(config: EvaluateConfig, full: configs.Config) -> dict[str, Any]:
     folder = Path(config.output).expanduser()
     prepare_output(folder, config.overwrite)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)

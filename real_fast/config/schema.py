@@ -1,8 +1,8 @@
 """Every setting of a run, as dataclasses; ``real-fast train --help`` is made from the docstrings here.
 
 Checks that need only the config live in :mod:`real_fast.config.validation` and run before anything is loaded. A setting
-that a resumed run may change says so beside its default (``resume=``, ``FREE``, ``CONTENTS``); all others decide what
-is trained or measured, and a resumed run is held to them (:mod:`real_fast.runs.fingerprints`).
+that a resumed run may change says so beside its default (``resume=``, ``FREE``, ``CONTENTS``, ``CALL``); all others
+decide what is trained or measured, and a resumed run is held to them (:mod:`real_fast.runs.fingerprints`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from real_fast.config.validation import CONTENTS, FREE, above, at_least, check_config, finite
+from real_fast.config.validation import CALL, CONTENTS, FREE, above, at_least, check_config, finite
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -318,14 +318,14 @@ class Config:
         save: Checkpoints.
     """
 
-    model: str = ""
-    output: str = field(default="", metadata=FREE)
-    init_from: str | None = None
+    model: str = field(default="", metadata=CONTENTS)
+    output: str = field(default="", metadata=CALL)
+    init_from: str | None = field(default=None, metadata=CONTENTS)
     method: str = "real"
     seed: int = 0
-    resume: bool = field(default=False, metadata=FREE)
-    allow_changed: bool = field(default=False, metadata=FREE)
-    overwrite: bool = field(default=False, metadata=FREE)
+    resume: bool = field(default=False, metadata=CALL)
+    allow_changed: bool = field(default=False, metadata=CALL)
+    overwrite: bool = field(default=False, metadata=CALL)
     trust_remote_code: bool = field(default=False, metadata=FREE)
     report_to: list[TrackerName] | TrackerName = field(default_factory=list, metadata=FREE)
     run_name: str = field(default="", metadata=FREE)

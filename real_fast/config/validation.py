@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from real_fast.errors import ConfigError
 
 # Metadata of settings that a resumed run may change; real_fast.runs.fingerprints says what each means.
-FREE, CONTENTS = {"resume": "free"}, {"resume": "contents"}
+FREE, CONTENTS, CALL = {"resume": "free"}, {"resume": "contents"}, {"resume": "call"}
 
 
 def above(low: float, default: Any, below: float | None = None, at_most: float | None = None, resume: str = "") -> Any:

@@ -5,7 +5,8 @@ Which settings a resumed run may change stands beside each of them in :mod:`real
 - "same", where nothing is said: it decides what is trained or measured, and a change is refused;
 - "free": a change makes the same run, written, watched or computed in another way;
 - "up": it may grow;
-- "contents": it names something whose contents have a fingerprint of their own.
+- "contents": it names something whose contents have a fingerprint of their own;
+- "call": it is about one call of the command, not about the run.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def check(old: Fingerprints, new: Fingerprints, settings: dict[str, Setting], al
     for key, setting in settings.items():
         # A setting that the checkpoint's version did not have was at what is its default now.
         was = old.settings.get(key, setting.default)
-        if was == setting.value:
+        if was == setting.value or setting.resume == "call":
             continue
         same_run = {
             "free": True,

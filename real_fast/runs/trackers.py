@@ -195,7 +195,7 @@ class Trackers:
                 )
             else:
                 sent[kind] = step
-        write_json(self._file, {"id": self._id, "sent": self._sent})
+        write_json(self._file, {"id": self._id, "folder": str(self._file.parent.resolve()), "sent": self._sent})
 
     def __enter__(self) -> Trackers:
         return self
@@ -214,13 +214,25 @@ class Trackers:
 
 
 def _known(file: Path) -> dict[str, Any]:
-    """What trackers.json says; nothing, and so new curves, where it is damaged."""
+    """What trackers.json says; nothing, and so new curves, where it is damaged or was copied with its run."""
+    here = file.parent.resolve()
     try:
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return {"id": str(known["id"]), "sent": dict(known["sent"])} if known else {}
+        known = _read(file)
+        first = Path(known.get("folder") or here)
+        if first != here and _read(first / file.name).get("id") == known.get("id"):
+            logger.warning("%s is a copy of %s: the trackers start new curves", here, first)
+            return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s): the trackers start new curves", file, error)
         return {}
+    return known
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    known = json.loads(file.read_text(encoding="utf-8"))
+    return {"id": str(known["id"]), "folder": known.get("folder"), "sent": dict(known["sent"])}
 
 
 def names(config: Config) -> list[str]:

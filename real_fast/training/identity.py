@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _APART = ("label", "feedbacks", "feedback_labels", "prompt_ids")  # of a row: what has a digest of its own
 # Of a model's config.json: what says nothing about the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+_PIECE = 2**16
 
 
 def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: PromptBuilder) -> Fingerprints:
@@ -35,7 +36,8 @@ def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: Prom
         builder: Has the template's text as the run uses it.
     """
     settings = {key: setting.value for key, setting in settings_of(config).items()}
-    model = json.loads((resolve_model(config.initial_weights) / "config.json").read_text(encoding="utf-8"))
+    folder = resolve_model(config.initial_weights)
+    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     vocabulary = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
     contents = {
         **_of_rows("training rows", data.train),
@@ -44,6 +46,7 @@ def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: Prom
         "the tokenizer's vocabulary": f"{len(tokenizer)} tokens, {_digest([_json(vocabulary)])}",
         "the model's chat template": _digest([_json(getattr(tokenizer, "chat_template", None))]),
         "the model's config.json": _digest([_json({k: v for k, v in model.items() if k not in _VOLATILE})]),
+        "the start weights": _digest(_samples(folder)),
     }
     return Fingerprints(json.loads(json.dumps(settings)), contents)
 
@@ -75,6 +78,17 @@ def _of_rows(name: str, rows: Sequence[JudgeRow]) -> dict[str, str]:
         f"the feedback of the {name}": _digest(_json([r.feedbacks, r.feedback_labels]) for r in rows),
         f"the prompts' tokens of the {name}": _digest(tokens),
     }
+
+
+def _samples(folder: Path) -> Iterator[bytes]:
+    """Of every file of weights, its name, its size and three pieces: training changes a tensor nearly everywhere."""
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        yield f"{file.name} {size}".encode()
+        with file.open("rb") as handle:
+            for place in (size // 3, 2 * size // 3, max(size - _PIECE, 0)):
+                handle.seek(place)
+                yield handle.read(_PIECE)
 
 
 def _json(value: Any) -> str:

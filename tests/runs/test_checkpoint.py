@@ -36,7 +36,9 @@ def train(model, optimizer, scheduler, steps, start=0):
 
 def save(folder, parts, step, keep=2):
     model, optimizer, scheduler = parts
-    return checkpoint.save(folder, model, NoTokenizer(), optimizer, scheduler, TrainState(step=step), {"a.json": "1"}, keep)
+    return checkpoint.save(
+        folder, model, NoTokenizer(), optimizer, scheduler, TrainState(step=step), {"a.json": "1"}, keep
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])

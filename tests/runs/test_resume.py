@@ -135,6 +135,13 @@ def edit_chat_template(home):
     (home / "model" / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
+def edit_weights(home):
+    file = home / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
 def edit_model(home):
     file = home / "model" / "config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -153,6 +160,7 @@ CONTENTS = {
     "the tokenizer's vocabulary": edit_tokenizer,
     "the model's chat template": edit_chat_template,
     "the model's config.json": edit_model,
+    "the start weights": edit_weights,
 }
 
 
@@ -168,12 +176,14 @@ def test_changed_contents_are_refused_by_name(run, what, capsys):
 
 def test_what_is_allowed_to_change_goes_on_and_is_said(run, capsys):
     write_rows(run.home / "train.jsonl", [(3, {"score": 5})])
-    assert run("--resume", "--allow-changed", "--optim.lr", "0.001") == 0
+    assert run("--resume", "--allow-changed", "--optim.lr", "0.001", "--train.steps", "3") == 0
     error = capsys.readouterr().err
     assert "resuming with optim.lr = 0.001, which was 0.0003" in error
     assert "resuming with the labels of the training rows" in error
     (run.output / "summary.json").unlink()
-    assert run("--resume", "--optim.lr", "0.001") == 0  # its checkpoints are now of the changed run
+    assert (
+        run("--resume", "--optim.lr", "0.001", "--train.steps", "3") == 0
+    )  # its checkpoints are now of the changed run
 
 
 def test_the_same_rows_may_lie_elsewhere_and_free_settings_may_change(run, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -289,6 +290,22 @@ def test_an_upload_that_hangs_or_fails_at_the_end_does_not_undo_the_run(tiny_jud
     assert main(flags(tiny_judge, tmp_path / "run", *ALL, "--train.steps", "1", "--warmup.steps", "0")) == 0
     assert "trackio was not finished (KeyboardInterrupt)" in capsys.readouterr().err
     assert ("wandb", 0) in services.finished and (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_a_copy_of_a_run_has_curves_of_its_own(tiny_judge, tmp_path, services, capsys):
+    short = ["--warmup.steps", "0", "--report_to", "wandb", "--resume"]
+    output, copy, moved = (tmp_path / name for name in ("run", "copy", "moved"))
+    assert main(flags(tiny_judge, output, *short[:-1], "--train.steps", "1")) == 0
+    shutil.copytree(output, copy)
+    assert main(flags(tiny_judge, copy, *short, "--train.steps", "2")) == 0
+    assert "is a copy of" in capsys.readouterr().err
+    output.rename(moved)
+    assert main(flags(tiny_judge, moved, *short, "--train.steps", "2")) == 0
+    first, second, third = [start[3] for start in services.started]
+    assert first == third != second
+    (moved / "trackers.json").write_text("{", encoding="utf-8")
+    assert main(flags(tiny_judge, moved, *short, "--train.steps", "3")) == 0
+    assert "trackers.json is damaged" in capsys.readouterr().err
 
 
 def test_tracts_two_stages_are_two_runs(tiny_judge, tmp_path, services, monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 
 from real_fast.config import Config
 from real_fast.methods import tract
-from real_fast.runs.trackers import names, numbers
+from real_fast.runs.trackers import Trackers, names, numbers
 from real_fast.train import Trainer, main
 from real_fast.utils.jsonio import read_jsonl
 from tests.helpers import SUPERVISED, metric_lines
@@ -292,20 +292,22 @@ def test_an_upload_that_hangs_or_fails_at_the_end_does_not_undo_the_run(tiny_jud
     assert ("wandb", 0) in services.finished and (tmp_path / "run" / "summary.json").is_file()
 
 
-def test_a_copy_of_a_run_has_curves_of_its_own(tiny_judge, tmp_path, services, capsys):
-    short = ["--warmup.steps", "0", "--report_to", "wandb", "--resume"]
+def test_a_copy_of_a_run_has_curves_of_its_own(tmp_path, services, caplog):
+    def ids(folder):
+        config = Config(output=str(folder), report_to="wandb")
+        trackers = Trackers(config, SimpleNamespace(path=folder, resumed=True), 1)
+        trackers.log({"phase": "real", "step": 1 + len(services.started), "loss": 1.0})
+        return services.started[-1][3]
+
     output, copy, moved = (tmp_path / name for name in ("run", "copy", "moved"))
-    assert main(flags(tiny_judge, output, *short[:-1], "--train.steps", "1")) == 0
+    output.mkdir()
+    first = ids(output)
     shutil.copytree(output, copy)
-    assert main(flags(tiny_judge, copy, *short, "--train.steps", "2")) == 0
-    assert "is a copy of" in capsys.readouterr().err
+    assert ids(copy) != first and f"{copy} is a copy of {output}" in caplog.text
     output.rename(moved)
-    assert main(flags(tiny_judge, moved, *short, "--train.steps", "2")) == 0
-    first, second, third = [start[3] for start in services.started]
-    assert first == third != second
+    assert ids(moved) == first == ids(moved)
     (moved / "trackers.json").write_text("{", encoding="utf-8")
-    assert main(flags(tiny_judge, moved, *short, "--train.steps", "3")) == 0
-    assert "trackers.json is damaged" in capsys.readouterr().err
+    assert ids(moved) != first and "trackers.json is damaged" in caplog.text
 
 
 def test_tracts_two_stages_are_two_runs(tiny_judge, tmp_path, services, monkeypatch):

@@ -68,8 +68,8 @@ class RefPolicy:
         if tensors is None:
             raise CheckpointError(
                 f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "
-                "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and --allow-changed, "
-                "or start over"
+                "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and "
+                "--allow-changed, or start over"
             )
         own = dict(self.policy.model.named_parameters())
         if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:

@@ -92,7 +92,7 @@ def _samples(folder: Path) -> Iterator[bytes]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    return json.dumps(value, sort_keys=True, default=str)  # further fields of a row may be dates and the like
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from real_fast.config import Config
-from real_fast.reports import health, report
 from real_fast.runs import checkpoint
 from real_fast.runs.fingerprints import settings_of
 from real_fast.train import main
@@ -66,13 +65,6 @@ def made(golden_model, tmp_path_factory):
     run = Run(home)
     assert run() == 0
     return home
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """They are half of a short run's time."""
-    for module, name in ((report, "draw"), (health, "health_curves"), (health, "score_histogram")):
-        monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from real_fast.commands import run as run_command
 if __name__ == "__main__":  # before what takes seconds to import
     sys.exit(run_command("evaluate"))
 
-from real_fast.config import cli
+from real_fast.config import Config, cli
 from real_fast.config.commands import COMMANDS, EvaluateConfig
 from real_fast.data.dataset import Rejected, check_enough_rows, load_rows, write_rejected
 from real_fast.data.splits import limit_by_prompt
@@ -62,7 +62,7 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
         return _run(config, full)
 
 
-def _run(config: EvaluateConfig, full: configs.Config) -> dict[str, Any]:
+def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     folder = Path(config.output).expanduser()
     prepare_output(folder, config.overwrite)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)

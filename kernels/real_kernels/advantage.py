@@ -33,7 +33,8 @@ def group_advantages(
         clip: Clip to plus or minus this; 0 for no clipping.
 
     Returns:
-        [M] advantages in the rewards' dtype, detached. A rollout without another valid one in its group gets 0.
+        [M] advantages in the rewards' dtype, detached. A rollout without another valid one in its group gets 0, and so
+        does, exactly, one whose group has equal rewards. NaN among a group's rewards makes NaN of that group alone.
 
     Raises:
         ValueError: Shapes that do not fit, a negative clip, an unknown baseline.
@@ -50,14 +51,15 @@ def group_advantages(
     if rollout_valid is not None:
         r = torch.where(rollout_valid, r, torch.zeros_like(r))
         same = same & rollout_valid[:, None] & rollout_valid[None, :]
-    member = same.to(r.dtype)
-    count = member.sum(1)
-    # Centred first: E[r^2] - E[r]^2 would cancel where a group's spread is small beside its mean.
-    mean = member @ r / count.clamp(min=1)
-    centred = r - mean
-    advantage = centred * count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else centred
+    count = same.sum(1).to(r.dtype)
+    # One's own reward minus each other's: equal ones differ by 0, while their mean may be off by a rounding. And no
+    # product with 0, so that NaN stays in its group.
+    apart = torch.where(same, r[:, None] - r[None, :], 0.0)
+    mean = apart.sum(1) / count.clamp(min=1)
+    advantage = mean * count / (count - 1).clamp(min=1) if baseline == "leave_one_out" else mean
     if normalize_std:
-        variance = (member * (r[None, :] - mean[:, None]) ** 2).sum(1) / count.clamp(min=1)
+        # Centred first: E[r^2] - E[r]^2 would cancel where a group's spread is small beside its mean.
+        variance = (torch.where(same, apart - mean[:, None], 0.0) ** 2).sum(1) / count.clamp(min=1)
         advantage = advantage / (variance.sqrt() + STD_EPS)
     if clip:
         advantage = advantage.clamp(-clip, clip)

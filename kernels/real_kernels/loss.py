@@ -69,6 +69,10 @@ def real_loss(
     advantage of r_i in its group, divided by the group's standard deviation and clipped. Score rows are
     projected first, so their rewards give the coefficients of the feedback rows of the same call: no second forward.
 
+    Without rollouts (N = M = 0), or with none that is valid, the loss is 0 and so is every gradient; without rows
+    (N = 0), and for a rollout that is alone in its group, the refinement is all there is. Where a label's token is
+    impossible (log p = -inf), see :func:`real_kernels.reward_parts`.
+
     The rows of one group must be in one call. With `num_rollouts` (and `num_tokens`) of the whole update given, the sum
     of the losses over calls does not depend on how groups are spread over them.
 
@@ -111,6 +115,11 @@ def real_loss(
     check_index("targets", targets, (hidden.shape[0],), hidden.device)
     check_index("rollout", rollout, (hidden.shape[0],), hidden.device)
     _check_scale(score_ids, score_values, hidden)
+    if hidden.shape[0] and not score_hidden.shape[0]:
+        raise ValueError(
+            f"hidden has {hidden.shape[0]} rows and score_hidden none: a row belongs to a rollout, and each rollout "
+            "has a row in score_hidden"
+        )
     _check_rollouts(score_hidden, score_ids, labels, group, rollout_valid, engine_score_logprobs)
     for name, count in (("num_rollouts", num_rollouts), ("num_tokens", num_tokens)):
         if count is not None and not count > 0:

@@ -11,6 +11,9 @@ import torch
 
 from real_kernels.options import Reward
 
+# What log p of an impossible label counts as: below any that float32 logits give, and its square is finite.
+LOG_ZERO = -1e15
+
 
 class RewardParts(NamedTuple):
     """What the objective needs of the rewards, each [M] and differentiable in the log-probabilities.
@@ -86,6 +89,9 @@ def reward_parts(
 
     "paper" (arXiv 2603.17145): ``r = -(y_hat - y)^2 + lam * log p_y``, with ``log p_y`` interpolated between two
     scores' log-probabilities for a label between them; one advantage, and the refinement gradient is that of r.
+    Where p_y is 0, as for a score token that a bias of -inf masks out, ``log p_y`` counts as -1e15, a constant without
+    a gradient: the loss shows it, the advantages of the group take the values that they tend to as p_y goes to 0, and
+    with ``lam = 0`` nothing is left of it.
     "authors" (their code): ``-(y_hat - y)^2`` and ``lam * p_y`` each with an advantage of its own, and the
     refinement gradient is that of the squared error alone.
 
@@ -109,7 +115,7 @@ def reward_parts(
     regression = -((y_hat - labels) ** 2)
     if reward == "paper":
         # 0 log 0 is 0: a score that the bias masks out counts for labels on it alone.
-        r = regression + lam * torch.where(q > 0, q * logp, 0.0).sum(1)
+        r = regression + lam * torch.where(q > 0, q * logp.clamp(min=LOG_ZERO), 0.0).sum(1)
         return RewardParts(r, (r,), (1.0,), r, y_hat)
     if reward == "authors":
         p_label = (q * logp.exp()).sum(1)
@@ -128,7 +134,8 @@ def reward_gradient(
 ) -> torch.Tensor:
     """Derivative of each rollout's `refinement` (see :class:`RewardParts`) with respect to its log-probabilities.
 
-    ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "authors".
+    ``d(-(y_hat - y)^2 + lam sum_k q_k l_k) / dl_k = -2 (y_hat - y) k p_k + lam q_k``; no lambda for "authors", nor
+    where ``l_k`` is -inf.
 
     Returns:
         [M, K].
@@ -138,7 +145,7 @@ def reward_gradient(
     error = (p * values).sum(1, keepdim=True) - labels[:, None]
     slope = -2 * error * values * p
     if reward == "paper":
-        slope = slope + lam * label_weights(labels, values, validate=False)
+        slope = slope + lam * label_weights(labels, values, validate=False) * (l_k >= LOG_ZERO)
     # Through l - logsumexp(l).
     return slope - p * slope.sum(1, keepdim=True) if renormalize else slope
 

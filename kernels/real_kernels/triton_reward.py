@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from real_kernels.advantage import STD_EPS
+from real_kernels.reward import LOG_ZERO
 
 _EPS = tl.constexpr(STD_EPS)
+_LOG_ZERO = tl.constexpr(LOG_ZERO)
 _UNALIGNED = [
     *("logp", "engine_score_logprobs", "values", "labels", "group", "rollout_valid", "counts"),
     *("y_hat", "reward", "advantages", "coefficient", "refinement", "dlogp"),
@@ -42,8 +44,11 @@ def score_terms(logp, values, labels, rows, row_mask, K, RENORMALIZE: tl.constex
     q = tl.where(there, tl.minimum(tl.maximum(tl.minimum(up, down), 0.0), 1.0), 0.0)
     y_hat = tl.sum(p * v[None, :], 1)
     squared = -(y_hat - y) * (y_hat - y)
-    log_label = tl.sum(tl.where(q > 0, q * at_l, 0.0), 1)
-    return p, q, v, y, y_hat, squared, log_label, tl.sum(q * p, 1)
+    p_label = tl.sum(q * p, 1)
+    # Not by a maximum, which makes a number of NaN. The floor has no gradient, so that q is 0 there.
+    log_label = tl.sum(tl.where(q > 0, q * tl.where(at_l < _LOG_ZERO, _LOG_ZERO, at_l), 0.0), 1)
+    q = tl.where(at_l < _LOG_ZERO, 0.0, q)
+    return p, q, v, y, y_hat, squared, log_label, p_label
 
 
 @triton.jit
@@ -56,9 +61,9 @@ def two_terms(squared, log_label, p_label, lam, REFERENCE: tl.constexpr):
 
 
 @triton.jit
-def advantage(r, mean, variance, count, clip, LEAVE_ONE_OUT: tl.constexpr, NORMALIZE: tl.constexpr):
-    """As :func:`real_kernels.group_advantages`."""
-    a = r - mean
+def advantage(mean, variance, count, clip, LEAVE_ONE_OUT: tl.constexpr, NORMALIZE: tl.constexpr):
+    """As :func:`real_kernels.group_advantages`; `mean` is that of one's own reward minus each of the group's."""
+    a = mean
     if LEAVE_ONE_OUT:
         a = a * count / tl.maximum(count - 1, 1.0)
     if NORMALIZE:
@@ -96,11 +101,18 @@ def reward_kernel(
     BLOCK: tl.constexpr,
     KP: tl.constexpr,
 ):
-    """Grid: blocks of rollouts; each walks over all rollouts twice, for the mean and for the spread of its groups."""
+    """Grid: blocks of rollouts; each walks over all rollouts twice, for the mean and for the spread of its groups.
+
+    Both are of one's own reward minus each of the group's, so that equal ones give advantages of exactly 0.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_mask = i < M
     mine = tl.load(group + i, mask=row_mask, other=0)
     ok = (tl.load(rollout_valid + i, mask=row_mask, other=0) != 0) & row_mask
+    _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
+        engine_score_logprobs, values, labels, i, row_mask, K, RENORMALIZE, KP
+    )
+    own_a, own_b = two_terms(squared, log_label, p_label, lam, REFERENCE)
     count = tl.zeros((BLOCK,), tl.float32)
     sum_a = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
@@ -114,8 +126,8 @@ def reward_kernel(
         )
         a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
         count += tl.sum(same.to(tl.float32), 1)
-        sum_a += tl.sum(tl.where(same, a[None, :], 0.0), 1)
-        sum_b += tl.sum(tl.where(same, b[None, :], 0.0), 1)
+        sum_a += tl.sum(tl.where(same, own_a[:, None] - a[None, :], 0.0), 1)
+        sum_b += tl.sum(tl.where(same, own_b[:, None] - b[None, :], 0.0), 1)
     members = tl.maximum(count, 1.0)
     mean_a = sum_a / members
     mean_b = sum_b / members
@@ -130,19 +142,15 @@ def reward_kernel(
             engine_score_logprobs, values, labels, j, there, K, RENORMALIZE, KP
         )
         a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
-        from_a = tl.where(same, a[None, :] - mean_a[:, None], 0.0)
-        from_b = tl.where(same, b[None, :] - mean_b[:, None], 0.0)
+        from_a = tl.where(same, own_a[:, None] - a[None, :] - mean_a[:, None], 0.0)
+        from_b = tl.where(same, own_b[:, None] - b[None, :] - mean_b[:, None], 0.0)
         square_a += tl.sum(from_a * from_a, 1)
         square_b += tl.sum(from_b * from_b, 1)
-    _p, _q, _v, _y, _h, squared, log_label, p_label = score_terms(
-        engine_score_logprobs, values, labels, i, row_mask, K, RENORMALIZE, KP
-    )
-    a, b = two_terms(squared, log_label, p_label, lam, REFERENCE)
-    advantage_i = advantage(a, mean_a, square_a / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
-    reward_i = a
+    advantage_i = advantage(mean_a, square_a / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
+    reward_i = own_a
     if REFERENCE:
-        advantage_i += lam * advantage(b, mean_b, square_b / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
-        reward_i = a + lam * b
+        advantage_i += lam * advantage(mean_b, square_b / members, count, clip, LEAVE_ONE_OUT, NORMALIZE)
+        reward_i = own_a + lam * own_b
     # A left-out rollout may hold anything, NaN too.
     advantage_i = tl.where(ok, advantage_i, 0.0)
     tl.store(reward + i, reward_i, mask=row_mask)

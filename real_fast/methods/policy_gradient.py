@@ -177,7 +177,7 @@ class PolicyGradient(Method):
             if scored.reward_gradient is not None:
                 parts["refinement"] = self._refinement(scored.reward_gradient, batch, counts)
             if scored.action_logprob is not None:
-                weighted = -scored.advantages / share * scored.action_logprob
+                weighted = weigh(-scored.advantages / share, scored.action_logprob)
                 parts["score"] = torch.where(batch.rollout_valid, weighted, 0.0).sum()
             return self._output(parts, logp, scored, rows, found, computed)
 
@@ -215,7 +215,7 @@ class PolicyGradient(Method):
                 head=replace(self.head, validate=not hidden.is_cuda),
             )
             ratio, clipped = None, None
-            value = per_row[rows] * logp
+            value = weigh(per_row[rows], logp)
             if old is not None:
                 value, ratio, clipped = clipped_surrogate(logp, old.logprobs[rows], per_row[rows], options.epsilon)
             exploration = -value.sum() / share
@@ -223,7 +223,7 @@ class PolicyGradient(Method):
             if scored.reward_gradient is not None:
                 parts["refinement"] = self._refinement(scored.reward_gradient, batch, counts)
             if scored.action_logprob is not None:
-                action = scored.advantages * scored.action_logprob
+                action = weigh(scored.advantages, scored.action_logprob)
                 if old is not None:
                     assert old.action_logprob is not None
                     action = clipped_surrogate(
@@ -321,6 +321,11 @@ def check_feedback_given(method: type[Method], config: Config) -> None:
         raise ConfigError(
             f'supervised.feedback is "none", and method {method.name} needs feedback: only raft goes without'
         )
+
+
+def weigh(weights: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
+    """Weights times log-probabilities, both [N]; a weight of 0 makes 0 of -inf too."""
+    return torch.where(weights != 0, weights * logp, 0.0)
 
 
 def k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import ObjectiveConfig
 from real_fast.methods.base import UpdateCounts
-from real_fast.methods.policy_gradient import clipped_surrogate, k3
+from real_fast.methods.policy_gradient import clipped_surrogate, k3, weigh
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
 from tests.helpers import SCALE, make_groups, make_method
@@ -131,6 +131,14 @@ def test_k3_by_hand():
     # d k3 / d logp = 1 - exp(d): a token that the policy likes better than the reference becomes less likely.
     want = [0.0, 1 - math.exp(1.0), 1 - math.exp(-2.5)]
     torch.testing.assert_close(logp.grad, torch.tensor(want, dtype=torch.float64))
+
+
+def test_a_weight_of_zero_makes_zero_of_an_impossible_token():
+    """A drawn score that the model holds for impossible, in a group of equal rewards."""
+    logp = torch.tensor([-math.inf, -1.5], dtype=torch.float64, requires_grad=True)
+    found = weigh(torch.tensor([0.0, 2.0], dtype=torch.float64), logp)
+    found.sum().backward()
+    assert found.tolist() == [0.0, -3.0] and logp.grad.tolist() == [0.0, 2.0]
 
 
 def test_k3_is_unbiased():

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from real_kernels.matmul import HALF, accum_dtype, addmm_, mm_exactly, mm_into, operand
+from real_kernels.bf16_head import Bf16Head
+from real_kernels.cpu import has_fast_bf16
+from real_kernels.matmul import HALF, accum_dtype, addmm_, mm_exactly, mm_into
 from real_kernels.rollout_coefficients import RolloutCoefficients
 from real_kernels.rows import HeadBackend, Rows, SavedLogits, SoftmaxStats
 from real_kernels.torch_head import TorchHead, chunks
@@ -26,6 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Most bytes of saved logits or of dL/dz alive at a time, unless told otherwise.
 CHUNK_BYTES = 256 * 2**20
 TRITON_CHUNK_BYTES = 2**30
+# Weights of a head that is worth multiplying in bfloat16 on a CPU: smaller ones are widened in no time, and exactly.
+WORTH_BF16 = 2**20
 
 
 class GradMask(NamedTuple):
@@ -53,11 +57,20 @@ def make_backend(
     impl: str, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int
 ) -> HeadBackend:
     """The implementation "torch" or "triton" for one lm_head."""
+    head = head_class(impl)
+    half_on_cpu = weight.dtype == torch.bfloat16 and not weight.is_cuda
+    if head is TorchHead and half_on_cpu and weight.numel() >= WORTH_BF16 and has_fast_bf16()[0]:
+        head = Bf16Head
+    return head(weight, bias, softcap, chunk_bytes)
+
+
+def head_class(impl: str) -> Callable[..., HeadBackend]:
+    """The class of "torch" or "triton", whatever the CPU can do: to know that takes a measurement."""
     if impl == "torch":
-        return TorchHead(weight, bias, softcap, chunk_bytes)
+        return TorchHead
     from real_kernels.triton_head import TritonHead
 
-    return TritonHead(weight, bias, softcap, chunk_bytes)
+    return TritonHead
 
 
 def on_its_device(function: F) -> F:
@@ -95,14 +108,14 @@ class _Sum:
     def add(self, rows: slice, buffer: torch.Tensor, hidden: torch.Tensor) -> None:
         """Add a chunk, given its dL/dz."""
         whole = self.backend.columns(slice(0, self.backend.weight.shape[0]))
-        dz = operand(buffer.to(whole.dtype))
+        dz = buffer.to(whole.dtype)
         if self.hidden is not None:
             mm_exactly(self.hidden[rows], dz, whole)
         if self.needs.weight:
             if self.started:
-                addmm_(self.weight, dz.t(), operand(hidden))
+                addmm_(self.weight, dz.t(), hidden.to(dz.dtype))
             else:
-                mm_into(self.weight, dz.t(), operand(hidden))
+                mm_into(self.weight, dz.t(), hidden.to(dz.dtype))
                 self.started = True
         if self.bias is not None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
@@ -267,12 +280,13 @@ def recomputed_gradients(
             weight.new_zeros(0, d) if needs.hidden else None, None if dw is None else torch.zeros_like(dw), db
         )
     hidden = parts[0][0].hidden if len(parts) == 1 else torch.cat([rows.hidden for rows, _, _ in parts])
-    hidden = operand(hidden)
+    dtype_of_products = backend.columns(slice(0, 0)).dtype
+    hidden = hidden.to(dtype_of_products)
     step = backend.columns_per_chunk(n)
     dtype = weight.dtype if step >= v else accum_dtype(weight.dtype)
     dx = torch.empty(n, d, dtype=dtype, device=weight.device) if needs.hidden else None
     # Whole multiples of 64 apart, so that every row starts aligned.
-    buffer = torch.empty(n, -(-step // 64) * 64, dtype=backend.columns(slice(0, 0)).dtype, device=weight.device)
+    buffer = torch.empty(n, -(-step // 64) * 64, dtype=dtype_of_products, device=weight.device)
     for columns in chunks(v, step):
         dz, done = buffer[:, : columns.stop - columns.start], 0
         for rows, stats, dlogp in parts:

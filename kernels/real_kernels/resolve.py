@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from real_kernels.checks import check_bias, check_head
-from real_kernels.head import CHUNK_BYTES, TRITON_CHUNK_BYTES, make_backend
+from real_kernels.head import CHUNK_BYTES, TRITON_CHUNK_BYTES, head_class
 from real_kernels.matmul import HALF
 from real_kernels.options import HeadOptions, Impl
 
@@ -57,7 +57,7 @@ def gradient_in_forward(head: HeadOptions, impl: str, chunk_bytes: int, weight: 
     if head.mode == "forward" and impl == "triton" and head.softcap is not None:
         raise ValueError('mode must be "recompute" (or "auto") for a softcap with impl "triton"')
     if head.mode == "auto":
-        return make_backend(impl, weight, None, head.softcap, chunk_bytes).forward_by_default(rows)
+        return head_class(impl)(weight, None, head.softcap, chunk_bytes).forward_by_default(rows)
     return head.mode == "forward"
 
 

@@ -44,8 +44,8 @@ class TorchHead:
         return max(1, min(self.weight.shape[0], self.chunk_bytes // (max(n, 1) * self._bytes)))
 
     def forward_by_default(self, n: int) -> bool:
-        # What float16 keeps of dL/dz before the loss is scaled may be 0; on the CPU it is kept in float32.
-        return not (self.weight.is_cuda and self.weight.dtype == torch.float16)
+        # What float16 keeps of a gradient before the loss is scaled may be 0.
+        return self.weight.dtype != torch.float16
 
     def statistics(self, rows: Rows, entropy: bool = False) -> SoftmaxStats:
         step = self.rows_per_chunk()
@@ -83,30 +83,26 @@ class TorchHead:
     def dlogits_columns(
         self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor
     ) -> None:
-        buffer = out if out.dtype == self.accum_dtype else torch.empty_like(out, dtype=self.accum_dtype)
-        z = self._logits(rows, slice(first, last), buffer)
-        slope = self._slope(z, rows.temperature)
-        z.sub_(stats.row_max[:, None]).sub_(stats.log_sum[:, None])
-        dz = z.exp_().mul_(-dlogp.sum(1, keepdim=True))
-        values = selected_columns(stats.logp, dlogp)
         ids = selected(rows)
-        for k in range(ids.shape[1]):
-            row = ((ids[:, k] >= first) & (ids[:, k] < last)).nonzero()[:, 0]
-            dz[row, ids[row, k] - first] = values[row, k]
-        _chain_(dz, slope, rows.temperature)
-        if dz is not out:
-            out.copy_(dz)
+        for part, z in self._blocks(rows, slice(first, last), out):
+            slope, logp, u = self._slope(z, rows.temperature), stats.logp[part], dlogp[part]
+            z.sub_(stats.row_max[part, None]).sub_(stats.log_sum[part, None])
+            dz = z.exp_().mul_(-u.sum(1, keepdim=True))
+            values, of = selected_columns(logp, u), ids[part]
+            for k in range(of.shape[1]):
+                row = ((of[:, k] >= first) & (of[:, k] < last)).nonzero()[:, 0]
+                dz[row, of[row, k] - first] = values[row, k]
+            _chain_(dz, slope, rows.temperature)
 
     def _keep(self, rows: Rows, buffer: torch.Tensor, entropy: bool) -> SavedLogits:
-        z = self._logits(rows, slice(0, self.weight.shape[0]), buffer)
-        slope = self._slope(z, rows.temperature)
-        ids, n, m = selected(rows), rows.n, rows.selected
-        row_max, total, ez = (z.new_empty(n) for _ in range(3))
-        selected_logits = z.new_empty(n, m)
-        # A few rows at a time: on a CPU all these passes then run in its cache.
-        step = max(n, 1) if z.is_cuda else max(1, CACHE_BYTES // (z.shape[1] * z.itemsize))
-        for part in chunks(n, step):
-            block = z[part]
+        ids, n, m, dtype = selected(rows), rows.n, rows.selected, self.accum_dtype
+        row_max, total, ez = (torch.empty(n, dtype=dtype, device=buffer.device) for _ in range(3))
+        selected_logits = row_max.new_empty(n, m)
+        slope = None if self.softcap is None else row_max.new_empty(n, buffer.shape[1])
+        for part, block in self._blocks(rows, slice(0, self.weight.shape[0]), buffer):
+            of_block = self._slope(block, rows.temperature)
+            if slope is not None and of_block is not None:
+                slope[part] = of_block
             torch.amax(block, 1, out=row_max[part])
             # Minus the maximum: near p = 1 the log-sum-exp then keeps its last digits.
             block.sub_(row_max[part, None])
@@ -122,25 +118,41 @@ class TorchHead:
         stats = SoftmaxStats(
             row_max, log_sum, selected_logits - log_sum[:, None], log_sum - ez / total if entropy else None
         )
-        return SavedLogits(rows, stats, z, slope)
+        return SavedLogits(rows, stats, buffer, slope)
 
-    def _logits(self, rows: Rows, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        h, w = operand(rows.hidden), self.columns(columns)
-        z = mm_into(out, h, w.t())
+    def _blocks(self, rows: Rows, columns: slice, out: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of some columns, a few rows at a time; what a block holds when the next one is asked for is in `out`.
+
+        On a CPU all passes over a block then run in its cache.
+        """
+        z = out if out.dtype == self.accum_dtype else torch.empty_like(out, dtype=self.accum_dtype)
+        mm_into(z, operand(rows.hidden), self.columns(columns).t())
+        for part in chunks(rows.n, rows.n if z.is_cuda else rows_in_cache(z.shape[1], z.itemsize)):
+            yield part, self._finish_(z[part], columns, rows.temperature)
+        if z is not out:
+            out.copy_(z)
+
+    def _finish_(self, z: torch.Tensor, columns: slice, temperature: float) -> torch.Tensor:
+        """From products to logits as the softmax sees them, in place."""
         if self.bias is not None:
             z.add_(self.bias[columns].to(z.dtype))
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z if rows.temperature == 1.0 else z.div_(rows.temperature)
+        return z if temperature == 1.0 else z.div_(temperature)
 
     def _slope(self, z: torch.Tensor, temperature: float) -> torch.Tensor | None:
         """Derivative of the soft-cap, given capped logits."""
         return None if self.softcap is None else 1 - (z * (temperature / self.softcap)) ** 2
 
 
+def rows_in_cache(columns: int, itemsize: int) -> int:
+    """How many rows a block has on a CPU."""
+    return max(1, CACHE_BYTES // max(1, columns * itemsize))
+
+
 def chunks(n: int, step: int) -> Iterator[slice]:
     """0..n in slices of at most `step`."""
-    for start in range(0, n, step):
+    for start in range(0, n, max(step, 1)):
         yield slice(start, min(start + step, n))
 
 

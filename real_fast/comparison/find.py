@@ -135,6 +135,8 @@ def _of_evaluate(path: Path) -> list[Evaluation]:
 
 def _data_name(data: Any, split: str | None) -> str:
     """The file, or the hub dataset with its split; of several sources, all of them."""
+    if isinstance(data, dict) and "path" in data:
+        return _data_name(str(data["path"]), data.get("split", split))
     if not isinstance(data, str):
         return json.dumps(data, default=str)
     return f"{data} ({split})" if split and may_be_on_hub(data) else data

@@ -368,6 +368,12 @@ def test_splits_of_a_hub_dataset_are_benchmarks_of_their_own(tmp_path: Path) -> 
     ]
 
 
+def test_data_that_is_a_path_with_more_beside_it_is_named_by_the_path(tmp_path: Path) -> None:
+    data = {"path": "me/judgements", "split": "hard"}
+    trained(tmp_path / "real", predictions(0.3, 1), {"train": "t.jsonl", "eval": data, "eval_split": "test"})
+    assert find_evaluations([tmp_path])[0][0].benchmark == "judgements (hard)"
+
+
 def test_tract_is_compared_on_the_data_of_its_first_stage(tmp_path: Path) -> None:
     rows = predictions(0.3, 1)
     trained(tmp_path / "sft", rows, {"train": "t.jsonl", "eval": "x/b.jsonl"})

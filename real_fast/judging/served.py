@@ -17,7 +17,7 @@ from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
 from real_fast.score.verdict import phrases_outside, thought_left_open, written_behind
-from real_fast.types import Rollout
+from real_fast.types import JudgeTexts, Rollout
 
 # Servers give that many of the likeliest tokens at most; vLLM gives the scores' own besides, however unlikely.
 _TOP = 20
@@ -59,8 +59,8 @@ class ServedJudge:
         self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._written = [tokenizer.decode([i]) for i in self.scale.score_ids]
-        sample = parse_texts({"instruction": "a", "response": "b", "rubric": "c"}, False)
-        self._thought = thought_left_open(self._builder.chat(sample))
+        ready_made = JudgeTexts("", "", "", "", [{"role": "user", "content": "a"}])  # no template may need more of it
+        self._thought = thought_left_open(self._builder.chat(ready_made))
 
     def request(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of ``client.completions.create`` beside the model's name.

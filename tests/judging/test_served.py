@@ -153,3 +153,9 @@ def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
         assert bad.status_code == 422 and "response is missing" in bad.json()["detail"]
         assert client.post("/grade", json={"instruction": "a"}).status_code == 422
     assert judge._engine is None  # closed with the server
+
+
+def test_a_template_may_need_further_fields_of_the_rows(folder: Path, smollm2_tokenizer: Any, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ response }} {{ extra.category.upper() }}", encoding="utf-8")
+    ServedJudge(folder, tokenizer=smollm2_tokenizer, prompt={"template": str(template)})

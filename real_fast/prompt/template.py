@@ -100,12 +100,15 @@ class Template:
         Raises:
             PromptError: The template fails on this row.
         """
-        fields = {name: getattr(row, name) for name in ROW_FIELDS} | {"extra": _Extra(row.extra)}
+        # TRACT's own rows keep the further fields of the rows that they were made of in one named extra.
+        kept = row.extra.get("extra")
+        extra = {**row.extra, **kept} if isinstance(kept, Mapping) else row.extra
+        fields = {name: getattr(row, name) for name in ROW_FIELDS} | {"extra": _Extra(extra)}
         try:
             return self._render(fields | self._fixed)
         except TEMPLATE_ERRORS as error:
             missing = "extra" in self.used and isinstance(error, jinja2.UndefinedError | KeyError)
-            known = f"; the row's further fields are {', '.join(row.extra) or '(none)'}" if missing else ""
+            known = f"; the row's further fields are {', '.join(extra) or '(none)'}" if missing else ""
             raise PromptError(f"prompt.template {self.name!r} fails: {type(error).__name__}: {error}{known}") from error
 
     def _put_in(self, value: Any) -> str:

@@ -145,6 +145,7 @@ def test_further_fields_of_a_row_reach_a_template(
     row = Row(extra=extra)
     assert builder.text(row) == f"apple|x{IM_END}|3|c"
     assert builder.ids(row).count(tokenizer.convert_tokens_to_ids(IM_END)) == 2
+    assert builder.text(Row(extra={"id": 1, "category": "new", "extra": extra})) == builder.text(row)
     del extra["items"]
     with pytest.raises(PromptError, match=r"items.*the row's further fields are category, a b"):
         builder.text(row)

@@ -3,7 +3,7 @@
 import argparse
 
 import torch
-from common import PHRASE, SCORES, load, toy_rows
+from common import PHRASE, SCORES, load, plain_head, toy_rows
 
 from real_fast.rollout.assemble import eos_ids
 from real_fast.score.phrase import PhraseFinder, parse_sample
@@ -17,7 +17,7 @@ def train(model, tokenizer, rows, steps, lr=3e-3, prompts=4, k=4, max_new_tokens
     """Train `model` in place; returns (loss, mean reward, mean squared error of ŷ) for each step."""
     scale = ScoreScale.from_tokenizer(tokenizer, SCORES, PHRASE)
     finder, eos = PhraseFinder(tokenizer, scale), eos_ids(tokenizer, model.generation_config)
-    ids, values, head = scale.ids_tensor(model.device), scale.values_tensor(model.device), model.get_output_embeddings()
+    ids, values, head = scale.ids_tensor(model.device), scale.values_tensor(model.device), plain_head(model)
     optimizer, history = torch.optim.AdamW(model.parameters(), lr=lr), []
     for step in range(steps):
         sequences, targets, rollout, position, labels = [], [], [], [], []

@@ -10,6 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from real_fast.errors import ModelError
+from real_fast.model.head import plain_head
+from real_fast.model.load import check_head
+
 SCORES = (1, 2, 3, 4, 5)
 PHRASE = "So the overall score is "
 
@@ -57,16 +61,17 @@ def add_head_argument(model: Any) -> None:
     The head runs inside the module's forward: DDP and FSDP see one ordinary forward pass, and FSDP has gathered the
     head's weight by then. Without `head` (generation, say) nothing changes.
 
+    Args:
+        model: A causal language model; of PEFT's, the base model is changed.
+
     Raises:
-        ValueError: The model's logits are more than ``hidden @ weight.T``.
+        ModelError: Logits that are more than ``hidden @ weight.T``: a soft-cap, a scale, a bias, an adapter on the
+            head, a copy of it in `modules_to_save`, a quantised head; or learned prompts, which move all positions.
     """
-    config = model.config.get_text_config()
-    extras = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-    found = [name for name in extras if getattr(config, name, None) not in (None, 1.0)]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        found.append("lm_head.bias")
-    if found:
-        raise ValueError(f"this model's logits are more than hidden @ weight.T ({', '.join(found)}): use another model")
+    if any(getattr(peft, "is_prompt_learning", False) for peft in getattr(model, "peft_config", {}).values()):
+        raise ModelError("learned prompts (prompt or prefix tuning) move every position: use LoRA instead")
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    check_head(model)
     original = model.forward
 
     @functools.wraps(original)
@@ -74,7 +79,7 @@ def add_head_argument(model: Any) -> None:
         if head is None:
             return original(*args, **kwargs)
         hidden = model.get_decoder()(*args, use_cache=False, **kwargs).last_hidden_state
-        weight = model.get_output_embeddings().weight
+        weight = plain_head(model).weight  # an adapter may have come since
         device = hidden.device.type
         # What autocast does to a linear layer's operands; then it goes off, as it is inside real_kernels anyhow.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -30,8 +30,15 @@ class RaftTrainer(Trainer):
             raise ValueError(
                 "Trainer would use DataParallel: start with torchrun, or set CUDA_VISIBLE_DEVICES to one GPU"
             )
-        add_head_argument(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+        add_head_argument(self.model)
         self.scale = scale
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the whole batch's rows, so Trainer does not
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of an update, and how many rows they have over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = torch.tensor(sum(len(batch["label"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(rows).sum()
 
     def compute_loss(
         self,
@@ -40,7 +47,7 @@ class RaftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Mean of (ŷ − y)²; ŷ is what ``predict`` returns."""
+        """Mean of (ŷ − y)² over the rows of the update, or of the batch; ŷ is what ``predict`` returns."""
         label, mask = inputs["label"], inputs["attention_mask"]
         last = mask.sum(1) - 1  # the phrase's last token
         ids, values = self.scale.ids_tensor(label.device), self.scale.values_tensor(label.device)
@@ -50,7 +57,10 @@ class RaftTrainer(Trainer):
             return expected_score(score_logprobs(rows, weight, ids), values)
 
         y_hat = model(input_ids=inputs["input_ids"], attention_mask=mask, head=head)
-        loss = (y_hat - label).square().mean()
+        error = (y_hat - label).square()
+        loss = error.mean()
+        if num_items_in_batch is not None:  # DDP divides by the number of processes
+            loss = error.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, {"loss": loss, "y_hat": y_hat}) if return_outputs else loss
 
 

@@ -51,7 +51,7 @@ class RealTrainer(RLOOTrainer):
                 "REAL is on-policy: set num_iterations=1, and leave steps_per_generation and generation_batch_size out"
             )
         super().__init__(model=model, reward_funcs=[], args=args, **kwargs)
-        add_head_argument(self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model)
+        add_head_argument(self.model)
         self.objective = objective or RealObjective()
         self.scale = ScoreScale.from_tokenizer(self._tokenizer, SCORES, phrase)
         self.finder = PhraseFinder(self._tokenizer, self.scale)
@@ -84,6 +84,10 @@ class RealTrainer(RLOOTrainer):
             "forced": torch.tensor(forced),
             "labels": torch.tensor([float(row["label"]) for row in inputs]),
         }
+        # Of the whole update, over micro-batches and processes: what the loss is a mean over.
+        sampled = self.accelerator.gather((batch["targets"] != -100).sum().to(self.accelerator.device)).sum()
+        batch["num_tokens"] = torch.full_like(lengths, max(int(sampled), 1))
+        batch["num_rollouts"] = torch.full_like(lengths, len(inputs) * self.accelerator.num_processes)
         return {name: t.unflatten(0, (-1, k)).to(self.accelerator.device) for name, t in batch.items()}
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -92,6 +96,7 @@ class RealTrainer(RLOOTrainer):
             inputs[name].flatten(0, 1) for name in ("input_ids", "targets", "lengths", "forced", "labels")
         )
         device, sampled = labels.device, targets != -100
+        num_rollouts, num_tokens = (int(inputs[name][0, 0]) for name in ("num_rollouts", "num_tokens"))
         rollout = torch.arange(groups * k, device=device)
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,6 +110,8 @@ class RealTrainer(RLOOTrainer):
                 self.scale.values_tensor(device),
                 labels,
                 rollout // k,
+                num_rollouts=num_rollouts,
+                num_tokens=num_tokens,
                 objective=self.objective,
                 head=HeadOptions(temperature=self.temperature),
             )
@@ -123,7 +130,9 @@ class RealTrainer(RLOOTrainer):
         metrics["score/mse"].append(error.square().mean().item())  # TRL averages over micro-batches: no root
         metrics["score/off_scale_mass"].append(gather(out["off_scale_mass"]).mean().item())
         metrics["score/forced"].append(gather(forced).mean().item())
-        return out["loss"]
+        # A part of the update's mean: Trainer divides by the number of micro-batches, and DDP by that of processes.
+        parts = self.current_gradient_accumulation_steps if self.model.training else 1
+        return out["loss"] * parts * self.accelerator.num_processes
 
 
 def main(argv: list[str] | None = None) -> RealTrainer:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import smollm2
 from real_fast.model.folder import check_folder, read_json
+from real_fast.model.head import plain_head
 from real_fast.model.weights import check_finite, first_line, load_whole
 
 T = TypeVar("T")
@@ -29,16 +30,6 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
 
 # A folder has a tokenizer if it has one of these.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-
-# Settings of model configs that change logits after the head's matrix product; (name, value that changes nothing).
-_LOGIT_CHANGES = {
-    "final_logit_softcapping": None,
-    "logit_softcapping": None,
-    "output_logits_soft_cap": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "lm_head_multiplier": 1.0,
-}
 
 
 def resolve_model(name: str, files: Sequence[str] = _FILES) -> Path:
@@ -162,23 +153,15 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
 def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are not ``hidden_states @ lm_head.weight.T``.
 
-    Known settings are refused by name; a comparison on a few tokens catches what has no name yet. So does another for
+    What can be seen is refused by name; a comparison on a few tokens catches what has no name yet. So does another for
     a model that sees the tokens behind.
 
     Raises:
-        ModelError: A soft-cap, a scale, a bias, or another kind of head; an encoder; logits that are no numbers.
+        ModelError: As :func:`real_fast.model.head.plain_head`, and where a comparison fails; an encoder; logits that
+            are no numbers.
     """
+    head = plain_head(model)
     what = f"model {model.config.name_or_path or model.config.model_type}"
-    config = model.config.get_text_config()
-    for key, neutral in _LOGIT_CHANGES.items():
-        value = getattr(config, key, None)
-        if value is not None and value != neutral:
-            raise ModelError(f"{what} has {key} = {value}, which the loss does not support: choose another model")
-    head: Any = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ModelError(f"{what} has the head {type(head).__name__}, and only a plain nn.Linear is supported")
-    if getattr(head, "bias", None) is not None:
-        raise ModelError(f"{what} has a bias in its head, which the loss does not support: choose another model")
     ids = torch.arange(3, 11, device=head.weight.device)[None] % head.weight.shape[0]
     training = model.training
     model.eval()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from real_fast.attention.interface import Backend, prepare, prepared_mask
 from real_fast.attention.support import check_span, enable
+from real_fast.model.head import plain_head
 from real_fast.model.load import body_of
 from real_fast.types import Batch
 
@@ -30,6 +31,7 @@ class Policy(nn.Module):
         attention: Backend for packed rows with shared prompts; None for padded batches alone.
 
     Raises:
+        ModelError: Logits that are more than the head's weight times hidden states.
         SharedPromptError: A model that cannot share prompts.
     """
 
@@ -40,6 +42,7 @@ class Policy(nn.Module):
         attention: Backend | None = None,
     ) -> None:
         super().__init__()
+        plain_head(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
         self.attention = attention
@@ -62,7 +65,8 @@ class Policy(nn.Module):
             hidden = body_of(self.model)(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
             ).last_hidden_state
-        weight = self.model.get_output_embeddings().weight
+        # Looked at in each call, as an adapter may have come to the head since.
+        weight = plain_head(self.model).weight
         # A GPU's float32 matrix products are slow; 16-bit operands with float32 accumulation are what the head wants.
         if self.autocast_dtype is not None and weight.is_cuda:
             hidden, weight = hidden.to(self.autocast_dtype), weight.to(self.autocast_dtype)

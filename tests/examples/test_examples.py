@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from real_kernels import score_logprobs
+from real_kernels import RealObjective, score_logprobs
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 VALUES = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -67,7 +67,13 @@ def logprobs(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def real_by_full_logits(
-    model: Any, tokenizer: Any, prompts: list[list[int]], labels: list[float], k: int, temperature: float
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    labels: list[float],
+    k: int,
+    temperature: float,
+    token_mean: bool = False,
 ) -> tuple[torch.Tensor, list[float]]:
     """The formula of the paper, one rollout at a time; returns the loss and the rewards."""
     digits = [tokenizer.encode(d, add_special_tokens=False)[0] for d in "12345"]
@@ -80,11 +86,12 @@ def real_by_full_logits(
         logp = logits[-1].log_softmax(-1)[digits]
         rewards.append(-(((logp.exp() * VALUES).sum() - label) ** 2) + logp[int(label) - 1])
     loss = torch.zeros(())
+    tokens = sum(len(encode(tokenizer, actions)) for _, actions, _ in SAMPLES) if token_mean else len(sums)
     for i, (total, reward) in enumerate(zip(sums, rewards, strict=True)):
         group = [r.item() for r in rewards[i - i % k : i - i % k + k]]
         others = group[: i % k] + group[i % k + 1 :]
         advantage = (group[i % k] - statistics.mean(others)) / (statistics.pstdev(group) + 1e-4)
-        loss = loss - (max(-1.0, min(1.0, advantage)) * total + reward) / len(sums)
+        loss = loss - max(-1.0, min(1.0, advantage)) * total / tokens - reward / len(sums)
     return loss, [r.item() for r in rewards]
 
 
@@ -168,6 +175,43 @@ class TestHeadArgument:
         with pytest.raises(ValueError, match="final_logit_softcapping"):
             common.add_head_argument(model)
 
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["q_proj", "lm_head"]},
+            {"target_modules": ["lm_head"], "use_dora": True},
+            {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        ],
+        ids=["lora", "dora", "modules_to_save"],
+    )
+    def test_refuses_an_adapter_on_the_head(self, common: ModuleType, settings: dict[str, Any]) -> None:
+        peft = pytest.importorskip("peft")
+        wrapped = peft.get_peft_model(common.load()[0], peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        with pytest.raises(ValueError, match="leave lm_head out"):
+            common.add_head_argument(wrapped)
+
+    def test_refuses_an_adapter_that_comes_to_the_head_later(self, common: ModuleType) -> None:
+        peft = pytest.importorskip("peft")
+        model, _ = common.load()
+        common.add_head_argument(model)
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), model)
+        with pytest.raises(ValueError, match="leave lm_head out"):
+            score_rows(model, torch.arange(2, 22).view(2, 10), torch.arange(10, 15))
+
+    def test_refuses_learned_prompts(self, common: ModuleType) -> None:
+        peft = pytest.importorskip("peft")
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        with pytest.raises(ValueError, match="learned prompts"):
+            common.add_head_argument(peft.get_peft_model(common.load()[0], settings))
+
+    def test_takes_lora_on_the_body(self, common: ModuleType) -> None:
+        peft = pytest.importorskip("peft")
+        settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+        wrapped = peft.get_peft_model(common.load()[0], settings)
+        common.add_head_argument(wrapped)
+        score_rows(wrapped, torch.arange(2, 22).view(2, 10), torch.arange(10, 15)).backward()
+        assert all(p.grad is not None for n, p in wrapped.named_parameters() if "lora" in n)
+
 
 class TestBareLoop:
     def test_has_fewer_than_sixty_lines(self) -> None:
@@ -244,6 +288,48 @@ class TestRaft:
         torch.testing.assert_close(loss, expected)
         assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, reference)
 
+    def test_a_step_does_not_depend_on_micro_batches(
+        self, example: Any, common: ModuleType, judged: Path, tmp_path: Path
+    ) -> None:
+        """Six rows at once, and as four and two."""
+        from transformers import TrainerCallback, TrainingArguments
+
+        module, found = example("hf_raft"), []
+        for size, accumulated in ((6, 1), (4, 2)):
+            model, tokenizer = common.load()
+            scale = module.ScoreScale.from_tokenizer(tokenizer, [1, 2, 3, 4, 5], PHRASE)
+            gradients: dict[str, torch.Tensor] = {}
+
+            class Keep(TrainerCallback):
+                def on_pre_optimizer_step(self, *_: Any, model: Any, kept: Any = gradients, **__: Any) -> None:
+                    kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=accumulated,
+                max_steps=1,
+                max_grad_norm=0.0,
+                use_cpu=True,
+                report_to="none",
+                save_strategy="no",
+                remove_unused_columns=False,
+                logging_steps=1,
+            )
+            trainer = module.RaftTrainer(
+                model,
+                scale,
+                args=arguments,
+                train_dataset=module.examples_from(str(judged), tokenizer, scale)[:6],
+                data_collator=module.Collator(tokenizer.pad_token_id),
+                callbacks=[Keep()],
+            )
+            trainer.train()
+            found.append((trainer.state.log_history[0]["loss"], gradients))
+        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+
     def test_learns_a_separable_set(self, example: Any, common: ModuleType, judged: Path, tmp_path: Path) -> None:
         argv = ["--data", str(judged), "--steps", "60", "--output", str(tmp_path / "out")]
         trainer = example("hf_raft").main(argv)
@@ -295,10 +381,14 @@ class TestTrl:
         trainer.create_model_card()
         assert "2603.17145" in (tmp_path / "README.md").read_text()
 
+    @pytest.mark.parametrize("loss_norm", ["sequence_sum", "token_mean"])
     def test_a_step_is_that_of_full_logits(
-        self, module: ModuleType, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, module: ModuleType, common: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_norm: Any
     ) -> None:
-        """Rollouts given, two accumulated micro-batches of one group each, sampled at a temperature other than 1."""
+        """Rollouts given, two accumulated micro-batches of one group each, sampled at a temperature other than 1.
+
+        The groups have different numbers of tokens, so that a mean over each micro-batch's own would be another loss.
+        """
         from datasets import Dataset
         from transformers import TrainerCallback
 
@@ -323,11 +413,13 @@ class TestTrl:
             train_dataset=Dataset.from_list([{"prompt": p, "label": y} for p, y in labels.items()]),
             processing_class=tokenizer,
             callbacks=[Keep()],
+            objective=RealObjective(loss_norm=loss_norm),
         )
         trainer.train()
 
         truth = [labels[tokenizer.decode(ids)] for ids in seen]
-        loss, rewards = real_by_full_logits(reference, tokenizer, seen, truth, 4, 0.7)
+        token_mean = loss_norm == "token_mean"
+        loss, rewards = real_by_full_logits(reference, tokenizer, seen, truth, 4, 0.7, token_mean)
         loss.backward()
         logged = trainer.state.log_history[0]
         assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)

@@ -65,6 +65,7 @@ def judge_rows(tokenizer: Any, scale: ScoreScale, name: str = "vicuna") -> tuple
     config = Config(model="smollm2-135m", output="unused")
     config.prompt.max_tokens = 2048
     config.data.train = str(path) if path.is_file() else "synthetic:train"
+    config.data.max_rejected = 1
     builder = PromptBuilder(config.prompt, tokenizer, scale)
     data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, 1, "the benchmark")
     rows = sorted([*data.train, *data.eval], key=lambda row: (len(row.prompt_ids), row.id))

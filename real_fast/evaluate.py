@@ -17,10 +17,10 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 from real_fast.config import Config, cli
 from real_fast.config.commands import COMMANDS, EvaluateConfig
-from real_fast.data.dataset import Rejected, check_enough_rows, load_rows, write_rejected
-from real_fast.data.splits import limit_by_prompt
+from real_fast.data.dataset import Rejected, load_benchmarks, write_rejected
+from real_fast.data.sources import describe
 from real_fast.errors import OutputError
-from real_fast.evaluation.metrics import table
+from real_fast.evaluation.benchmarks import by_benchmark, tables
 from real_fast.evaluation.run import evaluate
 from real_fast.model.judge_settings import defaults_of
 from real_fast.model.load import load_tokenizer
@@ -33,9 +33,6 @@ from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import clean, write_json, write_jsonl
-
-# As in training: which rows max_rows takes does not depend on the run's seed.
-_LIMIT_SEED = 0
 
 
 def parse(argv: list[str]) -> EvaluateConfig:
@@ -69,11 +66,12 @@ def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
     builder = PromptBuilder(config.prompt, tokenizer, scale)
     rejected: list[Rejected] = []
-    rows = load_rows(config.data, config.split, builder, scale, config.prompt.max_tokens, rejected)
-    with writing(folder):
-        write_rejected(folder / "rejected.jsonl", rejected)
-    check_enough_rows(rows, 1, config.data, rejected)
-    rows = limit_by_prompt(rows, config.max_rows, _LIMIT_SEED)
+    limit, data = config.prompt.max_tokens, full.data
+    try:
+        rows = load_benchmarks(config.data, config.split, data, limit, builder, scale, rejected, "data")
+    finally:
+        with writing(folder):
+            write_rejected(folder / "rejected.jsonl", rejected)
 
     engine = load_engine(full, tokenizer, scale)
     try:
@@ -95,9 +93,9 @@ def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     with writing(folder):
         cli.dump(config, folder / "config.yaml")
         write_jsonl(folder / "predictions.jsonl", result.predictions)
-        name = Path(config.data).name
-        plots.before_after({name: result.predictions}, folder / "scatter.png")
-        plots.calibration_plot({name: result.predictions}, folder / "calibration.png")
+        panels = by_benchmark(result.predictions, Path(describe(config.data)).name)
+        plots.before_after(panels, folder / "scatter.png")
+        plots.calibration_plot(panels, folder / "calibration.png")
         write_json(folder / "summary.json", summary)  # last: it marks a complete evaluation
     return summary
 
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def work(config: EvaluateConfig) -> int:
     """What the command does: evaluate, and print the table. Returns the exit status."""
     summary = run(config)
-    print(table(summary))
+    print(tables(summary))
     for warning in evaluation_warnings(summary):
         print(f"warning: {warning}")
     if summary["rejected"]:

@@ -29,6 +29,7 @@ class JudgeRow:
         messages: A prompt that comes ready made, {"role": ..., "content": ...} each; it takes the place of the template
             and of ``prompt.system``. Empty for a prompt that is built of the texts.
         extra: The record's further fields, by name, for templates that use them.
+        benchmark: Name of the benchmark that the row is of, where there are several; empty otherwise.
     """
 
     id: str
@@ -43,6 +44,7 @@ class JudgeRow:
     prompt_ids: list[int] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    benchmark: str = ""
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.evaluate import main, parse
+from real_fast.evaluation.benchmarks import tables
 from real_fast.evaluation.metrics import CORRELATIONS
 from real_fast.evaluation.run import evaluate
 from real_fast.rollout.engine import RolloutEngine
@@ -257,3 +258,55 @@ def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tm
     (tmp_path / "file").write_text("")
     message = failure(capsys, "--model", str(tmp_path), "--data", "d", "--output", str(tmp_path / "file" / "o"))
     assert "cannot be written" in message and str(tmp_path / "file" / "o") in message
+
+
+# Several benchmarks
+
+
+def several(*names: str) -> tuple[ScriptedEngine, list[JudgeRow]]:
+    p = [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.1, 0.2, 0.7], [0.3, 0.5, 0.2]]
+    found = rows([1.0, 2.0, 4.5, 2.0] * len(names))
+    for i, row in enumerate(found):
+        row.benchmark, row.prompt_ids = names[i // 4], [i % 4, 99]
+    found[-1].label = 1.0
+    return ScriptedEngine([[rollout(x, 2.0 + i)] for i, x in enumerate(p)]), found
+
+
+def test_several_benchmarks_are_evaluated_each_as_alone_and_averaged() -> None:
+    engine, found = several("mt", "flask")
+    result = evaluate(engine, found, SCALE, CONFIG, RolloutConfig(), seed=3)
+    assert [p["benchmark"] for p in result.predictions] == ["mt"] * 4 + ["flask"] * 4
+    parts = result.summary["benchmarks"]
+    for name in ("mt", "flask"):
+        own = [row for row in found if row.benchmark == name]
+        for row in own:
+            row.benchmark = ""
+        alone = evaluate(engine, own, SCALE, CONFIG, RolloutConfig(), seed=3)
+        timed = ("seconds", "tokens_per_second")
+        assert {k: v for k, v in alone.summary.items() if k not in timed} == {
+            k: v for k, v in parts[name].items() if k not in timed
+        }
+    for name in (*CORRELATIONS, "rmse", "mae", "bias", "off_scale_mass", "calibration_error"):
+        assert result.summary[name] == pytest.approx((parts["mt"][name] + parts["flask"][name]) / 2), name
+    decoded = result.summary["decoded"]
+    assert decoded["rmse"] == pytest.approx((parts["mt"]["decoded"]["rmse"] + parts["flask"]["decoded"]["rmse"]) / 2)
+    assert (result.summary["n"], result.summary["n_scored"], result.summary["no_score"]) == (8, 8, 0)
+    assert result.summary["protocol"] == "real" and result.summary["ci95"] == {}
+    json.dumps(result.summary, allow_nan=False)
+    printed = tables(result.summary)
+    assert printed.startswith("mt\n") and "\n\nflask\n" in printed and "\n\naverage of 2 benchmarks\n" in printed
+
+
+def test_an_average_of_what_one_benchmark_has_not_is_none_with_the_reason() -> None:
+    engine, found = several("mt", "flask")
+    for row in found[4:]:
+        row.label = 2.0
+    summary = evaluate(engine, found, SCALE, CONFIG, RolloutConfig(), seed=3).summary
+    assert summary["pearson"] is None and summary["reasons"]["pearson"] == "flask: all labels are equal"
+    assert "none: flask: all labels are equal" in tables(summary)
+
+
+def test_a_single_benchmark_with_a_name_is_reported_under_it() -> None:
+    engine, found = several("mt")
+    summary = evaluate(engine, found, SCALE, CONFIG, RolloutConfig(), seed=3).summary
+    assert list(summary["benchmarks"]) == ["mt"] and summary["pearson"] == summary["benchmarks"]["mt"]["pearson"]

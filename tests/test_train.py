@@ -170,7 +170,7 @@ def test_stale_weights_stop_the_run(tiny_judge, tmp_path, monkeypatch, capsys):
     assert "disagree" in capsys.readouterr().err
 
 
-def test_rejected_rows_are_reported_and_the_run_goes_on(tiny_judge, tmp_path):
+def test_rejected_rows_are_reported_and_a_run_goes_on_where_they_are_few(tiny_judge, tmp_path, capsys):
     rows = [
         {
             "instruction": f"Question {i}?",
@@ -185,11 +185,34 @@ def test_rejected_rows_are_reported_and_the_run_goes_on(tiny_judge, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows)) + "\nnot json\n", encoding="utf-8")
     output = tmp_path / "run"
     more = ["--data.train", str(data), "--data.eval", "null", "--data.eval_fraction", "0.3", "--train.steps", "1"]
-    assert main(flags(tiny_judge, output, *more)) == 0
+    assert main(flags(tiny_judge, output, *more)) == 2  # 5 of 13 are more than a fifth
+    said = capsys.readouterr().err
+    assert "5 of 13 records cannot be used, 38%" in said and "data.max_rejected" in said
+    assert main(flags(tiny_judge, output, *more, "--data.max_rejected", "0.5")) == 0
     rejected = read_jsonl(output / "rejected.jsonl")
     assert sorted(r["line"] for r in rejected) == [5, 6, 7, 8, 13]
     assert {r["line"]: r["reason"] for r in rejected}[6].startswith("label")
     assert json.loads((output / "summary.json").read_text())["rejected_rows"] == 5
+
+
+def test_several_named_benchmarks_are_each_reported_with_their_average(tiny_judge, tmp_path, capsys):
+    rows = {"instruction": "Name a fruit.", "response": "apple", "rubric": "Is it one?"}
+    for name, labels in (("mt", [1, 2, 3, 4]), ("flask", [5, 3, 1])):
+        lines = [json.dumps(rows | {"prompt_id": str(i), "score": label}) for i, label in enumerate(labels)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    output = tmp_path / "run"
+    more = ["--train.steps", "1", "--warmup.steps", "0", "--eval.on_start", "false"]
+    more += ["--data.eval.mt", str(tmp_path / "mt.jsonl"), "--data.eval.flask", str(tmp_path / "flask.jsonl")]
+    assert main(flags(tiny_judge, output, *more)) == 0
+    after = json.loads((output / "summary.json").read_text())["eval"]["after"]
+    mt, flask = after["benchmarks"]["mt"], after["benchmarks"]["flask"]
+    assert (mt["n"], flask["n"], after["n"]) == (4, 3, 7)
+    assert after["rmse"] == pytest.approx((mt["rmse"] + flask["rmse"]) / 2)
+    assert read_jsonl(output / "metrics.jsonl")[-1]["eval"]["benchmarks"].keys() == {"mt", "flask"}
+    assert [r["benchmark"] for r in read_jsonl(output / "predictions.jsonl")] == ["mt"] * 4 + ["flask"] * 3
+    assert "<td>after: flask</td>" in (output / "report.html").read_text()
+    said = capsys.readouterr().out
+    assert "\n  mt " in said and "plain average" in said
 
 
 @pytest.mark.timeout(900)  # 100 s on one core with bf16 instructions; several times that without, or beside other work
@@ -203,6 +226,7 @@ def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsy
         encoding="utf-8",
     )
     arguments = ["--config", str(config), "--model", str(smollm2), "--output", str(output), "--data.max_eval", "5"]
+    arguments += ["--data.max_rejected", "1"]  # most of these rows are longer than 700 tokens
     data = ["--data.train", str(judge_data / "vicuna.jsonl"), "--data.eval", str(judge_data / "mt_bench.jsonl")]
     assert main([*arguments, *data]) == 0
     summary = json.loads((output / "summary.json").read_text())
@@ -220,7 +244,17 @@ def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsy
         str(target),
     ]
     assert evaluation.main(
-        [*evaluation_flags, "--max_rows", "5", "--rollout.engine", "transformers", "--bootstrap", "20"]
+        [
+            *evaluation_flags,
+            "--max_rejected",
+            "1",
+            "--max_rows",
+            "5",
+            "--rollout.engine",
+            "transformers",
+            "--bootstrap",
+            "20",
+        ]
     ) in (0, None)
     again = json.loads((target / "summary.json").read_text())
     assert again["n"] >= 4 and again["no_score"] == 0

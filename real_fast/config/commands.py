@@ -7,7 +7,7 @@ that train needs to tell its own apart (``eval.n`` there, ``n`` here). OTHER_NAM
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from real_fast.config.schema import (
     Config,
@@ -19,7 +19,7 @@ from real_fast.config.schema import (
     ScaleConfig,
     TrainConfig,
 )
-from real_fast.config.validation import above, at_least, check_bounds
+from real_fast.config.validation import above, at_least, check_bounds, share
 from real_fast.errors import ConfigError
 
 # With no trainer beside it, vLLM gets nearly all of a GPU.
@@ -37,8 +37,11 @@ class EvaluateConfig:
     Args:
         model: A folder or a model on the Hugging Face hub. Of a folder that real-fast train wrote, scale, prompt,
             answer and protocol are taken over; flags override them.
-        data: A JSONL or Parquet file, or a dataset on the Hugging Face hub.
+        data: A source, as real-fast train's data.eval: a file, a pattern, a dataset on the Hugging Face hub; or several
+            benchmarks, {mt_bench: a.jsonl, flask: b.jsonl} or a list of files, each reported, and their average.
         split: Split of a hub dataset.
+        fields: What the records call a field of ours: --fields.response answer, --fields.score ratings.overall.
+        max_rejected: Stop where a larger share of a benchmark's records cannot be used; 1 to go on whatever it is.
         output: Folder for predictions.jsonl, summary.json, rejected.jsonl and the plots.
         n: Feedbacks sampled per row; their expected scores are averaged.
         temperature: Sampling temperature of the feedback; 0 for greedy.
@@ -50,7 +53,7 @@ class EvaluateConfig:
         seed: Seed of the sampling and of the intervals.
         overwrite: Replace an earlier evaluation in `output`.
         trust_remote_code: Run Python code that comes with the model.
-        max_rows: Evaluate on at most this many rows (whole prompts); 0 for all.
+        max_rows: Evaluate on at most this many rows of each benchmark (whole prompts); 0 for all.
         precision: Number format of the weights: "bf16", "fp32", or "auto", which is what is fast here.
         device: "auto" takes CUDA where there is one.
         renormalize: Softmax over the score tokens alone instead of over the whole vocabulary.
@@ -60,8 +63,10 @@ class EvaluateConfig:
     """
 
     model: str = ""
-    data: str = ""
+    data: dict[str, Any] | list[Any] | str = ""
     split: str = "test"
+    fields: dict[str, str] = field(default_factory=dict)
+    max_rejected: float = share(0.2)
     output: str = ""
     n: int = above(0, 1)
     temperature: float = at_least(0, 1.0)
@@ -91,7 +96,14 @@ class EvaluateConfig:
             trust_remote_code=self.trust_remote_code,
             scale=self.scale,
             prompt=self.prompt,
-            data=DataConfig(train=self.data, eval=self.data, eval_split=self.split, max_eval=self.max_rows),
+            data=DataConfig(
+                train=self.data,
+                eval=self.data,
+                eval_split=self.split,
+                fields=self.fields,
+                max_eval=self.max_rows,
+                max_rejected=self.max_rejected,
+            ),
             rollout=self.rollout,
             objective=ObjectiveConfig(renormalize=self.renormalize),
             train=TrainConfig(precision=self.precision, device=self.device),
@@ -236,6 +248,8 @@ _OF_EVALUATE = {
     "data.eval": "data",
     "data.eval_split": "split",
     "data.max_eval": "max_rows",
+    "data.fields": "fields",
+    "data.max_rejected": "max_rejected",
 }
 _OF_OTHERS = {
     "n": "eval.n",
@@ -247,6 +261,8 @@ _OF_OTHERS = {
     "engine": "rollout.engine",
     "split": "data.eval_split",
     "max_rows": "data.max_eval",
+    "fields": "data.fields",
+    "max_rejected": "data.max_rejected",
 }
 # Of the sampling, what only training uses.
 _TRAINING_ALONE = tuple(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from real_fast.config.validation import CALL, CONTENTS, FREE, above, at_least, check_config, finite
+from real_fast.config.validation import CALL, CONTENTS, FREE, above, at_least, check_config, finite, share
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
@@ -51,23 +51,38 @@ class PromptConfig:
 class DataConfig:
     """Where rows come from.
 
+    A source is a .jsonl, .json, .csv, .tsv (also .gz, .bz2, .xz) or .parquet file, a pattern such as "data/*.parquet",
+    a dataset on the Hugging Face hub ("owner/name"), or one of these with settings of its own: {path: owner/name,
+    split: test, config: main, revision: v1, fields: {response: answer}}.
+
     Args:
-        train: A JSONL or Parquet file, or a dataset on the Hugging Face hub.
-        eval: The same for evaluation; without it, part of the training prompts is held out.
+        train: A source, or a list of them, which are joined.
+        eval: A source for evaluation, or several benchmarks, each reported and their average too: {mt_bench: a.jsonl,
+            flask: b.jsonl}, or a list, named by its files; without it, part of the training prompts is held out.
         train_split: Split of a hub dataset.
         eval_split: Split of a hub dataset.
+        config: Configuration of a hub dataset that has several.
+        revision: Branch, tag or commit of a hub dataset; empty for the newest.
+        fields: What the records call a field of ours, with dots into nested records: --data.fields.response answer,
+            --data.fields.score ratings.overall.
         eval_fraction: Share of the prompts to hold out where `eval` is not given.
         max_train: Use at most this many training rows (whole prompts); 0 for all.
-        max_eval: Evaluate on at most this many rows (whole prompts); 0 for all.
+        max_eval: Evaluate on at most this many rows of each benchmark (whole prompts); 0 for all.
+        max_rejected: Stop where a larger share of a source's records cannot be used (a label off the scale, a prompt
+            over prompt.max_tokens, a missing field); 1 to go on whatever it is.
     """
 
-    train: str = ""
-    eval: str | None = None
+    train: dict[str, Any] | list[Any] | str = ""
+    eval: dict[str, Any] | list[Any] | str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    config: str = ""
+    revision: str = ""
+    fields: dict[str, str] = field(default_factory=dict)
     eval_fraction: float = 0.1
     max_train: int = at_least(0, 0)
     max_eval: int = at_least(0, 0)
+    max_rejected: float = share(0.2)
 
 
 @dataclass

@@ -30,6 +30,11 @@ def finite(default: float) -> Any:
     return dataclasses.field(default=default, metadata={"finite": True})
 
 
+def share(default: float) -> Any:
+    """A dataclass field that must be 0 to 1."""
+    return dataclasses.field(default=default, metadata={"share": True})
+
+
 def check_bounds(settings: Any, prefix: str = "") -> None:
     """Check every field, nested ones included, against its choices, its kind of number and the bounds beside it.
 
@@ -72,6 +77,8 @@ def _wrong_kind(value: Any, hint: Any) -> str | None:
 def _problem(value: Any, bounds: Any) -> str | None:
     if bounds.get("finite"):
         return None if math.isfinite(value) else "be a finite number"
+    if bounds.get("share"):
+        return None if 0 <= value <= 1 else "lie between 0 and 1"
     low, high, most = bounds.get("above"), bounds.get("below"), bounds.get("at_most")
     if low is not None and high is not None:
         return None if low < value < high else f"lie between {low} and {high}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 import re
 from collections.abc import Mapping
-from decimal import Decimal
-from numbers import Real
 from typing import Any
 
+from real_fast.data.layouts import common, verdict_phrases
+from real_fast.data.values import as_mapping, is_missing, number, plain
 from real_fast.errors import RowError
 from real_fast.score.scale import ScoreScale, format_score
 from real_fast.score.verdict import cut_verdict
@@ -32,6 +32,7 @@ ALIASES = {
     "score": ("score", "label", "human_score"),
     "feedback": ("feedback", "feedbacks"),
 }
+_FIELDS_SHOWN = 12
 _RUBRIC_KEY = re.compile(r"(?:score)?[ _]?(\d+(?:\.\d+)?)(?:[ _]?description)?")
 
 
@@ -40,26 +41,51 @@ def instruction_key(instruction: str) -> str:
     return hashlib.sha256(" ".join(instruction.split()).encode()).hexdigest()[:16]
 
 
-def parse_row(record: Any, row_id: str, scale: ScoreScale, needs_rubric: bool) -> JudgeRow:
+def row_key(row: JudgeRow) -> str:
+    """16 digits that a row's texts alone make up, however white space is laid out.
+
+    The same row has the same key whatever file, format or id it comes with; labels and feedback have no part in it.
+    """
+    texts = [row.instruction, row.response, row.rubric, row.reference_answer]
+    texts += [text for message in row.messages for text in (message["role"], message["content"])]
+    content = json.dumps([" ".join(text.split()) for text in texts])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def parse_row(
+    record: Any,
+    row_id: str,
+    scale: ScoreScale,
+    needs_rubric: bool,
+    fields: Mapping[str, str] | None = None,
+    needs_extra: bool = False,
+) -> JudgeRow:
     """Read a record.
 
     Args:
         record: A mapping with the fields of :data:`PROMETHEUS` or :data:`ALIASES`, and optionally id, prompt_id and
-            scores (each rater's, in the order of feedbacks; their mean is the label where there is no other).
+            scores (each rater's, in the order of feedbacks; their mean is the label where there is no other); or one
+            in a layout of :mod:`real_fast.data.layouts`. None, NaN and what else stands for a missing value are as
+            good as no field.
         row_id: Id of a record that has none.
         scale: Labels must lie on it; its phrase and a score at the end of a feedback are cut off.
         needs_rubric: Whether a record without a rubric is unusable.
+        fields: ``data.fields``: names of ours that are other names in the record.
+        needs_extra: Whether all of the record's fields are kept, for a template that uses them.
 
     Raises:
         RowError: What is missing, not text, not a number or off the scale.
     """
-    texts = parse_texts(record, needs_rubric)
-    label = _label(record, scale)
-    feedbacks, feedback_labels = _feedbacks(record, label, scale)
-    given_id, prompt_id = record.get("id"), record.get("prompt_id")
+    known = common(as_mapping(record), fields or {}, scale.phrase)
+    texts = _texts(known, needs_rubric)
+    if needs_extra:
+        texts.extra = _extra(record)
+    label = _label(known, scale)
+    feedbacks, feedback_labels = _feedbacks(known, label, scale)
+    given_id, prompt_id = (_id(known, name) for name in ("id", "prompt_id"))
     return JudgeRow(
-        id=row_id if given_id in (None, "") else str(given_id),
-        prompt_id=instruction_key(texts.instruction) if prompt_id in (None, "") else str(prompt_id),
+        id=given_id or row_id,
+        prompt_id=prompt_id or instruction_key(texts.instruction),
         **vars(texts),
         label=label,
         feedbacks=feedbacks,
@@ -67,30 +93,62 @@ def parse_row(record: Any, row_id: str, scale: ScoreScale, needs_rubric: bool) -
     )
 
 
-def parse_texts(record: Any, needs_rubric: bool) -> JudgeTexts:
-    """Read the texts of a record, which needs no label. Arguments and errors as of :func:`parse_row`."""
-    if not isinstance(record, Mapping):
-        raise RowError(f"not an object: {type(record).__name__}")
+def parse_texts(record: Any, needs_rubric: bool, phrase: str = "", needs_extra: bool = False) -> JudgeTexts:
+    """Read the texts of a record, which needs no label. Arguments and errors as of :func:`parse_row`.
+
+    `phrase` is the scale's: in a chat that ends with the judge's own answer, it tells that from a response.
+    """
+    texts = _texts(common(as_mapping(record), {}, phrase), needs_rubric)
+    if needs_extra:
+        texts.extra = _extra(record)
+    return texts
+
+
+def _extra(record: Any) -> dict[str, Any]:
+    """A record's own fields, for templates, and those that stand apart under ``extra``; a missing value is None."""
+    own = {str(key): plain(value) for key, value in as_mapping(record).items()}
+    return {**own, **own["extra"]} if isinstance(own.get("extra"), dict) else own
+
+
+def _texts(record: Mapping[Any, Any], needs_rubric: bool) -> JudgeTexts:
     instruction = _text(record, "instruction", required=True)
+    if messages := record.get("messages"):  # a prompt that comes ready made has all of it
+        for message in messages:
+            _checked(message["content"], "a message")
+        return JudgeTexts(instruction, "", "", "", messages)
     response = _text(record, "response", required=True)
     rubric = _rubric(record)
     if needs_rubric and not rubric:
-        raise RowError(f"rubric is missing: the template uses it, and there is none of {_names('rubric')}")
+        raise RowError(f"rubric is missing: the template uses it, and {_none_of('rubric', record)}")
     return JudgeTexts(instruction, response, rubric, _text(record, "reference_answer", required=False))
 
 
-def _names(name: str) -> str:
-    return ", ".join((PROMETHEUS[name], *ALIASES[name]))
+def _none_of(name: str, record: Mapping[Any, Any]) -> str:
+    """What was looked for, and what there is instead."""
+    there = ", ".join(str(key)[:40] for key in list(record)[:_FIELDS_SHOWN])
+    more = ", ..." if len(record) > _FIELDS_SHOWN else ""
+    return (
+        f"there is none of {', '.join((PROMETHEUS[name], *ALIASES[name]))} among its fields: {there or 'none'}{more}"
+        " (data.fields maps names)"
+    )
 
 
-def _find(record: Mapping[str, Any], name: str) -> Any:
+def _get(record: Mapping[Any, Any], key: str) -> Any:
+    """A field's plain value, None where it is missing or says nothing."""
+    value = plain(record.get(key))
+    return None if is_missing(value) else value
+
+
+def _find(record: Mapping[Any, Any], name: str) -> Any:
     """The value of a field under whichever name it has, None where there is none."""
-    orig = PROMETHEUS[name]
-    if record.get(orig) not in (None, ""):
-        return record[orig]
-    if name in ("instruction", "response") and any(PROMETHEUS[n] in record for n in ("instruction", "response")):
+    if (orig := _get(record, PROMETHEUS[name])) is not None:
+        return orig
+    if name in ("instruction", "response") and any(
+        _get(record, PROMETHEUS[n]) is not None for n in ("instruction", "response")
+    ):
         return None
-    found = {alias: record[alias] for alias in ALIASES[name] if record.get(alias) not in (None, "")}
+    given = {alias: _get(record, alias) for alias in ALIASES[name]}
+    found = {alias: value for alias, value in given.items() if value is not None}
     if len({str(number(value) if name == "score" else value) for value in found.values()}) > 1:
         raise RowError(f"two fields for the {name}: {' and '.join(found)} differ, so keep or rename one")
     return next(iter(found.values()), None)
@@ -107,21 +165,30 @@ def _checked(value: Any, name: str) -> str:
     return value
 
 
-def _text(record: Mapping[str, Any], name: str, required: bool) -> str:
+def _id(record: Mapping[Any, Any], key: str) -> str:
+    """An id as text, empty where there is none; 7.0 is what a data frame makes of 7 where another row has none."""
+    value = _get(record, key)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else _checked(str(value), key)
+
+
+def _text(record: Mapping[Any, Any], name: str, required: bool) -> str:
     value = _find(record, name)
     text = "" if value is None else _checked(value, name)
     if required and not text.strip():
-        raise RowError(f"{name} is missing or empty: there is none of {_names(name)}")
+        raise RowError(f"{name} is missing or empty: {_none_of(name, record)}")
     return text
 
 
-def _rubric(record: Mapping[str, Any]) -> str:
+def _rubric(record: Mapping[Any, Any]) -> str:
     value = _find(record, "rubric")
     if isinstance(value, Mapping):
         return _rubric_lines(value.get("criteria"), {k: v for k, v in value.items() if k != "criteria"})
-    prefix = "orig_" if record.get("orig_criteria") is not None else ""
+    prefix = "orig_" if _get(record, "orig_criteria") is not None else ""
     described = rf"{prefix}score[\d.]+_description"
-    scores = {k[len(prefix) :]: v for k, v in record.items() if re.fullmatch(described, str(k))}
+    named = {k[len(prefix) :]: plain(v) for k, v in record.items() if re.fullmatch(described, str(k))}
+    scores = {k: v for k, v in named.items() if not is_missing(v)}
     text = "" if value is None else _checked(value, "rubric")
     return _rubric_lines(text, scores) if scores else text.strip()
 
@@ -130,7 +197,7 @@ def _rubric_lines(criteria: Any, scores: Mapping[str, Any]) -> str:
     """A rubric given in parts: "[criteria]" and a line per score, lowest score first."""
     described: dict[float, str] = {}
     for key, text in scores.items():
-        if text is None or text == "":
+        if is_missing(text):
             continue
         match = _RUBRIC_KEY.fullmatch(str(key).lower())
         if match is None:
@@ -140,19 +207,6 @@ def _rubric_lines(criteria: Any, scores: Mapping[str, Any]) -> str:
     if criteria:
         lines.insert(0, f"[{_checked(criteria, 'rubric').strip()}]")
     return "\n".join(lines)
-
-
-def number(value: Any) -> float | None:
-    """A finite number, given as such or as text; None for anything else, booleans included."""
-    if isinstance(value, bool) or not isinstance(value, (Real, Decimal, str)):
-        return None
-    if isinstance(value, str) and "_" in value:
-        return None
-    try:
-        result = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return result if math.isfinite(result) else None
 
 
 def _score(value: Any, name: str, scale: ScoreScale) -> float:
@@ -166,23 +220,23 @@ def _score(value: Any, name: str, scale: ScoreScale) -> float:
     return result
 
 
-def _label(record: Mapping[str, Any], scale: ScoreScale) -> float:
+def _label(record: Mapping[Any, Any], scale: ScoreScale) -> float:
     value = _find(record, "score")
     if value is not None:
         return _score(value, "label", scale)
-    raters = record.get("scores")
+    raters = _get(record, "scores")
     if not isinstance(raters, list) or not raters:
-        raise RowError(f"label is missing: there is none of {_names('score')}")
+        raise RowError(f"label is missing: {_none_of('score', record)}")
     each = [_score(rater, "label", scale) for rater in raters if rater is not None]
     if not each:
         raise RowError("label is missing: no rater gave a score")
     return sum(each) / len(each)
 
 
-def _feedbacks(record: Mapping[str, Any], label: float, scale: ScoreScale) -> tuple[list[str], list[float]]:
+def _feedbacks(record: Mapping[Any, Any], label: float, scale: ScoreScale) -> tuple[list[str], list[float]]:
     value = _find(record, "feedback")
     given = value if isinstance(value, list) else [] if value is None else [value]
-    raters = record.get("scores")
+    raters = _get(record, "scores")
     if isinstance(raters, list) and isinstance(value, list) and len(raters) == len(value):
         labels = [label if rater is None else _score(rater, "a rater's score", scale) for rater in raters]
     else:
@@ -194,4 +248,4 @@ def _feedbacks(record: Mapping[str, Any], label: float, scale: ScoreScale) -> tu
 
 def cut_score(feedback: str, scale: ScoreScale) -> str:
     """A feedback without the verdict at its end ("[RESULT] 4", "... overall score is **4**/5"), which training adds."""
-    return cut_verdict(feedback, (scale.phrase.strip(), "So the overall score is", "[RESULT]"), scale.texts)
+    return cut_verdict(feedback, verdict_phrases(scale.phrase), scale.texts)

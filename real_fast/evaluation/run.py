@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from real_fast.config import EvalConfig, RolloutConfig
+from real_fast.data.rows import row_key
+from real_fast.evaluation.benchmarks import EvalResult, together
 from real_fast.evaluation.metrics import calibration, summarize
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.protocol import ProtocolName, probabilities, read, sampling
@@ -18,14 +19,6 @@ from real_fast.types import JudgeRow, Rollout
 from real_fast.utils.seeds import call_seed
 
 _SEQUENCES_PER_CALL = 64
-
-
-@dataclass
-class EvalResult:
-    """An evaluation: one dictionary a row in `predictions` (in the order of the rows), and their `summary`."""
-
-    predictions: list[dict[str, Any]]
-    summary: dict[str, Any]
 
 
 def evaluate(
@@ -39,6 +32,8 @@ def evaluate(
     renormalize: bool = False,
 ) -> EvalResult:
     """Sample ``config.n`` feedbacks a row and predict its score by ``config.protocol``.
+
+    Rows of several benchmarks are evaluated benchmark by benchmark, each as it would be alone.
 
     The prediction is the protocol's (:mod:`real_fast.score.protocol`): RAIL's expected score y_hat = sum_k k * p_k
     (arXiv 2603.17145), p the softmax over the whole vocabulary at the score's position, averaged over the feedbacks
@@ -57,13 +52,15 @@ def evaluate(
         renormalize: Divide p by its sum, as training with ``objective.renormalize`` does.
 
     Returns:
-        `predictions` with id, prompt_id, label, prediction, distribution, off_scale_mass, decoded (see
-        :class:`real_fast.score.protocol.Prediction`), feedback (a text, a list of texts for n > 1) and n.
+        `predictions` with id, key (:func:`real_fast.data.rows.row_key`), prompt_id, label, prediction, distribution,
+        off_scale_mass, decoded (see :class:`real_fast.score.protocol.Prediction`), feedback (a text, a list of texts
+        for n > 1) and n.
         `summary` with the protocol, the keys of :func:`summarize` for the predictions and, under
         ``decoded``, for the written scores; off_scale_mass, label_probability and calibration_error
         (:func:`calibration`); mean_length (sampled tokens a feedback; with "tract" those in front of
         the phrase), truncated (share of feedbacks cut at max_tokens), not_finite (feedbacks whose probabilities are
-        NaN, which count as without a score), tokens_per_second and seconds of the sampling.
+        NaN, which count as without a score), tokens_per_second and seconds of the sampling. For several benchmarks,
+        see :func:`real_fast.evaluation.benchmarks.together`.
 
     Raises:
         ValueError: No rows, or a row without `prompt_ids`.
@@ -73,6 +70,24 @@ def evaluate(
     for row in rows:
         if not row.prompt_ids:
             raise ValueError(f"row {row.id!r} has no prompt_ids: build its prompt first")
+    names = list(dict.fromkeys(row.benchmark for row in rows))
+    arguments = (scale, config, rollout, seed, progress, renormalize)
+    if names == [""]:
+        return _evaluate(engine, rows, *arguments)
+    return together({n: _evaluate(engine, [r for r in rows if r.benchmark == n], *arguments) for n in names})
+
+
+def _evaluate(
+    engine: RolloutEngine,
+    rows: Sequence[JudgeRow],
+    scale: ScoreScale,
+    config: EvalConfig,
+    rollout: RolloutConfig,
+    seed: int,
+    progress: Callable[[int], object] | None,
+    renormalize: bool,
+) -> EvalResult:
+    """One benchmark: see :func:`evaluate`."""
     rollouts: list[list[Rollout]] = []
     start = time.perf_counter()
     step = max(1, _SEQUENCES_PER_CALL // config.n)
@@ -108,6 +123,7 @@ def _predict(
     texts = [r.text for r in rollouts]
     return {
         "id": row.id,
+        "key": row_key(row),
         "prompt_id": row.prompt_id,
         "label": row.label,
         "prediction": found.prediction,

@@ -260,7 +260,9 @@ class Judge(PrometheusNames):
             return grades
 
     def _prompt(self, row: Any) -> list[int]:
-        ids = self._builder.ids(parse_texts(row, self._builder.uses("rubric")))
+        ids = self._builder.ids(
+            parse_texts(row, self._builder.uses("rubric"), self.scale.phrase, self._builder.uses("extra"))
+        )
         limit = self.config.prompt.max_tokens
         if len(ids) > limit:
             raise RowError(f"prompt is too long: {len(ids)} tokens, prompt.max_tokens is {limit}")

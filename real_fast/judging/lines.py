@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from real_fast.data.readers import Unreadable
+from real_fast.data.values import plain
 from real_fast.judging.grade import Grade
 from real_fast.utils.jsonio import clean, encode
 
@@ -36,6 +37,7 @@ def grade_lines(
             ``row``.
         seed: Of the whole batch.
     """
+    records = [(line, _without_nan(record)) for line, record in records]
     reasons = [_unusable(record, key) for _, record in records]
     grades = iter(judge.grade_batch([r for (_, r), why in zip(records, reasons, strict=True) if why is None], seed))
     for (_, record), why in zip(records, reasons, strict=True):
@@ -44,6 +46,11 @@ def grade_lines(
         shown = {name: value for name, value in shown.items() if name not in ("error", "warning") or value}
         kept = _kept(record)
         yield encode({**kept, _free(key, kept): clean(shown)}), grade
+
+
+def _without_nan(record: Any) -> Any:
+    """NaN, which pandas writes for a missing value, as null, which JSON has for it."""
+    return plain(record) if isinstance(record, dict) else record
 
 
 def _unusable(record: Any, key: str) -> str | None:
@@ -69,7 +76,7 @@ def _kept(record: Any) -> dict[str, Any]:
         return {RAW: record.text.rstrip("\r\n")}
     try:
         encode(record)
-    except (ValueError, RecursionError):  # NaN, say, which Python reads as JSON and nobody else does
+    except (ValueError, RecursionError):  # Infinity, say, which Python reads as JSON and nobody else does
         return {RAW: _text(record)}
     return record if isinstance(record, dict) else {RAW: record}
 

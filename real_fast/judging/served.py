@@ -76,7 +76,9 @@ class ServedJudge:
         """
         rollout = self.config.rollout
         return {
-            "prompt": self._builder.ids(parse_texts(row, self._builder.uses("rubric"))),
+            "prompt": self._builder.ids(
+                parse_texts(row, self._builder.uses("rubric"), self.scale.phrase, self._builder.uses("extra"))
+            ),
             "max_tokens": rollout.max_tokens,
             "temperature": self.config.eval.temperature,
             "top_p": rollout.top_p,

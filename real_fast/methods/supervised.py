@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ import torch
 
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset, Rejected
+from real_fast.data.sources import describe
 from real_fast.errors import DataError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts, compute_dtype
 from real_fast.methods.policy_gradient import check_feedback_given
@@ -21,6 +23,7 @@ from real_fast.utils.seeds import random_stream
 from real_kernels import HeadOptions, expected_score, label_weights, score_logprobs, weighted_logprob
 
 EncodeFeedback = Callable[[Sequence[str]], list[list[int]]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Supervised(Method):
     def use_rows(self, data: Dataset) -> None:
         """Keep the training rows that have feedback."""
         if self.config.supervised.feedback == "given":
-            drop_rows_without_feedback(data, self.config.data.train, self.name, self.config.supervised.prompts_per_step)
+            needed, settings = self.config.supervised.prompts_per_step, self.config.data
+            drop_rows_without_feedback(data, describe(settings.train), self.name, needed, settings.max_rejected)
 
     @cached_property
     def encode_feedback(self) -> EncodeFeedback:
@@ -111,7 +115,7 @@ def pick_feedback(row: JudgeRow, most: int, seed: int, position: int) -> list[in
     return sorted(order[:most])
 
 
-def drop_rows_without_feedback(data: Dataset, source: str, method: str, needed: int) -> None:
+def drop_rows_without_feedback(data: Dataset, source: str, method: str, needed: int, max_rejected: float = 1) -> None:
     """Move training rows without feedback to the rejected ones.
 
     Args:
@@ -119,9 +123,10 @@ def drop_rows_without_feedback(data: Dataset, source: str, method: str, needed: 
         source: Where its training rows come from, for the messages.
         method: The method's name, for the messages.
         needed: Rows of one update.
+        max_rejected: Largest share of the rows that may be without feedback; 1 for any.
 
     Raises:
-        DataError: Fewer rows with feedback than `needed`.
+        DataError: Fewer rows with feedback than `needed`, or more without it than `max_rejected` allows.
     """
     reason = f"no feedback: method {method} is trained on it"
     without = [row for row in data.train if not row.feedbacks]
@@ -133,6 +138,14 @@ def drop_rows_without_feedback(data: Dataset, source: str, method: str, needed: 
             f"supervised.prompts_per_step needs {needed}: method {method} is "
             "trained on feedback (real needs none, nor does raft with supervised.feedback none)"
         )
+    found = f"{source}: {len(without)} of {len(without) + len(data.train)} rows have no feedback"
+    if len(without) > max_rejected * (len(without) + len(data.train)):
+        raise DataError(
+            f"data.train: {found}, and method {method} is trained on it: give it with the rows, or set "
+            "data.max_rejected to 1 to go on with those that have it"
+        )
+    if without:
+        logger.warning("%s, which method %s is trained on: they are left out", found, method)
 
 
 def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCounts, renormalize: bool = False) -> Loss:

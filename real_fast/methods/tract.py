@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from real_fast.config import Config, DataConfig
+from real_fast.data.sources import benchmarks
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
@@ -57,7 +58,7 @@ class Tract(Supervised):
         check_installed(config)  # before an earlier run is moved aside
         if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
             move_aside(folder)
-        generated, held_out = folder / "self_generated.jsonl", folder / "held_out.jsonl"
+        generated = folder / "self_generated.jsonl"
         if generated.is_file() and not config.resume:
             raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
         name = config.run_name or folder.resolve().name
@@ -70,17 +71,26 @@ class Tract(Supervised):
             started = time.perf_counter()
             rollouts = sample_feedback(stage, config)
             _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
-            write_jsonl(held_out, (record(row, row.feedbacks) for row in stage.data.eval))
+            for benchmark, path in _held_out(config, folder).items():
+                some = [row for row in stage.data.eval if row.benchmark == benchmark]
+                write_jsonl(path, (record(row, row.feedbacks) for row in some))
             needed = config.supervised.prompts_per_step
             _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
             stage.engine.close()
             del stage
-        data = DataConfig(train=str(generated), eval=str(held_out))
+        held_out = {name: str(path) for name, path in _held_out(config, folder).items()}
+        data = DataConfig(train=str(generated), eval=held_out.get("", held_out))
         # The template as the first stage was trained with it: the file may have been edited since.
         first_judge = folder / "stage1" / "final"
         known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}
         prompt = replace(config.prompt, template=known.get("template", config.prompt.template))
         yield _resumed(replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2"))
+
+
+def _held_out(config: Config, folder: Path) -> dict[str, Path]:
+    """Where stage 2 finds the held-out rows of each benchmark; of a single one, which has no name, under ""."""
+    names = benchmarks(config.data.eval) if config.data.eval else [""]
+    return {name: folder / (f"held_out.{name}.jsonl" if name else "held_out.jsonl") for name in names}
 
 
 def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:

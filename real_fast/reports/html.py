@@ -47,7 +47,7 @@ td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; p
 <table><tr><th>held-out rows</th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
 {% for name, cells in evaluations %}<tr><td>{{ name }}</td>{% for c in cells %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</table>
-<p>RAIL predictions; in brackets 95 % intervals by resampling prompts.</p>
+<p>RAIL predictions; in brackets 95 % intervals by resampling prompts{{ average }}.</p>
 {% for name, data in figures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">
 {% endfor %}
 <h2>Largest errors</h2>
@@ -85,7 +85,12 @@ def write(
         rows: Predictions of the last evaluation.
         rollouts: Lines of rollouts.jsonl; those of the newest update are shown.
     """
-    evaluations = [(name, [_cell(e, c) for c in _COLUMNS]) for name, e in summary["eval"].items() if e]
+    evaluations = [
+        (title, [_cell(one, c) for c in _COLUMNS])
+        for name, e in summary["eval"].items()
+        if e
+        for title, one in [(name, e), *((f"{name}: {b}", each) for b, each in e.get("benchmarks", {}).items())]
+    ]
     figures = [
         (name, base64.b64encode((folder / file).read_bytes()).decode())
         for file, name in _FIGURES
@@ -102,6 +107,7 @@ def write(
         warnings=health_warnings(metrics),
         columns=_COLUMNS,
         evaluations=evaluations,
+        average="; of several benchmarks, first their plain average" if len(evaluations) > len(summary["eval"]) else "",
         figures=figures,
         worst=[{**r, "feedback": _first(r["feedback"])} for r in worst],
         rollouts=[r for r in rollouts if r["step"] == rollouts[-1]["step"]],

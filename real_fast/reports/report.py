@@ -114,17 +114,26 @@ def draw(path: Path, metrics: list[dict[str, Any]], predictions: dict[str, list[
 
 
 def print_table(evaluations: dict[str, dict[str, Any]]) -> None:
-    """Before and after, side by side."""
-    print(f"\n{'held-out rows':<14}{'n':>5}{'Pearson':>26}{'Spearman':>10}{'Kendall':>9}{'RMSE':>7}{'no score':>10}")
-    for name, e in evaluations.items():
+    """Before and after, side by side; of several benchmarks their average, and each below it."""
+    lines = [
+        line
+        for name, e in evaluations.items()
+        for line in [(name, e), *((f"  {benchmark}", one) for benchmark, one in e.get("benchmarks", {}).items())]
+    ]
+    width = max(14, 2 + max(len(name) for name, _ in lines))
+    print(
+        f"\n{'held-out rows':<{width}}{'n':>5}{'Pearson':>26}{'Spearman':>10}{'Kendall':>9}{'RMSE':>7}{'no score':>10}"
+    )
+    for name, e in lines:
         interval = (e.get("ci95") or {}).get("pearson")
         pearson = _number(e["pearson"]) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
         print(
-            f"{name:<14}{e['n']:>5}{pearson:>26}{_number(e['spearman']):>10}{_number(e['kendall']):>9}"
+            f"{name:<{width}}{e['n']:>5}{pearson:>26}{_number(e['spearman']):>10}{_number(e['kendall']):>9}"
             f"{_number(e['rmse'], 2):>7}{e['no_score']:>10}"
         )
     protocols = sorted({e.get("protocol", "real") for e in evaluations.values()})
-    print(f"(protocol {', '.join(protocols)}; 95 % intervals by resampling prompts)")
+    average = "; a phase's line is the benchmarks' plain average" if len(lines) > len(evaluations) else ""
+    print(f"(protocol {', '.join(protocols)}; 95 % intervals by resampling prompts{average})")
 
 
 def print_warnings(metrics: list[dict[str, Any]], after: dict[str, Any] | None) -> None:

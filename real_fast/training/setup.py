@@ -13,8 +13,9 @@ from real_fast.attention.interface import pick_backend
 from real_fast.attention.support import check_span
 from real_fast.config import Config
 from real_fast.config.debug import EVAL_ROWS
-from real_fast.data.dataset import Dataset, load_train_eval, write_rejected
+from real_fast.data.dataset import Dataset, first_of_each, load_train_eval, write_rejected
 from real_fast.data.sampler import PromptSampler
+from real_fast.data.sources import describe
 from real_fast.distributed.world import OneProcess, World
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
@@ -115,12 +116,12 @@ def build(config: Config) -> Parts:
         data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, prompts_per_step, key)
         method.use_rows(data)
         if config.debug:
-            data.eval = data.eval[:EVAL_ROWS]
+            data.eval = first_of_each(data.eval, EVAL_ROWS)
         identity = fingerprints_of(config, data, tokenizer, builder)
         if resume_from:
             check_same_run(resume_from, identity, config)
         longest = check_rows_fit(data.train, method, config, builder.guard.encode_feedback, scale)
-        order = sft_order(data.train, config.warmup, config.data.train, config.seed)
+        order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)
         policy = load_policy(config, str(resume_from or config.initial_weights))

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import bz2
 import copy
+import csv
 import gzip
+import io
 import json
+import lzma
 import random
 import re
+import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -18,13 +23,16 @@ from real_fast.config import Config, PromptConfig
 from real_fast.data.dataset import (
     Rejected,
     check_enough_rows,
+    first_of_each,
     load_rows,
     load_train_eval,
     reason_counts,
     write_rejected,
 )
-from real_fast.data.rows import cut_score, number, parse_texts
+from real_fast.data.rows import cut_score, parse_texts
+from real_fast.data.sources import Source, benchmarks, sources
 from real_fast.data.splits import limit_by_prompt, split_by_prompt
+from real_fast.data.values import number
 from real_fast.errors import DataError
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
@@ -216,7 +224,7 @@ def test_prompts_are_encoded(loader: Loader) -> None:
     [
         ({"score": True}, "label is not a number: 'True'"),
         ({"score": "four"}, "label is not a number: 'four'"),
-        ({"score": float("nan")}, "label is not a number: 'nan'"),
+        ({"score": float("nan")}, "label is missing: there is none of orig_score, score, label, human_score"),
         ({"score": "inf"}, "label is not a number: 'inf'"),
         ({"score": [4]}, "label is not a number: '[4]'"),
         ({"score": None}, "label is missing: there is none of orig_score, score, label, human_score"),
@@ -308,6 +316,10 @@ def test_too_few_rows_is_an_error_that_counts_the_reasons(loader: Loader) -> Non
     assert reason_counts(loader.rejected) == {"label is off the scale": 2, "not JSON": 1}
     with pytest.raises(DataError, match=r"1 usable rows, and at least 2 .* 2 rejected: label is off .*jsonl:2: 9 is"):
         check_enough_rows(rows, 2, str(path), loader.rejected)
+    rows = loader.source(path := loader.write(GOOD | {"id": "\ud800"}, GOOD | {"score": "\ud800"}))
+    with pytest.raises(DataError, match=r"1 rejected: id is not valid Unicode \(first \\ud800:") as caught:
+        check_enough_rows(rows, 1, str(path), loader.rejected)
+    str(caught.value).encode()  # a terminal must be able to show it
     with pytest.raises(DataError, match=r"0 usable rows.*none was rejected"):
         check_enough_rows([], 1, "empty.jsonl", loader.rejected)
 
@@ -323,10 +335,25 @@ def test_kinds_of_files(loader: Loader) -> None:
     lines = "".join(json.dumps(r) + "\n" for r in records).encode()
     files = {"a.jsonl": b"\xef\xbb\xbf" + lines, "a.JSON": json.dumps(records).encode()}
     files |= {"a.jsonl.gz": gzip.compress(lines), "a.json.gz": gzip.compress(files["a.JSON"])}
+    files |= {"a.jsonl.bz2": bz2.compress(lines), "a.ndjson.xz": lzma.compress(lines), "b.jsonl": gzip.compress(lines)}
+    files |= {"crlf.jsonl": lines.replace(b"\n", b"\r\n"), "utf16.jsonl": lines.decode().encode("utf-16")}
+    files |= {"list.jsonl": files["a.JSON"], "list2.jsonl": json.dumps(records, indent=1).encode(), "lines.json": lines}
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [*records[0], ""])
+    writer.writeheader()
+    writer.writerows([r | {"instruction": 'Name, "a"\r\nfruit.'} for r in records])
+    text = table.getvalue()
+    files |= {
+        "a.csv": text.encode("utf-8-sig"),
+        "a.csv.gz": gzip.compress(text.encode()),
+        "b.csv": text.encode("utf-16"),
+    }
+    files |= {"a.tsv": text.replace(",", "\t").encode(), "semicolons.csv": text.replace(",", ";").encode()}
     for name, data in files.items():
         (loader.folder / name).write_bytes(data)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), loader.folder / "a.parquet")
-    for name in [*files, "a.parquet"]:
+    (loader.folder / "parquet.jsonl").write_bytes((loader.folder / "a.parquet").read_bytes())
+    for name in [*files, "a.parquet", "parquet.jsonl"]:
         rows = loader.source(loader.folder / name)
         assert [(r.id, r.label) for r in rows] == [("1", 1.0), ("2", 2.0), ("3", 3.0)], name
     assert not loader.rejected
@@ -338,9 +365,25 @@ def test_kinds_of_files(loader: Loader) -> None:
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:20], "cannot be read"),
         ("a.json.gz", b"no gzip", "cannot be read"),
         ("a.parquet", b"no parquet", "cannot be read as Parquet"),
-        ("a.json", b'{"instruction": 1}', "holds one dict, and a list"),
-        ("a.json", b"{}\n{}\n", "is not JSON .*named .jsonl"),
-        ("a.csv", b"a,b\n", "files end in .jsonl.*and this one in .csv"),
+        ("a.json", b'{"instruction": 1}', "holds one dict with the keys instruction, and a list .*orient='records'"),
+        ("a.json", b'[{}, {"a": }]', "is not JSON .*named .jsonl"),
+        ("a.json", b"[" * 100_000, "is not JSON"),
+        ("a.json", b'[{"a": "\xff"}]', "is not UTF-8: .* at byte 8"),
+        ("a.txt", b"a,b\n", "files end in .jsonl.*and this one in .txt"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "two columns 'a'"),
+        ("a.csv", b"", "is empty: it has no header"),
+        ("a.csv", b'a,b\n1,2\n"3,4\n', "is not CSV: unexpected end of data in the row that begins in line 3"),
+        ("a.csv", b"a,b\nM\xfcller,2\n", "is not UTF-8 .*0xfc.*save it as UTF-8"),
+        ("a.csv", b"PK\x03\x04rest", "is a zip archive or an Excel workbook"),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+            "is a Git LFS pointer .*git lfs pull",
+        ),
+        ("a.jsonl", b"\n<!DOCTYPE html><html>", "is a web page"),
+        ("a.jsonl", b"\xff\xfe\x00\xd8", "begins like UTF-16 and is not"),
+        ("a.jsonl.xz", b"no xz", "cannot be read"),
+        ("a.jsonl.bz2", b"no bz2", "cannot be read"),
     ],
 )
 def test_files_that_cannot_be_read(name: str, data: bytes, message: str, loader: Loader) -> None:
@@ -401,6 +444,60 @@ def test_real_rows(name: str, loader: Loader, judge_data: Path) -> None:
     assert any(not r.label.is_integer() for r in rows)
     assert all(abs(sum(r.feedback_labels) / 3 - r.label) < 0.01 for r in rows)
     assert not any("[RESULT]" in text for r in rows for text in r.feedbacks)
+
+
+def test_the_rows_of_a_table_that_do_not_fit_its_header(loader: Loader) -> None:
+    path = loader.folder / "a.csv"
+    path.write_text('instruction,response,rubric,score\n"i\n2",r,u,3\n\nr,u,3\ni,r,u,3,4\ni,r,u,5\n')
+    assert [(r.id, r.label) for r in loader.source(path)] == [("a.csv:2", 3.0), ("a.csv:7", 5.0)]
+    assert [(r.line, r.reason, r.row) for r in loader.rejected] == [
+        (5, "not a row of the table: 3 cells in line 5, the header has 4", "r,u,3"),
+        (6, "not a row of the table: 5 cells in line 6, the header has 4", "i,r,u,3,4"),
+    ]
+    (loader.folder / "header.csv").write_text("instruction,response,rubric,score\n")
+    assert loader.source(loader.folder / "header.csv") == []
+
+
+def test_parquet_with_two_columns_of_one_name(loader: Loader) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["score", "score"])
+    pyarrow.parquet.write_table(table, loader.folder / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: has two columns 'score'"):
+        loader.source(loader.folder / "a.parquet")
+
+
+def test_several_files_and_patterns(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(loader.folder)
+    for name in ("b", "a", "c[1]"):
+        loader.write(GOOD | {"id": "x", "response": name}, name=f"{name}.jsonl")
+    assert [(r.id, r.response) for r in loader.source("[ab].jsonl")] == [("x", "a"), ("x-2", "b")]
+    assert [r.response for r in loader.source("**/*.jsonl")] == ["a", "b", "c[1]"]
+    assert [r.response for r in loader.source("c[1].jsonl")] == ["c[1]"]  # a file of that very name comes first
+    rows = load_rows(
+        ["b.jsonl", {"path": "a.jsonl", "fields": {"response": "id"}}], "", loader.builder, loader.scale, 99, []
+    )
+    assert [r.response for r in rows] == ["b", "x"]
+    with pytest.raises(DataError, match=r"d\*\.jsonl: no file matches"):
+        loader.source("d*.jsonl")
+
+
+@pytest.mark.parametrize("setting", [[], {}, 5, {"path": ""}, {"path": "a", "splitt": "b"}, [["a"], None]])
+def test_settings_that_name_no_source(setting: Any) -> None:
+    with pytest.raises(DataError, match=r"names no source|has no path|has 'splitt'"):
+        sources(setting, Source(""))
+
+
+def test_loading_takes_time_in_proportion(loader: Loader) -> None:
+    """To equal ids, to brackets in a text, to white space in a feedback: each was worse than linear, or could be."""
+    same = [GOOD | {"id": "x"}] * 3000
+    deep = GOOD | {"rubric": "[" * 100_000 + "{" * 100_000 + '\\"' * 50_000, "id": "deep"}
+    blank = GOOD | {"feedback": "Good. [RESULT]" + "\n" * 100_000 + "x", "id": "blank"}
+    start = time.perf_counter()
+    rows = loader.source(loader.write(*same, deep, blank), max_tokens=10**9)
+    assert time.perf_counter() - start < 10  # 3,000 equal ids alone took 9 million tries
+    assert len({r.id for r in rows}) == len(rows) == 3002
 
 
 # Splits and limits
@@ -518,3 +615,88 @@ def test_errors_name_the_setting(loader: Loader) -> None:
         load(config_of(empty), loader)
     with pytest.raises(DataError, match=r"data\.eval: .*empty\.jsonl: 0 usable rows, and at least 1"):
         load(config_of(train, eval=str(empty)), loader)
+
+
+# Data of which too little can be used, and several benchmarks
+
+
+def test_labels_off_the_scale_are_counted_and_stop_the_run(loader: Loader, caplog: pytest.LogCaptureFixture) -> None:
+    scores = [r | {"score": i % 10} for i, r in enumerate(prompts(*map(str, range(50))))]
+    config = config_of(loader.write(*scores), eval_fraction=0.5)
+    message = (
+        r"data\.train: .*rows\.jsonl: 50 of 100 records cannot be used, 50%, where data\.max_rejected allows 20%: "
+        r"50 rejected: label is off the scale \(first rows\.jsonl:1: 0 is not within 1 to 5\)\. .*scale\.values.*"
+        r"data\.max_rejected to 1"
+    )
+    with pytest.raises(DataError, match=message):
+        load(config, loader)
+    config.data.max_rejected = 0.5
+    data = load(config, loader)
+    assert len(data.train) + len(data.eval) == 50 and len(data.rejected) == 50
+    assert "50 of 100 records cannot be used: 50 rejected: label is off the scale (first" in caplog.text
+    few = config_of(loader.write(*prompts("w", "x", "y"), {}, {"score": 3}), eval_fraction=0.5)  # 2 of 8, two reasons
+    with pytest.raises(DataError, match=r"25%.*rejected: instruction is missing or empty"):
+        load(few, loader)
+
+
+def test_too_many_evaluation_rows_that_cannot_be_used(loader: Loader) -> None:
+    train = loader.write(*prompts("w", "x"), name="train.jsonl")
+    held_out = loader.write(GOOD, GOOD | {"response": "word " * 500}, name="eval.jsonl")
+    config = config_of(train, eval=str(held_out))
+    config.prompt.max_tokens = 200
+    with pytest.raises(DataError, match=r"data\.eval: .*1 of 2 records.*prompt is too long.*prompt\.max_tokens\)"):
+        load(config, loader)
+    config.data.max_rejected = 1
+    assert len(load(config, loader).eval) == 1
+
+
+def test_several_benchmarks(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(loader.folder)
+    train = loader.write(*prompts("w", "x"), name="train.jsonl")
+    for name in ("mt.v1", "flask", "more"):
+        loader.write(*[r | {"id": f"{name}-{i}"} for i, r in enumerate(prompts("y", "z"))], name=f"{name}.jsonl")
+    named = {"mt": "mt.v1.jsonl", "flask": [{"path": "flask.jsonl"}, "more.jsonl"]}
+    data = load(config_of(train, eval=named), loader)
+    assert Counter(r.benchmark for r in data.eval) == {"mt": 4, "flask": 8}
+    assert {r.benchmark for r in data.train} == {""}
+    listed = load(config_of(train, eval=["mt.v1.jsonl", "flask.jsonl"], max_eval=2), loader)
+    assert Counter(r.benchmark for r in listed.eval) == {"mt": 2, "flask": 2}
+    assert {r.benchmark for r in load(config_of(train, eval="flask.jsonl"), loader).eval} == {""}
+    assert [r.id for r in first_of_each(data.eval, 4)] == ["mt.v1-0", "mt.v1-1", "flask-0", "flask-1"]
+    with pytest.raises(DataError, match=r"data\.eval\.flask: gone\.jsonl: no such file"):
+        load(config_of(train, eval={"mt": "mt.v1.jsonl", "flask": "gone.jsonl"}), loader)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["a/x.jsonl", "b/x.csv"], "'x' stands there twice: name the benchmarks"),
+        ({"a/b": "x"}, "'a/b' is no name"),
+        ({" ": "x"}, "' ' is no name"),
+        ([["x", "y"]], "needs a name"),
+        ([], "names no benchmark"),
+        ({}, "names no benchmark"),
+    ],
+)
+def test_benchmarks_without_a_name_of_their_own(setting: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        benchmarks(setting)
+
+
+def test_a_hub_datasets_configuration_and_revision(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(prompts("w", "x"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    test = {"path": "me/y", "split": "test", "revision": "v2"}
+    load(config_of("me/x", config="main", revision="v1", eval={"one": test, "two": "me/z"}), loader)
+    assert asked == [
+        (("me/x",), {"split": "train", "name": "main", "revision": "v1"}),
+        (("me/y",), {"split": "test", "name": "main", "revision": "v2"}),
+        (("me/z",), {"split": "test", "name": "main", "revision": "v1"}),
+    ]

@@ -191,10 +191,10 @@ class Odd(Mapping[str, Any]):
         raise ZeroDivisionError("no such luck")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(())
+        return iter(("response",))
 
     def __len__(self) -> int:
-        return 0
+        return 1
 
 
 def test_no_row_takes_the_others_down(with_engine: Any) -> None:
@@ -385,7 +385,7 @@ def test_a_line_for_every_line_in_order_with_its_own_fields() -> None:
 
 
 def test_what_is_no_json_object_is_kept_with_the_reason() -> None:
-    lines = graded('{"response": "a"}\n{oops\n[1]\n{"response": NaN}\n{"response": "b"}')
+    lines = graded('{"response": "a"}\n{oops\n[1]\n{"response": Infinity}\n{"response": "b", "x": [NaN], "id": NaN}')
     assert [line["grade"].get("score") for line in lines] == [1.0, None, None, None, 1.0]
     assert (
         lines[1]["row"] == "{oops"
@@ -393,7 +393,8 @@ def test_what_is_no_json_object_is_kept_with_the_reason() -> None:
         and "line 2" in lines[1]["grade"]["error"]
     )
     assert lines[2] == {"row": [1], "grade": {"error": "not an object: list"}}
-    assert lines[3]["row"] == '{"response": NaN}' and "not JSON" in lines[3]["grade"]["error"]
+    assert lines[3]["row"] == '{"response": Infinity}' and "not JSON" in lines[3]["grade"]["error"]
+    assert (lines[4]["x"], lines[4]["id"]) == ([None], None)  # NaN is pandas' missing value, which is null in JSON
 
 
 def test_whatever_depth_can_be_read_can_be_written() -> None:

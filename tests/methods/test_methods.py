@@ -288,7 +288,7 @@ def test_what_cannot_work_is_said_before_the_work(tiny_judge, tmp_path, more, me
     assert message in capsys.readouterr().err
 
 
-def test_rows_without_feedback_are_reported(tiny_judge, tmp_path):
+def test_rows_without_feedback_are_reported(tiny_judge, tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     rows = [
         {"instruction": f"Name {i}.", "response": "x", "rubric": "r", "score": 1 + i % 5, "id": str(i)}
@@ -298,7 +298,9 @@ def test_rows_without_feedback_are_reported(tiny_judge, tmp_path):
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     output = tmp_path / "run"
     more = [*SUPERVISED, "--method", "sft", "--train.steps", "1", "--data.train", str(data)]
-    assert main(flags(tiny_judge, output, *more)) == 0
+    assert main(flags(tiny_judge, output, *more)) == 2  # half of them are more than a fifth
+    assert "10 of 20 rows have no feedback, and method sft is trained on it" in capsys.readouterr().err
+    assert main(flags(tiny_judge, output, *more, "--data.max_rejected", "0.5")) == 0
     rejected = read_jsonl(output / "rejected.jsonl")
     assert len(rejected) == 10 and all("no feedback" in r["reason"] for r in rejected)
     none = tmp_path / "none.jsonl"

@@ -115,6 +115,8 @@ class Rollout:
             generated answer has no score.
         written_score: The score that the model wrote itself after its own phrase, or None.
         text: ``context_ids`` decoded, for people to read.
+        ending: Of a given answer, the score's token and the one that ends the answer behind it, which is a target; None
+            where there is none. Both stand behind the score's place, and the first is input.
         outcome: Place on the scale of a score drawn from the distribution, K for anything off the scale; None where
             the method draws none.
     """
@@ -127,7 +129,18 @@ class Rollout:
     score_logprobs: list[float] | None
     written_score: float | None
     text: str = ""
+    ending: tuple[int, int] | None = None
     outcome: int | None = None
+
+    @property
+    def input_ids(self) -> list[int]:
+        """What the model is given behind the prompt: the context, and the score where an end is learned behind it."""
+        return [*self.context_ids, *(self.ending or ())[:1]]
+
+    @property
+    def targets(self) -> list[int]:
+        """What it learns to write: the sampled (or given) tokens, and the end of an answer."""
+        return [*self.sampled_ids, *(self.ending or ())[1:]]
 
     @property
     def has_score(self) -> bool:
@@ -158,12 +171,12 @@ class Group:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt included."""
-        return len(self.prompt_ids) + max(len(r.context_ids) for r in self.rollouts)
+        return len(self.prompt_ids) + max(len(r.input_ids) for r in self.rollouts)
 
     @property
     def shared_tokens(self) -> int:
         """Tokens of the prompt, once, and of all responses."""
-        return len(self.prompt_ids) + sum(len(r.context_ids) for r in self.rollouts)
+        return len(self.prompt_ids) + sum(len(r.input_ids) for r in self.rollouts)
 
 
 @dataclass
@@ -176,7 +189,8 @@ class Batch:
         layout: Segments of the packed row, on the CPU; None for padded sequences.
         attention_mask: [B, T] int64, 1 on tokens; None for a packed row, which has no padding.
         rows: [N] int64, positions before each sampled token.
-        targets: [N] int64, the sampled tokens (a sampled EOS is a target although it is not in the input).
+        targets: [N] int64, the sampled tokens (a sampled EOS is a target although it is not in the input), and behind
+            those of a given answer the token that ends it.
         rollout: [N] int64 in 0..M-1.
         score_rows: [M] int64, the last context token of each rollout, where the score distribution is read.
         labels: [M] float32.
@@ -185,6 +199,7 @@ class Batch:
         engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no
             score (K is 0 where no rollout has one).
         outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
+        ending: [N] bool, targets behind a score, which end a given answer.
         ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where not
             asked for.
     """
@@ -202,6 +217,7 @@ class Batch:
     rollout_valid: torch.Tensor
     engine_score_logprobs: torch.Tensor
     outcome: torch.Tensor
+    ending: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:

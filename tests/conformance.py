@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from real_fast.batching.micro_batches import micro_batches
@@ -10,7 +12,7 @@ from real_fast.methods.base import UpdateCounts
 from real_fast.methods.supervised import supervised_group
 from real_fast.model.policy import Policy
 from real_fast.types import JudgeRow
-from tests.helpers import LONG, SCALE, make_groups
+from tests.helpers import EOS, LONG, SCALE, make_groups
 
 KL = {"kl_coef": 0.1, "loss_norm": "token_mean"}
 
@@ -61,7 +63,7 @@ def groups_for(method, seed=3):
         feedbacks, labels = [texts[(n + i) % 5] for i in range(1 + n % 3)], [1.0, 2.5, 3.0][: 1 + n % 3]
         prompt = [(7 * n + i) % 300 + 3 for i in range(4 + 3 * n)]
         row = JudgeRow(str(n), str(n), "", "", "", "", 2.0, feedbacks, labels, prompt)
-        groups.append(supervised_group(row, range(len(feedbacks)), n, letters, SCALE))
+        groups.append(supervised_group(row, range(len(feedbacks)), n, letters, replace(SCALE, end_id=EOS)))
     return groups
 
 

@@ -15,11 +15,11 @@ from real_fast.types import Batch, Group, Rollout
 def pack_batch(groups: Sequence[Group]) -> Batch:
     """One row: each group's prompt once, then its responses. No loop over tokens, no padding."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    layout = Layout.of_groups([(len(g.prompt_ids), [len(r.context_ids) for r in g.rollouts]) for g in groups])
-    ids = chain.from_iterable([p for g in groups for p in (g.prompt_ids, *(r.context_ids for r in g.rollouts))])
+    layout = Layout.of_groups([(len(g.prompt_ids), [len(r.input_ids) for r in g.rollouts]) for g in groups])
+    ids = chain.from_iterable([p for g in groups for p in (g.prompt_ids, *(r.input_ids for r in g.rollouts))])
     prompts = torch.tensor([len(g.prompt_ids) for g in groups])
     count = torch.tensor([len(g.rollouts) for g in groups])
-    length = torch.tensor([len(r.context_ids) for r in rollouts])
+    length = torch.tensor([len(r.input_ids) for r in rollouts])
     # Where each prompt ends and each response starts: everything before it, prompts once and responses.
     prompts_so_far = torch.repeat_interleave(prompts.cumsum(0), count)
     start = prompts_so_far + length.cumsum(0) - length
@@ -42,7 +42,7 @@ def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
     input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
     for i, (group, rollout) in enumerate(pairs):
-        ids = torch.tensor([*group.prompt_ids, *rollout.context_ids], dtype=torch.int64)
+        ids = torch.tensor([*group.prompt_ids, *rollout.input_ids], dtype=torch.int64)
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
     start = torch.arange(len(pairs)) * width + torch.tensor([len(group.prompt_ids) for group, _ in pairs])
@@ -60,16 +60,20 @@ def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
 def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start: torch.Tensor, **inputs: Any) -> Batch:
     """Which rows go to the head, given where each rollout's prompt ends and its response starts ([M] each)."""
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
-    n = torch.tensor([len(rollout.sampled_ids) for _, rollout in pairs])
+    n = torch.tensor([len(rollout.targets) for _, rollout in pairs])
+    ends = torch.tensor([rollout.ending is not None for _, rollout in pairs])
     rollout = torch.repeat_interleave(torch.arange(len(pairs)), n)
     place = torch.arange(len(rollout)) - (n.cumsum(0) - n)[rollout]
     # A sampled token is predicted one position before it: the first one by the prompt's last token.
     rows = torch.where(place == 0, prompt_end[rollout], response_start[rollout] + place - 1)
     length = torch.tensor([len(rollout.context_ids) for _, rollout in pairs])
+    # The end of an answer is predicted by the score's token, which stands right behind the context.
+    ending = ends[rollout] & (place == n[rollout] - 1)
+    rows = torch.where(ending, (response_start + length)[rollout], rows)
     return Batch(
         **inputs,
         rows=rows,
-        targets=torch.tensor(list(chain.from_iterable(r.sampled_ids for _, r in pairs)), dtype=torch.int64),
+        targets=torch.tensor(list(chain.from_iterable(r.targets for _, r in pairs)), dtype=torch.int64),
         rollout=rollout,
         score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
         labels=torch.tensor(
@@ -78,6 +82,7 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         group=torch.tensor([group.index for group, _ in pairs]),
         rollout_valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
         engine_score_logprobs=_engine_score_logprobs([rollout for _, rollout in pairs]),
+        ending=ending,
         outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
     )
 

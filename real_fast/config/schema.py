@@ -23,10 +23,13 @@ class ScaleConfig:
     Args:
         values: The scores a judge can give. Each must be one token after the phrase.
         phrase: The text in front of the score, its trailing space included.
+        labels: The text that the judge writes for each of the values, in their order, e.g. ["A", "B"]; empty for the
+            numbers themselves. For scores of several tokens: docs/methods.md.
     """
 
     values: list[float] = field(default_factory=lambda: [1, 2, 3, 4, 5])
     phrase: str = "So the overall score is "
+    labels: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -215,7 +215,7 @@ def _score(value: Any, name: str, scale: ScoreScale) -> float:
         raise RowError(f"{name} is not a number: {str(value)[:40]!r}")
     if not scale.contains(result):
         raise RowError(
-            f"{name} is off the scale: {format_score(result)} is not within {scale.texts[0]} to {scale.texts[-1]}"
+            f"{name} is off the scale: {format_score(result)} is not within {scale.names[0]} to {scale.names[-1]}"
         )
     return result
 

@@ -122,7 +122,7 @@ class Judge(PrometheusNames):
         if config.rollout.engine == "vllm" and loaded:
             raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
-        self.scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
+        self.scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._engine: RolloutEngine | None
         if loaded:

@@ -56,7 +56,7 @@ class ServedJudge:
         config.validate()
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(model))
         settings: ScaleConfig = config.scale
-        self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase)
+        self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase, settings.labels)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._written = [tokenizer.decode([i]) for i in self.scale.score_ids]
         ready_made = JudgeTexts("", "", "", "", [{"role": "user", "content": "a"}])  # no template may need more of it

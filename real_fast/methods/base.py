@@ -25,7 +25,7 @@ class UpdateCounts:
 
     Attributes:
         rollouts: Rollouts (or given answers) that have a score, 1 at least.
-        tokens: Their sampled tokens, 1 at least.
+        tokens: Their sampled tokens (or given ones, the end of an answer included), 1 at least.
     """
 
     rollouts: int
@@ -35,7 +35,7 @@ class UpdateCounts:
     def of(cls, groups: Sequence[Group], world: World = ALONE) -> UpdateCounts:
         """Count rollouts with a score and their sampled tokens, over all processes."""
         valid = [r for g in groups for r in g.rollouts if r.has_score]
-        counts = world.sum(cls(len(valid), sum(len(r.sampled_ids) for r in valid)))
+        counts = world.sum(cls(len(valid), sum(len(r.targets) for r in valid)))
         return cls(max(counts.rollouts, 1), max(counts.tokens, 1))
 
 

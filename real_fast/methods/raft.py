@@ -8,7 +8,7 @@ from real_fast.config import Config
 from real_fast.methods.supervised import LossWeights, Supervised
 
 logger = logging.getLogger(__name__)
-RAFT = LossWeights(squared_error=1.0)
+RAFT = LossWeights(squared_error=1.0, end=1.0)
 
 
 class Raft(Supervised):

@@ -31,13 +31,15 @@ class LossWeights:
     """Weights of the loss's terms.
 
     Attributes:
-        feedback: Cross-entropy of the feedback's and the phrase's tokens.
+        feedback: Cross-entropy of the tokens of the feedback, of the phrase and of the answer's end behind the score.
         score: Cross-entropy of the score token, in the same mean; a label between two scores is a target of two tokens.
+        end: Cross-entropy of the answer's end alone, mean over answers, where the feedback's tokens are no targets.
         squared_error: (y_hat - y)^2, mean over answers, in squared score units (RAFT and TRACT, arXiv 2503.04381).
     """
 
     feedback: float = 0.0
     score: float = 0.0
+    end: float = 0.0
     squared_error: float = 0.0
 
 
@@ -96,16 +98,25 @@ def supervised_group(
         indices: Which of its feedbacks; none of them for the score right behind the phrase, with the row's label.
         place: The group's place in the update.
         encode_feedback: Gives the token ids of feedback texts: :meth:`real_fast.prompt.guard.Guard.encode_feedback`.
-        scale: The score scale.
+        scale: The score scale; the token that ends an answer is a target behind the score nearest to the label.
     """
     k = len(scale.values)
 
+    def ending(label: float) -> tuple[int, int] | None:
+        nearest = min(range(k), key=lambda i: abs(scale.values[i] - label))
+        return None if scale.end_id is None else (scale.score_ids[nearest], scale.end_id)
+
     if not indices:
-        alone = Rollout([], [], list(scale.phrase_ids), len(scale.phrase_ids), "phrase", [0.0] * k, None)
+        phrase = list(scale.phrase_ids)
+        alone = Rollout([], [], phrase, len(phrase), "phrase", [0.0] * k, None, ending=ending(row.label))
         return Group(place, row.prompt_ids, row.label, [alone], row_id=row.id)
     encoded = [[*ids, *scale.phrase_ids] for ids in encode_feedback([row.feedbacks[i] for i in indices])]
-    answers = [Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None) for ids in encoded]
-    return Group(place, row.prompt_ids, row.label, answers, [row.feedback_labels[i] for i in indices], row.id)
+    labels = [row.feedback_labels[i] for i in indices]
+    answers = [
+        Rollout(ids, [0.0] * len(ids), ids, 0, "phrase", [0.0] * k, None, ending=ending(label))
+        for ids, label in zip(encoded, labels, strict=True)
+    ]
+    return Group(place, row.prompt_ids, row.label, answers, labels, row.id)
 
 
 def pick_feedback(row: JudgeRow, most: int, seed: int, position: int) -> list[int]:
@@ -173,6 +184,11 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
             coefficients = torch.full(batch.targets.shape, -weights.feedback / count, device=device, dtype=dtype)
             text, logprobs = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, head=head)
             total, parts["feedback"] = total + text, text.detach()
+        elif weights.end and bool(batch.ending.any()):
+            rows, targets = batch.rows[batch.ending], batch.targets[batch.ending]
+            coefficients = torch.full(targets.shape, -weights.end / counts.rollouts, device=device, dtype=dtype)
+            end, logprobs[batch.ending] = weighted_logprob(hidden[rows], weight, targets, coefficients, head=head)
+            total, parts["end"] = total + end, end.detach()
         if weights.score:
             q = label_weights(labels, values, validate=head.validate)
             score = -weights.score * (q * logp).sum() / count
@@ -180,7 +196,7 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
         if weights.squared_error:
             squared = weights.squared_error * ((y_hat - labels) ** 2).sum() / counts.rollouts
             total, parts["squared_error"] = total + squared, squared.detach()
-        computed = torch.full(batch.targets.shape, bool(weights.feedback), device=device)
+        computed = batch.ending & bool(weights.end) | bool(weights.feedback)
         return LossOutput(total, logp.detach(), y_hat.detach(), logprobs, computed, parts)
 
     return loss

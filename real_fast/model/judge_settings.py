@@ -85,7 +85,7 @@ def judge_config(
     taken = trained_settings(name) if name else {}
     if not isinstance(scale, ScaleConfig):
         known: ScaleConfig = cli.from_namespace(ScaleConfig, taken.get("scale", {}))
-        scale = known if scale is None else replace(known, values=list(scale))
+        scale = known if scale is None else replace(known, values=list(scale), labels=[])
     alone = {"gpu_memory_utilization": GPU_SHARE}
     return Config(
         model=name or "(loaded)",

@@ -58,9 +58,9 @@ class PromptBuilder:
         self._kwargs = dict(config.chat_template_kwargs)
         fixed = {
             "phrase": scale.phrase.rstrip(),
-            "scores": list(scale.texts),
-            "min_score": scale.texts[0],
-            "max_score": scale.texts[-1],
+            "scores": list(scale.shown),
+            "min_score": scale.shown[0],
+            "max_score": scale.shown[-1],
         }
         self.guard = Guard(tokenizer, self._kwargs)
         self._template = Template(config.template, fixed, self.guard.data)

@@ -43,7 +43,7 @@ def start(
     print(
         f"model {config.model} on {where}, rollouts by {engine}, {prompts}\n"
         f"{len(data.train)} training rows, {len(data.eval)} evaluation rows, {len(data.rejected)} rejected{overlap}\n"
-        f"scores {', '.join(scale.texts)} after {scale.phrase!r}; output {Path(config.output).expanduser()}"
+        f"scores {', '.join(scale.shown)} after {scale.phrase!r}; output {Path(config.output).expanduser()}"
         + ("" if resumed_after is None else f"; resuming after step {resumed_after}"),
         flush=True,
     )

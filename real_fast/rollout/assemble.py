@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from real_fast.score.ending import end_of_turn
 from real_fast.score.phrase import Parsed
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 
 
 def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
-    """Ids that end a generation: the tokenizer's, and the generation config's (an int, a list of ints, or None)."""
-    found = [tokenizer.eos_token_id, getattr(generation_config, "eos_token_id", None)]
+    """Ids that end a generation: the tokenizer's, its template's end of a turn, and the generation config's.
+
+    The last is an int, a list of ints, or None.
+    """
+    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), getattr(generation_config, "eos_token_id", None)]
     return frozenset(
         int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])
     )

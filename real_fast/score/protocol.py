@@ -36,7 +36,7 @@ class Prediction:
 
     Attributes:
         prediction: The protocol's score, None where there is none.
-        distribution: {score text: probability}, averaged over the feedbacks with a score; for "decode", each score's
+        distribution: {score: probability}, averaged over the feedbacks with a score; for "decode", each score's
             share of the written ones. None where there is no prediction.
         off_scale_mass: The model's probability outside the score tokens, averaged like the distribution; None where no
             feedback has a score distribution.
@@ -100,4 +100,4 @@ def read(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolName,
 
 
 def _named(scale: ScoreScale, p: Sequence[float] | None) -> dict[str, float] | None:
-    return None if p is None else dict(zip(scale.texts, p, strict=True))
+    return None if p is None else dict(zip(scale.names, p, strict=True))

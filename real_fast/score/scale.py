@@ -10,9 +10,17 @@ from typing import Any
 import torch
 
 from real_fast.errors import ScaleError
+from real_fast.score.ending import end_of_turn
 
 # Text that stands before the phrase while its tokens are looked up; a sentence's end, as in a real feedback.
 _CONTEXT = "The response follows the rubric."
+
+
+_WAY_OUT = (
+    "choose scale.values that this tokenizer writes in one token (such as 0 to 9), or let a label stand for each, for "
+    """example --scale.phrase "Score:" --scale.labels '[" A", " B", ...]' """
+    '(docs/methods.md, "Scores of several tokens")'
+)
 
 
 def format_score(value: float) -> str:
@@ -31,11 +39,12 @@ class ScoreScale:
 
     Attributes:
         values: K scores, ascending.
-        texts: How each is written.
+        texts: How each is written: as a number, or by its label.
         score_ids: K distinct token ids.
         phrase: The text in front of a score, its trailing space included.
         phrase_ids: The phrase's tokens after a feedback; the score distribution is read at the last of them.
         tail_start: ``phrase_ids[tail_start:]`` are the tokens that only hold the phrase's trailing white space.
+        end_id: The token that ends an answer behind its score; None where the tokenizer has none.
         held: White space that the last visible token holds itself (":\\n" is one token in many vocabularies).
     """
 
@@ -46,11 +55,23 @@ class ScoreScale:
     phrase_ids: tuple[int, ...]
     tail_start: int
     held: str = ""
+    end_id: int | None = None
 
     @property
     def tail_ids(self) -> tuple[int, ...]:
         """Tokens between the phrase's last visible character and the score."""
         return self.phrase_ids[self.tail_start :]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The scores as numbers, for people and files."""
+        return tuple(map(format_score, self.values))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """How a prompt names the scores: "4", or "A (for 4)" where a label stands for it."""
+        pairs = zip(self.texts, self.names, strict=True)
+        return tuple(name if text == name else f"{text.strip()} (for {name})" for text, name in pairs)
 
     @property
     def span(self) -> float:
@@ -70,7 +91,9 @@ class ScoreScale:
         return _on_device(self.score_ids, torch.int64, str(device))
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, values: Sequence[float], phrase: str) -> ScoreScale:
+    def from_tokenizer(
+        cls, tokenizer: Any, values: Sequence[float], phrase: str, labels: Sequence[str] = ()
+    ) -> ScoreScale:
         """Find the score tokens by encoding ``feedback + " " + phrase + score`` for every score.
 
         Every score must be exactly one token after one common prefix, and that prefix must spell the phrase to its last
@@ -80,20 +103,26 @@ class ScoreScale:
             tokenizer: A Transformers tokenizer.
             values: At least two different finite numbers.
             phrase: Text in front of the score.
+            labels: How each of `values` is written; empty for the numbers themselves.
 
         Raises:
-            ScaleError: A score of several tokens, a tokenizer that merges the phrase's end with the score, or two
-                scores with the same token.
+            ScaleError: A score of several tokens, labels that are not one per score, a tokenizer that merges the
+                phrase's end with the score, or two scores with the same token.
         """
-        ordered = tuple(sorted(float(v) for v in values))
-        if len(set(ordered)) < 2 or len(set(ordered)) != len(ordered):
+        given = tuple(map(float, values))
+        if len(set(given)) < 2 or len(set(given)) != len(given):
             raise ScaleError(f"scale.values is {list(values)}: at least two different scores are needed")
+        written = list(labels) or [format_score(v) for v in given]
+        if len(written) != len(given) or len({text.strip() for text in written} - {""}) != len(written):
+            raise ScaleError(
+                f"scale.labels is {list(labels)} and scale.values {list(values)}: every score needs a label of its own"
+            )
+        ordered, texts = (tuple(x) for x in zip(*sorted(zip(given, written, strict=True)), strict=True))
         if not phrase or phrase[-1].isalnum():
             raise ScaleError(
                 f"scale.phrase {phrase!r} ends in a letter or digit: end it with the space (or sign) before the "
                 "score, or the model's probability goes to that space instead of the scores"
             )
-        texts = tuple(format_score(v) for v in ordered)
 
         def encode(text: str) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=False))
@@ -121,13 +150,13 @@ class ScoreScale:
             raise ScaleError(
                 f"this tokenizer merges the end of scale.phrase {phrase!r} with the score, or splits scores in a "
                 f"common part: {at}, and the scores follow as {shown}. Choose a scale.phrase whose last character "
-                'stands as a token of its own (such as "score: " or "score="), or other scale.values'
+                f'stands as a token of its own (such as "score: " or "score="), or other scores: {_WAY_OUT}'
             )
         for text, ids in zip(texts, encoded, strict=True):
             if len(ids) != len(prefix) + 1:
                 raise ScaleError(
                     f"score {text} is {len(ids) - len(prefix)} tokens {tokens(ids[len(prefix) :])} after "
-                    f"{phrase!r}, and every score must be one: choose scale.values that this tokenizer writes so"
+                    f"{phrase!r}, and every score must be one: {_WAY_OUT}"
                 )
         score_ids = tuple(ids[-1] for ids in encoded)
         if len(set(score_ids)) != len(score_ids):
@@ -144,4 +173,4 @@ class ScoreScale:
             len(phrase_ids),
         )
         held = spelled([*context, *phrase_ids[:visible]])[len(spelled(context)) :].lstrip()[len(phrase.strip()) :]
-        return cls(ordered, texts, score_ids, phrase, phrase_ids, visible, held)
+        return cls(ordered, texts, score_ids, phrase, phrase_ids, visible, held, end_of_turn(tokenizer))

@@ -131,7 +131,8 @@ def check_supervised_fits(
 
 
 def _answer_lengths(feedbacks: Sequence[str], encode_feedback: EncodeFeedback, scale: ScoreScale) -> list[int]:
-    """Tokens of each answer, the phrase included; of the phrase alone where there is no feedback."""
+    """Tokens of each answer, phrase and score included; of these alone where there is no feedback."""
+    behind = len(scale.phrase_ids) + 1
     if not feedbacks:
-        return [len(scale.phrase_ids)]
-    return [len(ids) + len(scale.phrase_ids) for ids in encode_feedback(feedbacks)]
+        return [behind]
+    return [len(ids) + behind for ids in encode_feedback(feedbacks)]

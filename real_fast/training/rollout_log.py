@@ -47,7 +47,7 @@ def rollout_lines(
             group = metrics.groups[g]
             rollout = group.rollouts[number]
             values = {key: None if column is None else float(column[i]) for key, column in columns.items()}
-            shown = dict(zip(scale.texts, p[i].tolist(), strict=True))
+            shown = dict(zip(scale.names, p[i].tolist(), strict=True))
             if not rollout.has_score:
                 values |= dict.fromkeys(("expected_score", "reward", "advantage"))
             found.append(

@@ -29,6 +29,7 @@ from real_fast.runs import checkpoint, trackers
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.folder import RunFolder, settings_in
 from real_fast.runs.run import Run
+from real_fast.score.ending import stop_at
 from real_fast.score.scale import ScoreScale
 from real_fast.training.groups import GroupSource
 from real_fast.training.identity import check_same_run, fingerprints_of
@@ -109,7 +110,7 @@ def build(config: Config) -> Parts:
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
-        scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
+        scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
         method = method_class(config, tokenizer, scale)
         key, prompts_per_step = method_class.prompts_per_step(config)
         builder = PromptBuilder(config.prompt, tokenizer, scale)
@@ -126,6 +127,7 @@ def build(config: Config) -> Parts:
         torch.manual_seed(config.seed)
         policy = load_policy(config, str(resume_from or config.initial_weights))
         model = policy.model
+        stop_at(model, scale.end_id)
         folder.check_space(model.num_parameters(), config.save.keep, method.keeps_ref_policy)
         if policy.attention:
             check_span(model, longest)

@@ -39,7 +39,7 @@ class StepMetrics:
     @property
     def num_tokens(self) -> int:
         """Tokens of this update's sequences, each with its prompt and as it was trained on, as TRL counts them."""
-        return sum(len(g.prompt_ids) + len(r.context_ids) for g in self.groups for r in g.rollouts)
+        return sum(len(g.prompt_ids) + len(r.input_ids) for g in self.groups for r in g.rollouts)
 
     @property
     def finite(self) -> bool:
@@ -128,14 +128,15 @@ class StepMetrics:
     def histogram(self, name: str, values: torch.Tensor) -> dict[str, float]:
         """Shares of `values` by the nearest score of the scale, the lower one of two; trackers take numbers alone."""
         nearest = (values[:, None] - self.scale.values_tensor()).abs().argmin(1)
-        return {f"{name}/share/{text}": _mean(nearest == place) for place, text in enumerate(self.scale.texts)}
+        return {f"{name}/share/{text}": _mean(nearest == place) for place, text in enumerate(self.scale.names)}
 
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
         valid = self.of_batches("rollout_valid")
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
-        distribution = self.gather("score_logprobs")[valid].exp()
+        # Over the scores alone: with most of the mass off the scale, even a flat distribution would look like a point.
+        among_scores = self.gather("score_logprobs")[valid].clamp(min=-1e4).log_softmax(1)
         computed, logp = self.gather("computed").bool(), self.gather("logprobs")
         lengths = torch.tensor([len(r.sampled_ids) for r in self.rollouts], dtype=torch.float32)
         clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
@@ -157,7 +158,7 @@ class StepMetrics:
             "score/pearson": agreement["pearson"],
             "score/expected_mean": _mean(y_hat),
             "score/label_mean": _mean(label),
-            "score/entropy": _mean(-(distribution * distribution.clamp(min=1e-30).log()).sum(1)),
+            "score/entropy": _mean(-(among_scores.exp() * among_scores).sum(1)),
             "score/off_scale_mass": _mean(off),
             "score/no_score": int((~valid).sum()),
             "score/forced": _mean(torch.tensor([r.finish != "phrase" for r in self.rollouts]).float()),

@@ -277,7 +277,10 @@ def _terms(update: dict[str, Any], key: str) -> float:
     """
     if key in ("kl", "loss/kl"):
         return math.sqrt(2 * update["kl"])
-    return update["nll"] * update["completions/mean_length"] if key.startswith("loss") and "reward" in update else 0.0
+    if not key.startswith("loss") or "reward" not in update:
+        return 0.0
+    # No token was computed, and so none has an nll, where all rewards of all groups were alike.
+    return (update["nll"] or 0.0) * update["completions/mean_length"]
 
 
 def main(cases: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,24 +68,30 @@ def assert_same(loss, grads, want, want_grads):
 @pytest.mark.parametrize("terms", [SFT, RAFT, LossWeights(feedback=1.0, squared_error=0.5)])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("most", [0, 1, 3])
-def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared, most):
-    """Several answers of one prompt in one packed row, each with a label of its own."""
+@pytest.mark.parametrize("end", [None, 44])
+def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared, most, end):
+    """Several answers of one prompt in one packed row, each with a label of its own, and an end behind its score."""
     policy = Policy(tiny_llama().double(), attention="sdpa" if shared else None)
     rows = judged_rows()
     groups = [
-        supervised_group(row, list(range(len(row.feedbacks)))[:most], n, words, SCALE) for n, row in enumerate(rows)
+        supervised_group(row, list(range(len(row.feedbacks)))[:most], n, words, replace(SCALE, end_id=end))
+        for n, row in enumerate(rows)
     ]
-    cross, score, squared, tokens, answers = 0.0, 0.0, 0.0, 0, 0
+    cross, score, squared, ends, tokens, answers = 0.0, 0.0, 0.0, 0.0, 0, 0
     for row in rows:
         texts = [(Words().encode(f), y) for f, y in zip(row.feedbacks, row.feedback_labels, strict=True)][:most]
         for ids, label in texts or [([], row.label)]:
             response = [*ids, 60, 61]
-            logp = log_softmax(policy, row.prompt_ids, response)
+            nearest = min(range(3), key=lambda i: abs(SCALE.values[i] - label))
+            logp = log_softmax(policy, row.prompt_ids, [*response, SCALE.score_ids[nearest]])
             start = len(row.prompt_ids) - 1
+            if end is not None:
+                ends -= logp[-1, end]
+                tokens += 1
             if texts:
                 cross -= sum(logp[start + i, token] for i, token in enumerate(response))
                 tokens += len(response)
-            found = logp[-1, list(SCALE.score_ids)]
+            found = logp[-2, list(SCALE.score_ids)]
             low = int(label) - 1 if label < 3 else 1
             share = label - SCALE.values[low]
             score -= (1 - share) * found[low] + share * found[low + 1]
@@ -92,9 +99,9 @@ def test_supervised_loss_against_one_answer_at_a_time(tiny_llama, terms, shared,
             answers += 1
     tokens = max(tokens, 1)  # as UpdateCounts counts them
     count = tokens * bool(terms.feedback) + answers * bool(terms.score)
-    want = terms.squared_error * squared / answers
+    want = (terms.squared_error * squared + terms.end * ends) / answers
     if count:
-        want = want + (terms.feedback * cross + terms.score * score) / count
+        want = want + (terms.feedback * (cross + ends) + terms.score * score) / count
     want_grads = gradients(policy, want)
     totals, loss, parts = UpdateCounts.of(groups), 0.0, 0.0
     policy.zero_grad()

@@ -62,6 +62,7 @@ def by_vllm(tokenizer: Any, scale: ScoreScale, prompt: str, text: str, answer: A
     engine = VllmEngine.__new__(VllmEngine)
     engine.tokenizer, engine.scale, engine.finder = tokenizer, scale, PhraseFinder(tokenizer, scale)
     engine.eos_ids, engine.max_model_len, engine._processed = frozenset({EOS}), 1000, True
+    engine._vocabulary = 49152
     script, start, asked = [*tokenizer.encode(text), EOS], len(tokenizer.encode(prompt)), []
     step = {token: SimpleNamespace(logprob=-1.0) for token in {*script, *scale.score_ids}}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -122,6 +124,9 @@ def test_step_metrics_and_engine_gap(tiny_llama):
     assert result["body/prompt_tokens_saved"] == separate - result["body/tokens"]
     assert result["score/no_score"] == 3 and result["completions/clipped_ratio"] == pytest.approx(0.25)
     assert metrics.num_tokens == separate
+    for _, out in metrics.batches:  # flat over the scores, with hardly any mass on them: no point
+        out.score_logprobs = torch.full_like(out.score_logprobs, -12.0)
+    assert metrics.result()["score/entropy"] == pytest.approx(math.log(3))
     rewards = metrics.gather("rewards")[metrics.of_batches("rollout_valid")]
     assert result["reward_std"] == pytest.approx(float(rewards.std()))
     y_hat = metrics.gather("expected_score")[metrics.of_batches("rollout_valid")]
@@ -147,13 +152,15 @@ def test_cross_entropy_on_given_feedback(tiny_llama, smollm2_tokenizer):
     total, count = 0.0, 0
     for text, label in (("Two are wrong.", 2.5), ("Fine.", 4.0)):
         ids = smollm2_tokenizer.encode(f"{text} So the overall score is ", add_special_tokens=False)
-        logits = policy.model(torch.tensor([[7, 8, 9, *ids]])).logits[0].log_softmax(-1)
+        score = 34 if label == 2.5 else 36  # the nearest to the label: "2" and "4"
+        logits = policy.model(torch.tensor([[7, 8, 9, *ids, score]])).logits[0].log_softmax(-1)
         for place, token in enumerate(ids):
             total -= logits[2 + place, token]
             count += 1
         low, high = (34, 35) if label == 2.5 else (36, 36)
-        total -= 0.5 * logits[-1, low] + 0.5 * logits[-1, high]
-        count += 1
+        total -= 0.5 * logits[-2, low] + 0.5 * logits[-2, high]
+        total -= logits[-1, smollm2_tokenizer.eos_token_id]  # the answer's end
+        count += 2
     torch.testing.assert_close(out.loss, total / count, rtol=1e-9, atol=1e-9)
 
 

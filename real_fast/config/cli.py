@@ -65,7 +65,7 @@ def _parse(
         return None, help_text(prog, command, asked["help"])
     if "version" in asked:
         return None, versions()
-    given: dict[str, Any] = {}
+    sources: list[tuple[dict[str, Any], Callable[[str], str]]] = []
     for name in files:
         path = find(name)
         values, lines = read(path)
@@ -73,11 +73,19 @@ def _parse(
         def where(key: str, path: Path = path, lines: dict[str, int] = lines) -> str:
             return f"{path}:{lines[key]}: " if key in lines else f"{path}: "
 
-        given |= flatten(command.settings, values, where, command.other_names, _note)
-    given |= flatten(command.settings, flags, lambda name: "--", command.other_names, _note)
-    settings = command.settings()
+        sources.append((values, where))
+    sources.append((flags, lambda name: "--"))
+
+    def over(known: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
+        for values, where in sources:
+            known = known | flatten(command.settings, values, where, command.other_names, tell, known)
+        return known
+
+    given = over({}, _note)
     if defaults is not None:
-        _set(settings, flatten(command.settings, defaults(given), lambda name: "the model's folder: "))
+        of_folder = flatten(command.settings, defaults(given), lambda name: "the model's folder: ")
+        given = over(of_folder, lambda message: None)
+    settings = command.settings()
     _set(settings, given)
     return settings, _text(settings) if "print_config" in asked else None
 

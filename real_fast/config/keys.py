@@ -106,6 +106,7 @@ def flatten(
     where: Callable[[str], str] = lambda name: "",
     other_names: Mapping[str, str] | None = None,
     tell: Callable[[str], None] = lambda message: None,
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Bring nested values under their keys, each converted to its type.
 
@@ -115,6 +116,7 @@ def flatten(
         where: What stands in front of a message about a name: a file and its line, or "--" for a flag.
         other_names: Names that mean a key of `settings` here.
         tell: Gets a message for each of those that is used.
+        known: What was given before, by key: names of a mapping that come one by one are added to its own.
 
     Raises:
         ConfigError: A name that does not exist, or a value of another type.
@@ -137,7 +139,7 @@ def flatten(
                 )
             pending[:0] = [(f"{name}.{inner}", v) for inner, v in (value or {}).items()]
         elif (owner := name_here.rpartition(".")[0]) in keys and keys[owner].is_mapping:
-            before = found.get(owner, keys[owner].default)
+            before = {owner: keys[owner].default, **(known or {}), **found}[owner]
             inner = {name_here.rpartition(".")[2]: _read_inline(value)}
             found[owner] = convert(keys[owner], {**before, **inner} if isinstance(before, dict) else inner, where(name))
         else:

@@ -220,6 +220,22 @@ def test_flags_override_files_wherever_they_stand_and_later_files_earlier_ones(t
     assert parse("train", "--seed", "3", *files).seed == 3
 
 
+def test_names_of_a_mapping_add_to_those_of_the_files_and_of_the_models_folder(tmp_path):
+    """A flag for one of them loses none of the others."""
+    file = tmp_path / "a.yaml"
+    text = "data: {fields: {response: answer}, eval: {a: a.jsonl}}\nprompt: {chat_template_kwargs: {x: 1, y: 1}}\n"
+    file.write_text(text, encoding="utf-8")
+    flags = ("--data.fields.score", "rating", "--data.eval.b", "b.jsonl", "--prompt.chat_template_kwargs.y", "2")
+    config = parse("train", *flags, "--config", str(file))
+    assert config.data.fields == {"response": "answer", "score": "rating"}
+    assert config.data.eval == {"a": "a.jsonl", "b": "b.jsonl"}
+    assert config.prompt.chat_template_kwargs == {"x": 1, "y": 2}
+    assert parse("train", "--config", str(file), "--data.eval", "c.jsonl").data.eval == "c.jsonl"
+    folder = {"prompt": {"chat_template_kwargs": {"x": 1, "y": 1}}}
+    settings = cli.parse(COMMANDS["judge"], "judge", list(flags[4:]), lambda given: folder)
+    assert settings.prompt.chat_template_kwargs == {"x": 1, "y": 2}
+
+
 def test_a_setting_has_one_name_and_every_command_knows_the_others(capsys):
     """The judging commands and Judge() share names; each takes train's, and train takes theirs."""
     own = {command: set(keys_of(row.settings)) for command, row in COMMANDS.items()}

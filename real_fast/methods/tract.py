@@ -79,7 +79,8 @@ class Tract(Supervised):
             stage.engine.close()
             del stage
         held_out = {name: str(path) for name, path in _held_out(config, folder).items()}
-        data = DataConfig(train=str(generated), eval=held_out.get("", held_out))
+        # Rows whose feedback was cut off have been counted, and stage 1 is paid for: no share of them is too large.
+        data = DataConfig(train=str(generated), eval=held_out.get("", held_out), max_rejected=1)
         # The template as the first stage was trained with it: the file may have been edited since.
         first_judge = folder / "stage1" / "final"
         known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}

@@ -33,6 +33,11 @@ def test_the_second_stage_has_the_template_of_the_first_whatever_became_of_its_f
     assert second_stage(tmp_path / "run", "short").prompt.template == "short"
 
 
+def test_feedback_that_the_first_stage_did_not_finish_does_not_stop_the_second(tmp_path: Path) -> None:
+    """Its share is said when it is written; data.max_rejected is about people's own records."""
+    assert second_stage(tmp_path, "short").data.max_rejected == 1
+
+
 def test_the_second_stages_rows_have_ready_made_prompts_and_further_fields() -> None:
     messages = [{"role": "user", "content": "Grade this."}]
     row = JudgeRow(

@@ -265,11 +265,10 @@ def _without_seed(e: Evaluation) -> tuple[str, Evaluation]:
 
     same = {k: v for k, v in config.items() if k not in _OF_ONE_RUN}
     same["init_from"] = bare(config.get("init_from") or "")
-    data = config.get("data") or {}  # TRACT's second stage reads what the first one left in its own folder
-    same["data"] = {k: v.replace(output, "") if isinstance(v, str) else v for k, v in data.items()}
     name = bare(e.method)
-    key = json.dumps([name, e.benchmark, e.protocol, e.feedbacks, same], sort_keys=True, default=str)
-    return key, replace(e, method=name, seed=seed)
+    # TRACT's second stage reads rows and template that the first one left in its own folder.
+    settings = json.dumps(same, sort_keys=True, default=str).replace(json.dumps(output)[1:-1] + "/", "")
+    return json.dumps([name, e.benchmark, e.protocol, e.feedbacks, settings]), replace(e, method=name, seed=seed)
 
 
 def _tail(path: Path, parts: int) -> str:

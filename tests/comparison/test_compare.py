@@ -464,10 +464,15 @@ def test_rows_without_a_score_are_counted_over_the_seeds() -> None:
 def test_runs_that_differ_by_their_seed_alone_are_found(tmp_path: Path) -> None:
     for seed in (2, 0, 1):
         folder = tmp_path / "runs" / f"real-{seed}"
-        trained(folder, predictions(0.5, seed), {"eval": "b.jsonl", "train": f"{folder}/rows.jsonl"})
+        # As TRACT's second stage has them: rows, benchmarks and template in the run's own folder.
+        data = {"eval": {"b": f"{folder}/held_out.b.jsonl"}, "train": f"{folder}/rows.jsonl"}
+        trained(folder, predictions(0.5, seed), data)
+        (folder / "stage1").mkdir()
+        (folder / "stage1" / "config.yaml").write_text(yaml.safe_dump({"data": {"eval": "b.jsonl"}}))
         config = yaml.safe_load((folder / "config.yaml").read_text()) | {
             "seed": seed, "output": str(folder), "init_from": f"runs/sft-{seed}", "optim": {"lr": 1e-5},
             "run_name": f"real-{seed}-stage2", "model": "m/judge-1",
+            "prompt": {"template": f"{folder}/stage1/final/judge_template.jinja"},
         }  # fmt: skip
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         other = tmp_path / "runs" / f"rate-{seed}"

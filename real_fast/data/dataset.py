@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from real_fast.config import DataConfig
-from real_fast.data.layouts import check_fields
+from real_fast.data.layouts import check_fields, has_path
 from real_fast.data.readers import Unreadable, read
 from real_fast.data.rows import instruction_key, parse_row
 from real_fast.data.sources import Setting, Source, benchmarks, describe, sources
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Splits and limits do not depend on the run's seed: runs with several seeds hold out the same prompts.
 _SPLIT_SEED = 0
 _BATCH = 1024  # rows tokenized at a time
+_FIELDS_SEEN = 100  # names that a message about data.fields is chosen from
 
 
 @dataclass
@@ -122,7 +123,11 @@ def _load(
         raw = record.text if isinstance(record, Unreadable) else record
         refused.append(Rejected(source.path, line, str(known), reason, raw))
 
+    unfound, seen = dict(source.fields), set[str]()
     for line, record in read(source):
+        unfound = {ours: path for ours, path in unfound.items() if not has_path(record, path)}
+        if unfound and isinstance(record, Mapping) and len(seen) < _FIELDS_SEEN:
+            seen.update(map(str, record))
         if isinstance(record, Unreadable):
             refuse(line, record, record.reason)
             continue
@@ -131,6 +136,12 @@ def _load(
             parsed.append((line, record, row, builder.marked(row)))
         except (RowError, PromptError) as error:
             refuse(line, record, str(error))
+    if unfound and seen:
+        ours, path = next(iter(unfound.items()))
+        raise DataError(
+            f"data.fields.{ours} is {path!r}, which no record of {source.path} has: their fields are "
+            f"{', '.join(sorted(seen))[:400]}"
+        )
     rows: list[JudgeRow] = []
     for start in range(0, len(parsed), _BATCH):
         batch = parsed[start : start + _BATCH]
@@ -213,8 +224,10 @@ def check_enough_rows(rows: Sequence[JudgeRow], needed: int, source: Setting, re
 
 def why_rejected(rejected: Sequence[Rejected]) -> str:
     """How many records were rejected for which reason, with the first of each; empty for none."""
-    counts = reason_counts(rejected).items()
-    return "; ".join(f"{count} rejected: {reason} (first {_first(rejected, reason)})" for reason, count in counts)
+    counts = reason_counts(rejected)
+    found = [f"{count} rejected: {reason} (first {_first(rejected, reason)})" for reason, count in counts.items()]
+    hint = " (data.fields maps names)" if any(reason.endswith(" is missing") for reason in counts) else ""
+    return "; ".join(found) + hint
 
 
 def _first(rejected: Sequence[Rejected], reason: str) -> str:

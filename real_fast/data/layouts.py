@@ -64,7 +64,7 @@ def common(record: Mapping[Any, Any], fields: Mapping[str, str], phrase: str) ->
     Raises:
         RowError: A chat that cannot be one, or a value that is nested too deep.
     """
-    out = {**record, **_mapped(record, fields)}
+    out = {**{key: value for key, value in record.items() if key not in fields}, **_mapped(record, fields)}
     for name in fields:
         for other in MAPPABLE[name]:
             if other not in fields:
@@ -94,14 +94,26 @@ def _has(record: Mapping[Any, Any], name: str) -> bool:
 
 
 def _mapped(record: Mapping[Any, Any], fields: Mapping[str, str]) -> dict[str, Any]:
-    """The mapped fields; a path that a record has not gives None."""
-    found: dict[str, Any] = {}
-    for name, path in fields.items():
-        value: Any = record.get(path, record)
-        for part in path.split(".") if path not in record else ():
-            value = plain(value.get(part)) if isinstance(value, Mapping) else None
-        found[name] = value
-    return found
+    """The mapped fields that a record has."""
+    return {name: _follow(record, path) for name, path in fields.items() if has_path(record, path)}
+
+
+def has_path(record: Any, path: str) -> bool:
+    """Whether a record has the field, whatever it holds, that a value of ``data.fields`` names."""
+    if isinstance(record, Mapping) and path in record:
+        return True
+    parent, _, name = path.rpartition(".")
+    return bool(parent) and isinstance(inner := _follow(record, parent), Mapping) and name in inner
+
+
+def _follow(record: Any, path: str) -> Any:
+    """What is at a path: a field of that name, else with dots into nested records; None where there is nothing."""
+    if isinstance(record, Mapping) and path in record:
+        return record[path]
+    value: Any = record
+    for part in path.split("."):
+        value = plain(value.get(part)) if isinstance(value, Mapping) else None
+    return value
 
 
 def _lists_from_text(out: dict[Any, Any]) -> None:

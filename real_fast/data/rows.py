@@ -119,18 +119,24 @@ def _texts(record: Mapping[Any, Any], needs_rubric: bool) -> JudgeTexts:
     response = _text(record, "response", required=True)
     rubric = _rubric(record)
     if needs_rubric and not rubric:
-        raise RowError(f"rubric is missing: the template uses it, and {_none_of('rubric', record)}")
+        raise RowError(f"{_lacks('rubric', record)}; the template uses it")
     return JudgeTexts(instruction, response, rubric, _text(record, "reference_answer", required=False))
 
 
-def _none_of(name: str, record: Mapping[Any, Any]) -> str:
-    """What was looked for, and what there is instead."""
+def _lacks(name: str, record: Mapping[Any, Any]) -> str:
+    """Why there is no `name`: a field that says nothing, or what was looked for and what there is instead."""
+    what, names = "label" if name == "score" else name, (PROMETHEUS[name], *ALIASES[name])
+    if empty := [key for key in names if key in record and _says_nothing(record[key])]:
+        return f"{what} is empty: the field {empty[0]}"
     there = ", ".join(str(key)[:40] for key in list(record)[:_FIELDS_SHOWN])
     more = ", ..." if len(record) > _FIELDS_SHOWN else ""
-    return (
-        f"there is none of {', '.join((PROMETHEUS[name], *ALIASES[name]))} among its fields: {there or 'none'}{more}"
-        " (data.fields maps names)"
-    )
+    return f"{what} is missing: there is none of {', '.join(names)} among its fields: {there or 'none'}{more}"
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a field that was looked at holds no text: a missing value, white space, or a rubric without a word."""
+    value = plain(value)
+    return is_missing(value) or isinstance(value, Mapping) or (isinstance(value, str) and not value.strip())
 
 
 def _get(record: Mapping[Any, Any], key: str) -> Any:
@@ -177,7 +183,7 @@ def _text(record: Mapping[Any, Any], name: str, required: bool) -> str:
     value = _find(record, name)
     text = "" if value is None else _checked(value, name)
     if required and not text.strip():
-        raise RowError(f"{name} is missing or empty: {_none_of(name, record)}")
+        raise RowError(_lacks(name, record))
     return text
 
 
@@ -212,7 +218,8 @@ def _rubric_lines(criteria: Any, scores: Mapping[str, Any]) -> str:
 def _score(value: Any, name: str, scale: ScoreScale) -> float:
     result = number(value)
     if result is None:
-        raise RowError(f"{name} is not a number: {str(value)[:40]!r}")
+        hint = " (data.fields.scores takes a list, each rater's)" if isinstance(value, list) else ""
+        raise RowError(f"{name} is not a number: {str(value)[:40]!r}{hint}")
     if not scale.contains(result):
         raise RowError(
             f"{name} is off the scale: {format_score(result)} is not within {scale.names[0]} to {scale.names[-1]}"
@@ -226,7 +233,7 @@ def _label(record: Mapping[Any, Any], scale: ScoreScale) -> float:
         return _score(value, "label", scale)
     raters = _get(record, "scores")
     if not isinstance(raters, list) or not raters:
-        raise RowError(f"label is missing: {_none_of('score', record)}")
+        raise RowError(_lacks("score", record))
     each = [_score(rater, "label", scale) for rater in raters if rater is not None]
     if not each:
         raise RowError("label is missing: no rater gave a score")

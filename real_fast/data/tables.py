@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ def table_records(file: IO[bytes], path: Path, tabs: bool) -> Iterator[tuple[int
     Args:
         file: UTF-8, with or without a byte order mark.
         path: For messages.
-        tabs: Columns are separated by tabs; otherwise by what the header has most of: comma, semicolon or tab.
+        tabs: Columns are separated by tabs; otherwise by what the header has most of outside
+            quotes: comma, semicolon, tab or bar; or by what Excel's line `sep=;` says.
 
     Raises:
         DataError: Not UTF-8, no header, a column name that stands there twice, or quotes that do not close.
@@ -30,11 +32,15 @@ def table_records(file: IO[bytes], path: Path, tabs: bool) -> Iterator[tuple[int
     try:
         head = text.readline()
         text.seek(0)
-        delimiter = "\t" if tabs else max(",;\t", key=head.count)
+        if excel := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's own line in front of the header
+            text.readline()
+        names = re.sub(r'"[^"]*"?', "", head)  # a quoted name may hold any of them
+        delimiter = excel[1] if excel else "\t" if tabs else max(",;\t|", key=names.count)
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(reader, [])]
         _check_header(header, path)
-        begins = reader.line_num + 1
+        above = 1 if excel else 0
+        begins = above + reader.line_num + 1
         for cells in reader:
             if cells:
                 if len(cells) == len(header):
@@ -44,7 +50,7 @@ def table_records(file: IO[bytes], path: Path, tabs: bool) -> Iterator[tuple[int
                         f"not a row of the table: {len(cells)} cells in line {begins}, the header has {len(header)}"
                     )
                     yield begins, (reason, delimiter.join(cells))
-            begins = reader.line_num + 1
+            begins = above + reader.line_num + 1
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: is not UTF-8 ({error.reason}, byte {error.object[error.start]:#x}): save it as UTF-8"

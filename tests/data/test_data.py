@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from real_fast.config import Config, PromptConfig
+from real_fast.config import Config, DataConfig, PromptConfig
 from real_fast.data.dataset import (
     Rejected,
     check_enough_rows,
@@ -104,7 +104,7 @@ def test_prometheus_fields_win_over_the_plain_ones(loader: Loader) -> None:
 
 def test_a_prometheus_record_without_a_response_does_not_take_the_verdict_for_one(loader: Loader) -> None:
     assert loader.source(loader.write({k: v for k, v in PROMETHEUS.items() if k != "orig_response"})) == []
-    assert loader.rejected[0].reason.startswith("response is missing or empty")
+    assert loader.rejected[0].reason.startswith("response is missing")
 
 
 @pytest.mark.parametrize("instruction", ["instruction", "prompt", "input"])
@@ -224,22 +224,22 @@ def test_prompts_are_encoded(loader: Loader) -> None:
     [
         ({"score": True}, "label is not a number: 'True'"),
         ({"score": "four"}, "label is not a number: 'four'"),
-        ({"score": float("nan")}, "label is missing: there is none of orig_score, score, label, human_score"),
+        ({"score": float("nan")}, "label is empty: the field score"),
         ({"score": "inf"}, "label is not a number: 'inf'"),
         ({"score": [4]}, "label is not a number: '[4]'"),
-        ({"score": None}, "label is missing: there is none of orig_score, score, label, human_score"),
+        ({"score": None}, "label is empty: the field score"),
         ({"score": 6}, "label is off the scale: 6 is not within 1 to 5"),
         ({"score": "0.5"}, "label is off the scale: 0.5 is not within 1 to 5"),
         ({"scores": [None, None], "score": None}, "label is missing: no rater gave a score"),
         ({"label": 2}, "two fields for the score: score and label differ"),
-        ({"instruction": None}, "instruction is missing or empty"),
-        ({"instruction": " \n"}, "instruction is missing or empty"),
+        ({"instruction": None}, "instruction is empty"),
+        ({"instruction": " \n"}, "instruction is empty"),
         ({"instruction": ["a"]}, "instruction is not text: list"),
         ({"instruction": "\ud800"}, "instruction is not valid Unicode"),
-        ({"response": ""}, "response is missing or empty"),
+        ({"response": ""}, "response is empty"),
         ({"response": 5}, "response is not text: int"),
-        ({"rubric": None}, "rubric is missing"),
-        ({"rubric": {"criteria": None}}, "rubric is missing"),
+        ({"rubric": None}, "rubric is empty"),
+        ({"rubric": {"criteria": None}}, "rubric is empty"),
         ({"rubric": {"criteria": "c", "weight": "2"}}, "rubric has an unknown key: 'weight'"),
         ({"rubric": 5}, "rubric is not text: int"),
         ({"reference": {"a": 1}}, "reference_answer is not text: dict"),
@@ -635,7 +635,7 @@ def test_labels_off_the_scale_are_counted_and_stop_the_run(loader: Loader, caplo
     assert len(data.train) + len(data.eval) == 50 and len(data.rejected) == 50
     assert "50 of 100 records cannot be used: 50 rejected: label is off the scale (first" in caplog.text
     few = config_of(loader.write(*prompts("w", "x", "y"), {}, {"score": 3}), eval_fraction=0.5)  # 2 of 8, two reasons
-    with pytest.raises(DataError, match=r"25%.*rejected: instruction is missing or empty"):
+    with pytest.raises(DataError, match=r"25%.*rejected: instruction is (missing|empty)"):
         load(few, loader)
 
 
@@ -700,3 +700,31 @@ def test_a_hub_datasets_configuration_and_revision(loader: Loader, monkeypatch: 
         (("me/y",), {"split": "test", "name": "main", "revision": "v2"}),
         (("me/z",), {"split": "test", "name": "main", "revision": "v1"}),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'instruction;response;"rubric, for all, of us, here";score;rubric\ni;r;x;3;c\n',
+        "instruction|response|rubric|score\ni|r|c|3\n",
+        "sep=;\ninstruction;response;rubric;score\ni;r;c;3\n",
+        '"sep=;"\r\ninstruction;response;rubric;score\r\ni;r;c;3\r\n',
+    ],
+)
+def test_the_separator_is_the_headers_own(loader: Loader, text: str) -> None:
+    (loader.folder / "a.csv").write_text(text, newline="")
+    [row] = loader.source(loader.folder / "a.csv")
+    assert (row.instruction, row.response, row.rubric, row.label) == ("i", "r", "c", 3.0)
+    assert row.id == f"a.csv:{text.count(chr(10))}"  # its line in the file
+
+
+@pytest.mark.parametrize("ours", ["response", "reference_answer", "feedback", "prompt_id"])
+def test_a_mapped_field_that_no_record_has_is_an_error(loader: Loader, ours: str) -> None:
+    path = loader.write(GOOD, GOOD | {"more": {"deep": None}})
+    known = DataConfig(fields={ours: "more.deep"})
+    load_rows(str(path), "", loader.builder, loader.scale, 2048, [], known)  # one record has it, empty
+    wrong = DataConfig(fields={ours: "more.depp"})
+    with pytest.raises(
+        DataError, match=rf"data\.fields\.{ours} is 'more\.depp', which no record .* instruction, more, "
+    ):
+        load_rows(str(path), "", loader.builder, loader.scale, 2048, [], wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import namedtuple
 from decimal import Decimal
 from pathlib import Path
@@ -225,9 +226,24 @@ def test_fields_that_map_what_no_row_has() -> None:
 
 def test_a_missing_field_says_which_there_are(one: Any) -> None:
     with pytest.raises(
-        RowError, match=r"response is missing or empty: .* among its fields: prompt_text, answer_a, instruction \(data"
+        RowError, match=r"response is missing: .* among its fields: prompt_text, answer_a, instruction$"
     ):
         one({"prompt_text": "i", "answer_a": "r"}, {"instruction": "prompt_text"})
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (GOOD | {"response": " "}, "response is empty: the field response"),
+        (GOOD | {"score": None}, "label is empty: the field score"),
+        (GOOD | {"rubric": {"criteria": ""}}, "rubric is empty: the field rubric; the template uses it"),
+        ({"orig_instruction": "i", "response": "r"}, "response is missing: there is none of orig_response, "),
+        (GOOD | {"score": [4, 5]}, r"label is not a number: '[4, 5]' (data.fields.scores takes a list, each rater's)"),
+    ],
+)
+def test_a_field_that_is_there_is_not_said_to_be_missing(one: Any, record: Any, reason: str) -> None:
+    with pytest.raises(RowError, match=f"^{re.escape(reason)}"):
+        one(record)
 
 
 # What a data frame's row can hold
@@ -244,7 +260,7 @@ def test_a_missing_value_is_as_good_as_no_field(missing: Any, one: Any) -> None:
         given = one(GOOD | scores)
         assert (given.label, given.feedbacks, given.feedback_labels) == (3.5, ["a", "c"], [2.0, 5.0])
     for required in ("instruction", "response", "rubric", "score"):
-        with pytest.raises(RowError, match=" is missing"):
+        with pytest.raises(RowError, match=" is empty: the field "):
             one(GOOD | {required: missing})
 
 

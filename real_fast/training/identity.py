@@ -20,7 +20,8 @@ from real_fast.types import JudgeRow
 
 logger = logging.getLogger(__name__)
 
-_APART = ("label", "feedbacks", "feedback_labels", "prompt_ids")  # of a row: what has a digest of its own
+# Of a row: what has a digest of its own, and its id, which is made of the file's name where the row has none.
+_APART = ("label", "feedbacks", "feedback_labels", "prompt_ids", "id")
 # Of a model's config.json: what says nothing about the model.
 _VOLATILE = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 _PIECE = 2**16

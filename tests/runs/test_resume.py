@@ -26,7 +26,6 @@ TEMPLATE = "{{ instruction }}\n{{ response }}\nScore it, {{ phrase }}\n"
 def write_rows(path, changes=(), count=14):
     rows = [
         {
-            "id": f"row-{i}",
             "instruction": f"Question {i}?",
             "response": f"Answer {i}.",
             "rubric": "Is it right?",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -65,8 +64,6 @@ def _unusable(record: Any, key: str) -> str | None:
         encode(record)
     except ValueError as error:
         return f"not JSON: {error}"
-    except RecursionError:
-        return "nested too deep"
     return None
 
 
@@ -76,19 +73,9 @@ def _kept(record: Any) -> dict[str, Any]:
         return {RAW: record.text.rstrip("\r\n")}
     try:
         encode(record)
-    except (ValueError, RecursionError):  # Infinity, say, which Python reads as JSON and nobody else does
-        return {RAW: _text(record)}
+    except ValueError:  # Infinity, say, which Python reads as JSON and nobody else does
+        return {RAW: json.dumps(record, ensure_ascii=False)}
     return record if isinstance(record, dict) else {RAW: record}
-
-
-def _text(record: Any) -> str:
-    """A record as it was read, in Python's own JSON."""
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 100)  # what was just deep enough to be read must be written as well
-    try:
-        return json.dumps(record, ensure_ascii=False)
-    finally:
-        sys.setrecursionlimit(limit)
 
 
 def _free(key: str, kept: dict[str, Any]) -> str:

@@ -398,7 +398,7 @@ def test_what_is_no_json_object_is_kept_with_the_reason() -> None:
 
 
 def test_whatever_depth_can_be_read_can_be_written() -> None:
-    for depth in range(900, 1010, 1):
+    for depth in (62, 63, 64, 65, 900, 1000, 5000):
         text = f'{{"response": "a", "x": {"[" * depth}{"]" * depth}}}'
         [line] = graded(text + "\n")
         assert line.get("x") is not None or line["row"].replace(" ", "") == text.replace(" ", "")

@@ -40,7 +40,7 @@ def trained_settings(model: str) -> dict[str, Any]:
     if not folder.is_dir():
         from real_fast.model.load import resolve_model  # which brings PyTorch along, and a folder here needs none
 
-        folder = resolve_model(model, ("real_fast.json", "*.jinja", "*.txt"))
+        folder = resolve_model(model, ("real_fast.json", "*.jinja", "*.j2", "*.txt"))
     path = folder / "real_fast.json"
     if not path.is_file():
         return {}

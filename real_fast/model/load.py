@@ -26,7 +26,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 # Weights in any other format than safetensors are not even fetched.
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.j2", "*.model", "*.txt", "*.py")
 
 # A folder has a tokenizer if it has one of these.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")

@@ -65,7 +65,7 @@ class Tract(Supervised):
         single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
         if not generated.is_file():
             first = replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")
-            stage = yield _sampling_next(_resumed(first))
+            stage = yield _sampling_next(first)
             assert stage is not None
             logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
             started = time.perf_counter()
@@ -85,7 +85,7 @@ class Tract(Supervised):
         first_judge = folder / "stage1" / "final"
         known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}
         prompt = replace(config.prompt, template=known.get("template", config.prompt.template))
-        yield _resumed(replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2"))
+        yield replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2")
 
 
 def _held_out(config: Config, folder: Path) -> dict[str, Path]:
@@ -118,11 +118,6 @@ def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
     known = json.loads(summary.read_text(encoding="utf-8"))
     known["seconds"][phase] = round(seconds, 2)
     write_json(summary, known)
-
-
-def _resumed(config: Config) -> Config:
-    """Resume where there is something to; what a stage has done is never done again."""
-    return replace(config, resume=config.resume and (Path(config.output) / "config.yaml").is_file())
 
 
 def _sampling_next(config: Config) -> Config:

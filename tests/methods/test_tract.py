@@ -8,6 +8,7 @@ from typing import Any
 
 from real_fast.config import Config, DataConfig, PromptConfig
 from real_fast.methods.tract import Tract, record
+from real_fast.runs.folder import RunFolder
 from real_fast.types import JudgeRow
 
 
@@ -36,6 +37,13 @@ def test_the_second_stage_has_the_template_of_the_first_whatever_became_of_its_f
 def test_feedback_that_the_first_stage_did_not_finish_does_not_stop_the_second(tmp_path: Path) -> None:
     """Its share is said when it is written; data.max_rejected is about people's own records."""
     assert second_stage(tmp_path, "short").data.max_rejected == 1
+
+
+def test_a_stage_that_lost_its_config_yaml_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    assert RunFolder(second_stage(tmp_path, "short")).resumed
+    (tmp_path / "checkpoints").rmdir()
+    assert not RunFolder(second_stage(tmp_path, "short")).resumed  # there is nothing to go on from
 
 
 def test_the_second_stages_rows_have_ready_made_prompts_and_further_fields() -> None:

@@ -122,8 +122,11 @@ class Judge(PrometheusNames):
         if config.rollout.engine == "vllm" and loaded:
             raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
-        self.scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
-        self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
+        with Alone(tokenizer).held():  # another judge, or thread, may be encoding with it
+            self.scale = ScoreScale.from_tokenizer(
+                tokenizer, config.scale.values, config.scale.phrase, config.scale.labels
+            )
+            self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._engine: RolloutEngine | None
         if loaded:
             self._engine = TransformersEngine(model, tokenizer, self.scale, max_num_seqs=config.rollout.max_num_seqs)

@@ -68,6 +68,23 @@ def test_judges_on_one_tokenizer_take_turns() -> None:
     thread.join()
 
 
+def test_a_judge_is_made_while_no_other_uses_its_tokenizer(
+    tiny_llama: Callable[..., Any], smollm2_tokenizer: Any
+) -> None:
+    model, made = tiny_llama(vocab_size=49152, hidden_size=16), threading.Event()
+
+    def make() -> None:
+        Judge(model, tokenizer=smollm2_tokenizer, prompt={"template": "short"})
+        made.set()
+
+    with Alone(smollm2_tokenizer).held():
+        thread = threading.Thread(target=make)
+        thread.start()
+        assert not made.wait(0.3)
+    assert made.wait(10)
+    thread.join()
+
+
 def in_a_fork(check: Callable[[], bool]) -> bool:
     """What `check` says in a forked process; False where it does not come back within seconds."""
     child = os.fork()

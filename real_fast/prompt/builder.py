@@ -9,8 +9,9 @@ from typing import Any
 from real_fast.config import PromptConfig
 from real_fast.errors import PromptError
 from real_fast.prompt.guard import Guard, Marked
-from real_fast.prompt.markup import TEMPLATE_ERRORS, render
+from real_fast.prompt.markup import render
 from real_fast.prompt.template import PromptRow, Template
+from real_fast.score.ending import TEMPLATE_ERRORS
 from real_fast.score.scale import ScoreScale
 
 ROLES = ("system", "developer", "user", "assistant", "tool")

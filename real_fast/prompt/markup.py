@@ -10,12 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from real_fast.errors import PromptError
+from real_fast.score.ending import TEMPLATE_ERRORS
 
-# What rendering a chat template can raise, Transformers' own checks of the messages included.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 THINK, END_THINK = "<think>", "</think>"
 # Words that no template writes by itself.
 _PROBES = {"system": "probesystemzq", "first": "probefirstzq", "answer": "probeanswerzq", "last": "probelastzq"}

@@ -13,7 +13,7 @@ import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from real_fast.errors import PromptError
-from real_fast.prompt.markup import TEMPLATE_ERRORS
+from real_fast.score.ending import TEMPLATE_ERRORS
 
 TEMPLATES = Path(__file__).parent / "templates"
 

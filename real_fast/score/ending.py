@@ -6,6 +6,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+# What rendering a chat template can raise, Transformers' own checks of the messages included.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 _ANSWER = "The answer."
 
 
@@ -19,7 +21,7 @@ def end_of_turn(tokenizer: Any) -> int | None:
         messages = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False)
-        except TemplateError:  # one that takes other turns than these
+        except TEMPLATE_ERRORS:  # one that takes other turns than these
             text = ""
         added = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         behind = tokenizer.encode(text.rpartition(_ANSWER)[2], add_special_tokens=False)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 import torch
 
 from real_fast.batching.micro_batches import micro_batches
@@ -46,6 +47,24 @@ def test_a_turn_may_end_in_another_token_than_a_text(vocabulary: Callable[[str],
     assert eos_ids(other, None) == {end, tokenizer.pad_token_id}
     other.chat_template = None
     assert end_of_turn(other) == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("kind", [TemplateError, TypeError, ValueError, ZeroDivisionError, KeyError])
+def test_a_template_that_takes_no_such_turns_leaves_the_end_of_a_text(kind: type[Exception]) -> None:
+    """What is wrong with it, the prompt's builder says in words, as for any of these."""
+
+    def fails(*_: Any, **__: Any) -> str:
+        raise kind("no such turns")
+
+    tokenizer = SimpleNamespace(
+        chat_template="x",
+        apply_chat_template=fails,
+        all_special_ids=[3],
+        get_added_vocab=dict,
+        encode=lambda *_, **__: [],
+        eos_token_id=3,
+    )
+    assert end_of_turn(tokenizer) == 3
 
 
 @pytest.mark.parametrize(("known", "after"), [(None, 7), (7, 7), (5, [5, 7]), ([5, 7], [5, 7]), ([5, 6], [5, 6, 7])])

@@ -89,7 +89,8 @@ def test_a_trained_model_on_the_hub_is_taken_over_as_a_folder_is(
     monkeypatch.setattr("real_fast.model.load.snapshot_download", download)
     found = parse(COMMANDS["judge"], "real-fast judge", ["--model", "me/judge"], defaults_of)
     assert (found.scale.values, found.prompt.template, found.renormalize) == ([1, 2, 3], "short", True)
-    assert fetched == [("me/judge", ["real_fast.json", "*.jinja", "*.j2", "*.txt"])]  # no weights before the flags are read
+    # No weights before the flags are read.
+    assert fetched == [("me/judge", ["real_fast.json", "*.jinja", "*.j2", "*.txt"])]
     monkeypatch.setattr("real_fast.judging.judge.load_engine", lambda *_: FakeEngine([]))
     assert Judge("me/judge").scale.texts == ("1", "2", "3")
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from jinja2 import TemplateError
 import torch
+from jinja2 import TemplateError
 
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.methods.base import UpdateCounts

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from real_fast.errors import ConfigError
 from real_fast.model.folder import weight_names
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
@@ -88,6 +89,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self._llm: Any = None
+        self._has_run = False  # an attention that vLLM lacks (a head of 4 numbers on a CPU) shows in the first pass
         # Rotary frequencies, which old checkpoints hold, are computed.
         self._names = {name for name in weight_names(model_path) if not name.endswith("rotary_emb.inv_freq")}
         vllm = import_vllm()
@@ -139,6 +141,7 @@ class VllmEngine:
         vLLM reports them at temperature 1; otherwise from a second, one-token pass.
 
         Raises:
+            ConfigError: vLLM cannot compute this model here, which its first pass shows.
             ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
                 tokens' log-probabilities (top_p below 1 with a temperature other than 0 and 1); before any work.
         """
@@ -278,10 +281,16 @@ class VllmEngine:
         with process_state_kept(seeded=False):
             try:
                 outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
-            except BaseException:  # Ctrl-C too: what is left unfinished would come out of the next call
+            except BaseException as error:  # Ctrl-C too: what is left unfinished would come out of the next call
                 core = self._engine.llm_engine
                 core.abort_request(list(core.output_processor.request_states), internal=True)
+                if not self._has_run and isinstance(error, RuntimeError | NotImplementedError):
+                    raise ConfigError(
+                        f"vLLM started, and cannot compute this model here: {' '.join(str(error).split())[:300]}. Set "
+                        "rollout.engine to transformers"
+                    ) from error
                 raise
+        self._has_run = True
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
     def _score(self, step: Any) -> list[float]:

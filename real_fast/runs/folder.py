@@ -63,6 +63,10 @@ class RunFolder:
             raise OutputError(
                 f"output {self.path} holds {what}: take another --output, or --overwrite to move it aside"
             )
+        if self._started and config.overwrite and Path.cwd().is_relative_to(self.path.resolve()):
+            raise OutputError(
+                f"output {self.path} holds the working folder, so it cannot be moved aside: start elsewhere"
+            )
         check_writable(self.path)
         self.resumed = self._started and not config.overwrite
         if self.resumed:
@@ -97,7 +101,7 @@ class RunFolder:
         """Start to write here; until then, nothing of an earlier run has been touched."""
         if self._started and not self.resumed:
             move_aside(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.resolve().mkdir(parents=True, exist_ok=True)
         if self.finished and self.resumed:
             self._set_results_aside()
         for left in self.path.glob(".*.tmp"):  # by a kill in the middle of a file
@@ -226,7 +230,7 @@ class RunFolder:
 
 def move_aside(folder: Path) -> None:
     """Rename a folder to the first free NAME.old-1, NAME.old-2, ...; its lock stays with its name."""
-    n = 1
+    folder, n = folder.resolve(), 1  # a link stays: the new run belongs on the disk that it leads to
     while (old := folder.with_name(f"{folder.name}.old-{n}")).exists():
         n += 1
     os.replace(folder, old)

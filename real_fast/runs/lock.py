@@ -32,6 +32,10 @@ def alone_in(output: str | Path) -> Iterator[None]:
         OutputError: Another process holds it; the message says which. Or the folder cannot be written.
     """
     folder = Path(output).expanduser()
+    if folder.is_symlink() and not folder.exists():
+        raise OutputError(f"output {folder} is a link to {os.readlink(folder)}, which does not exist: make that folder")
+    if not folder.is_dir() and folder.exists():
+        raise OutputError(f"output {folder} is a file: give the name of a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK)

@@ -118,6 +118,11 @@ class ScoreScale:
                 f"scale.labels is {list(labels)} and scale.values {list(values)}: every score needs a label of its own"
             )
         ordered, texts = (tuple(x) for x in zip(*sorted(zip(given, written, strict=True)), strict=True))
+        if phrase and not phrase.strip():
+            raise ScaleError(
+                f"scale.phrase {phrase!r} is white space alone, which an answer holds everywhere: put words before "
+                'the score, such as "Score: "'
+            )
         if not phrase or phrase[-1].isalnum():
             raise ScaleError(
                 f"scale.phrase {phrase!r} ends in a letter or digit: end it with the space (or sign) before the "

@@ -176,12 +176,12 @@ def test_rows_that_cannot_be_graded_say_why_and_the_rest_go_on(with_engine: Any)
     assert length != len(judge._prompt(ROW))
     grades = judge.grade_batch(rows)
     assert [g.error is None for g in grades] == [True, False, False, False, False, True]
-    assert grades[1].error.startswith("response is missing")
+    assert grades[1].error == "response is empty: the field response"
     assert "prompt is too long: " in grades[2].error and "prompt.max_tokens is 120" in grades[2].error
     assert grades[3].error == "sampling failed: MemoryError: the cache is full"
     assert grades[4].error == "not an object: int"
     assert all(g.score is None and g.feedback is None for g in grades if g.error)
-    with pytest.raises(GradeError, match="response is missing"):
+    with pytest.raises(GradeError, match="response is empty"):
         judge.grade("Name a fruit.", " ")
 
 

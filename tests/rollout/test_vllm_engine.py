@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from real_fast.config import Config, RolloutConfig
-from real_fast.errors import EngineMismatchError, ModelError
+from real_fast.errors import ConfigError, EngineMismatchError, ModelError
 from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
 from real_fast.rollout.make import make_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -334,3 +334,27 @@ def test_what_cannot_be_done_is_refused_before_work(
 def test_a_folder_without_safetensors(smollm2_tokenizer: Any, setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither"):
         VllmEngine(tmp_path, smollm2_tokenizer, setup.scale, dtype=torch.bfloat16, max_model_len=128)
+
+
+def test_a_first_pass_that_fails_is_one_sentence() -> None:
+    """A head of 4 numbers, which vLLM's attention on a CPU has no code for, shows no earlier."""
+
+    class Broken:
+        def __init__(self) -> None:
+            self.llm_engine = self.output_processor = self
+            self.request_states: dict[str, Any] = {}
+
+        def generate(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("Unsupported CPU attention configuration:\n head_dim=4")
+
+        def abort_request(self, *_: Any, **__: Any) -> None:
+            pass
+
+    engine = object.__new__(VllmEngine)
+    engine._llm, engine._has_run = Broken(), False
+    with pytest.raises(ConfigError, match=r"cannot compute this model here: Unsupported .* head_dim=4.*transformers"):
+        engine._run([[1]], [None])
+    engine._has_run = True
+    with pytest.raises(RuntimeError, match=r"^Unsupported"):
+        engine._run([[1]], [None])
+    engine._llm = None

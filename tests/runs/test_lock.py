@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from real_fast.config import Config
 from real_fast.errors import OutputError
-from real_fast.runs.folder import move_aside
+from real_fast.runs.folder import RunFolder, move_aside
 from real_fast.runs.lock import LOCK, alone_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,35 @@ def test_the_lock_stays_with_the_name_of_a_folder_that_is_moved_aside(tmp_path):
         with pytest.raises(OutputError), alone_in(folder):
             pass
     assert not list(folder.iterdir())
+
+
+def test_a_link_stays_where_a_run_behind_it_is_moved_aside(tmp_path):
+    folder, link = tmp_path / "disk" / "run", tmp_path / "run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    link.symlink_to(folder)
+    config = Config(output=str(link), overwrite=True)
+    with alone_in(link):
+        RunFolder(config).claim(config)
+        assert link.is_symlink() and link.resolve() == folder and not (folder / "metrics.jsonl").exists()
+        assert (tmp_path / "disk" / "run.old-1" / "metrics.jsonl").is_file()
+    assert not (folder / LOCK).exists()
+
+
+def test_the_working_folder_is_not_moved_aside(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(OutputError, match="holds the working folder"):
+        RunFolder(Config(output="..", overwrite=True))
+
+
+def test_an_output_that_is_no_folder_says_what_it_is(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, said in (("file", "is a file: give"), ("link", "is a link to nowhere, which does not exist")):
+        with pytest.raises(OutputError, match=f"{name} {said}"), alone_in(tmp_path / name):
+            pass
 
 
 def test_a_lock_left_by_another_host_is_said(tmp_path, caplog):

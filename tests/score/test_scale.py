@@ -102,3 +102,9 @@ def test_too_few_scores(smollm2_tokenizer, values):
 
 def test_format_score():
     assert [format_score(v) for v in (1.0, 10, 2.5, 0)] == ["1", "10", "2.5", "0"]
+
+
+@pytest.mark.parametrize("phrase", [" ", "\n", " \t\u3000"])
+def test_a_phrase_of_white_space_alone_is_refused(smollm2_tokenizer, phrase):
+    with pytest.raises(ScaleError, match="white space alone"):
+        ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3], phrase)

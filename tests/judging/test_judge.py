@@ -310,7 +310,7 @@ def test_prometheus_evals_calls_refuse_what_they_cannot_honour(with_engine: Any)
         judge.single_absolute_grade("a", "b", "c", params={"stop": ["."]})
     with pytest.raises(ValueError, match="2 instructions, 1 responses"):
         judge.absolute_grade(instructions=["a", "b"], responses=["c"], rubric="r")
-    with pytest.warns(UserWarning, match="response 1 has no score: response is missing"):
+    with pytest.warns(UserWarning, match="response 1 has no score: response is empty"):
         feedbacks, scores = judge.absolute_grade(instructions=["a", "b"], responses=["c", ""], rubric="r")
     assert feedbacks == ["Good.", None] and scores[1] is None and scores[0] is not None
 

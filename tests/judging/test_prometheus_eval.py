@@ -159,12 +159,12 @@ def test_the_better_of_two_in_either_order(by_text: PrometheusEval) -> None:
 
 
 def test_a_pair_without_a_score_has_no_verdict(by_text: PrometheusEval) -> None:
-    with pytest.warns(UserWarning, match="response B of pair 1: response is missing"):
+    with pytest.warns(UserWarning, match="response B of pair 1: response is empty"):
         feedbacks, verdicts = by_text.relative_grade(
             instructions=["a", "a"], responses_A=["good", "x"], responses_B=["x", ""], rubric=["r", "r"]
         )
     assert verdicts == ["A", None] and feedbacks[1] is None
-    with pytest.raises(GradeError, match="response is missing"):
+    with pytest.raises(GradeError, match="response is empty"):
         by_text.single_relative_grade("a", "x", "", "r")
     with pytest.raises(ValueError, match="the lengths differ"):
         by_text.relative_grade(instructions=["a"], responses_A=["x", "y"], responses_B=["x"], rubric="r")

@@ -150,7 +150,7 @@ def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
         assert good.status_code == 200 and good.json()["score"] == pytest.approx(1.75)
         assert good.json()["feedback"] == "Good."
         bad = client.post("/grade", json={**ROW, "response": " "})
-        assert bad.status_code == 422 and "response is missing" in bad.json()["detail"]
+        assert bad.status_code == 422 and "response is empty" in bad.json()["detail"]
         assert client.post("/grade", json={"instruction": "a"}).status_code == 422
     assert judge._engine is None  # closed with the server
 

@@ -70,7 +70,7 @@ def test_noisy_raters_are_averaged_exactly(tiny_judge, tmp_path):
 
 def test_labels_off_the_scale_are_rejected_by_value(tiny_judge, tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", lambda i: [0.0, 3.0, 5.5, 5.0][i % 4])
-    output = train(tiny_judge, tmp_path, data, [1, 3, 5])
+    output = train(tiny_judge, tmp_path, data, [1, 3, 5], "--data.max_rejected", "1")  # half of them
     rejected = read_jsonl(output / "rejected.jsonl")
     assert {r["row"]["score"] for r in rejected} == {0.0, 5.5}
     assert len({r["id"] for r in rejected}) == 8

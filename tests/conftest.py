@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 from real_fast.score.phrase import PhraseFinder
 from real_fast.score.scale import ScoreScale
@@ -15,6 +17,11 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 
+# Inductor's cache takes kernels made for other instructions as well, where these are switched off (CONTRIBUTING.md).
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    _cache = Path(tempfile.gettempdir()) / f"torchinductor-{os.environ['ATEN_CPU_CAPABILITY']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache))
+
 import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter. It must know before Triton is first imported.
@@ -22,7 +29,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -36,6 +36,15 @@ def test_a_last_bit_counts_here_and_a_thousandth_elsewhere(want, key):
         assert bool(differences(want, elsewhere(got))) == found, key
 
 
+def test_a_token_at_the_clip_counts_here_alone():
+    want = json.loads((FOLDER / "real-iterations.json").read_text(encoding="utf-8"))
+    for change, found in ((0.004, False), (0.05, True)):
+        got = copy.deepcopy(want)
+        got["run"]["updates"][-1]["clip_ratio/region_mean"] += change
+        assert differences(want, got)
+        assert bool(differences(want, elsewhere(got))) == found
+
+
 def test_other_weights_count(want):
     got = copy.deepcopy(want)
     got["run"]["weights"]["sha256"] = "0"

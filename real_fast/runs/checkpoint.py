@@ -139,11 +139,12 @@ def newest(folder: Path) -> Path | None:
     Raises:
         CheckpointError: All are damaged.
     """
+    checkpoints = _numbered(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if path not in _numbered(folder) and not path.name.endswith((".tmp", _DAMAGED)):
+        if path not in checkpoints and not path.name.endswith((".tmp", _DAMAGED)):
             logger.warning("%s is not a checkpoint's name: it is left alone", path)
     wrong: dict[str, str] = {}
-    for path in reversed(_numbered(folder)):
+    for path in reversed(checkpoints):
         problem = damage(path) or _state_problem(path)
         if problem is None:
             if wrong:

@@ -68,7 +68,7 @@ class OurStep:
         self.objective: Callable[..., Any] = (
             full_logits_objective(scale, totals)
             if variant == "full logits"
-            else Real(Config(), None, scale).loss(totals, compare=variant == "every row")
+            else Real(Config(), lambda _: [], scale).loss(totals, compare=variant == "every row")
         )
         self.optimizer = optimizer_for(model) if optimize else None
         self.body_tokens = 0

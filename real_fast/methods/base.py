@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from real_fast.config import Config
 from real_fast.data.dataset import Dataset
 from real_fast.distributed.world import ALONE, World
 from real_fast.model.policy import Policy
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow
@@ -115,7 +115,7 @@ class Method(ABC):
 
     Args:
         config: The run's settings.
-        tokenizer: The model's tokenizer.
+        encode_feedback: Gives the token ids of feedback texts: :meth:`real_fast.prompt.guard.Guard.encode_feedback`.
         scale: The score scale.
     """
 
@@ -124,9 +124,9 @@ class Method(ABC):
     uses_rollouts: bool
     """Whether it trains on sampled feedback (and has rewards), or on feedback that comes with the data."""
 
-    def __init__(self, config: Config, tokenizer: Any, scale: ScoreScale) -> None:
+    def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
         self.config = config
-        self.tokenizer = tokenizer
+        self.encode_feedback = encode_feedback
         self.scale = scale
 
     @classmethod

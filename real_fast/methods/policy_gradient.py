@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from real_fast.errors import CheckpointError, ConfigError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow, SamplingParams
@@ -57,8 +58,8 @@ class PolicyGradient(Method):
     explores = True
     """Whether the feedback's tokens are trained at all."""
 
-    def __init__(self, config: Config, tokenizer: Any, scale: ScoreScale) -> None:
-        super().__init__(config, tokenizer, scale)
+    def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
+        super().__init__(config, encode_feedback, scale)
         self.options = config.objective
         self.ref_policy: RefPolicy | None = None
         self.head = HeadOptions(temperature=config.rollout.temperature, validate=False)

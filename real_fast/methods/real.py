@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from real_fast.config import Config
 from real_fast.errors import ConfigError
 from real_fast.methods.base import Loss, LossOutput, UpdateCounts, compute_dtype
 from real_fast.methods.policy_gradient import PolicyGradient, Scored
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch
 from real_kernels import RealObjective, RewardParts, real_loss, reward_parts
@@ -21,8 +21,8 @@ class Real(PolicyGradient):
 
     name = "real"
 
-    def __init__(self, config: Config, tokenizer: Any, scale: ScoreScale) -> None:
-        super().__init__(config, tokenizer, scale)
+    def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
+        super().__init__(config, encode_feedback, scale)
         o = config.objective
         self.explores = o.exploration
         self.reward = "authors" if o.reward == "reference" else o.reward  # its earlier name

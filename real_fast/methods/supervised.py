@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -15,14 +14,13 @@ from real_fast.data.sources import describe
 from real_fast.errors import DataError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts, compute_dtype
 from real_fast.methods.policy_gradient import check_feedback_given
-from real_fast.prompt.guard import Guard
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow, Rollout
 from real_fast.utils.seeds import random_stream
 from real_kernels import HeadOptions, expected_score, label_weights, score_logprobs, weighted_logprob
 
-EncodeFeedback = Callable[[Sequence[str]], list[list[int]]]
 logger = logging.getLogger(__name__)
 
 
@@ -68,11 +66,6 @@ class Supervised(Method):
         if self.config.supervised.feedback == "given":
             needed, settings = self.config.supervised.prompts_per_step, self.config.data
             drop_rows_without_feedback(data, describe(settings.train), self.name, needed, settings.max_rejected)
-
-    @cached_property
-    def encode_feedback(self) -> EncodeFeedback:
-        """Token ids of feedback texts, which are data."""
-        return Guard(self.tokenizer, self.config.prompt.chat_template_kwargs).encode_feedback
 
     def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
         """The rows with their own feedback."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NewType
@@ -24,6 +24,7 @@ from real_fast.prompt.markup import END_THINK, THINK, find_markup
 _ADDED = '"added_tokens":'
 Marked = NewType("Marked", str)  # a text with borders around what is data; a text without them would all be trusted
 Pieces = list[tuple[str, bool]]  # texts in order, and whether each is data
+EncodeFeedback = Callable[[Sequence[str]], list[list[int]]]  # what Guard.encode_feedback is
 
 
 class Guard:

@@ -11,7 +11,7 @@ from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError, ModelError
 from real_fast.methods.base import Method
-from real_fast.methods.supervised import EncodeFeedback
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 

@@ -19,11 +19,11 @@ from real_fast.data.sources import describe
 from real_fast.distributed.world import OneProcess, World
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
-from real_fast.methods.supervised import EncodeFeedback
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.prompt.builder import PromptBuilder
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.make import make_engine
 from real_fast.runs import checkpoint, trackers
 from real_fast.runs.checkpoint import TrainState
@@ -111,9 +111,10 @@ def build(config: Config) -> Parts:
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
         scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
-        method = method_class(config, tokenizer, scale)
-        key, prompts_per_step = method_class.prompts_per_step(config)
         builder = PromptBuilder(config.prompt, tokenizer, scale)
+        encode_feedback = builder.guard.encode_feedback
+        method = method_class(config, encode_feedback, scale)
+        key, prompts_per_step = method_class.prompts_per_step(config)
         data = load_train_eval(config.data, config.prompt.max_tokens, builder, scale, prompts_per_step, key)
         method.use_rows(data)
         if config.debug:
@@ -121,7 +122,7 @@ def build(config: Config) -> Parts:
         identity = fingerprints_of(config, data, tokenizer, builder)
         if resume_from:
             check_same_run(resume_from, identity, config)
-        longest = check_rows_fit(data.train, method, config, builder.guard.encode_feedback, scale)
+        longest = check_rows_fit(data.train, method, config, encode_feedback, scale)
         order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)
@@ -147,7 +148,6 @@ def build(config: Config) -> Parts:
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer)
-    encode_feedback = builder.guard.encode_feedback
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
     return Parts(
         world,

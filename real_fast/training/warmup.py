@@ -13,7 +13,8 @@ from real_fast.data.sampler import PromptSampler
 from real_fast.errors import DataError
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.sft import SFT
-from real_fast.methods.supervised import EncodeFeedback, supervised_group, supervised_loss
+from real_fast.methods.supervised import supervised_group, supervised_loss
+from real_fast.prompt.guard import EncodeFeedback
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.training.optim import build_optimizer, clip_and_step

@@ -143,7 +143,8 @@ def _data_name(data: Any, split: str | None) -> str:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").is_file() or (folder / "final").is_dir()
+    """Whether a run made it: a folder above that merely has a folder of the name final is none."""
+    return (folder / "metrics.jsonl").is_file() or (folder / "final" / "real_fast.json").is_file()
 
 
 def _load(summary: dict[str, Any], benchmark: str, predictions: Path, owner: Path) -> list[Evaluation]:

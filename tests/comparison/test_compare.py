@@ -283,6 +283,8 @@ def test_data_of_one_file_name_are_told_apart_by_their_folders(tmp_path: Path) -
     evaluated(tmp_path / "real" / "eval-b", other, "b/test.jsonl")
     for name in ("sft", "real"):
         (tmp_path / name / "final").mkdir()
+        write_json(tmp_path / name / "final" / "real_fast.json", {})
+    (tmp_path / "final").mkdir()  # as many folders have it, and no run's
     found, notes = find_evaluations([tmp_path / "sft", tmp_path / "real"])
     assert sorted((e.method, e.benchmark) for e in found) == [
         ("real", "a/test.jsonl"),

@@ -92,7 +92,7 @@ class Trainer:
             self.evaluate("before")
         if config.warmup.steps:
             warm_up(self.updater, p.sft_order, config.warmup, p.encode_feedback, p.scale, self.run.log, self.stop.check)
-        self.groups.publish(self.policy)
+        self.groups.publish()
         with self.timer("save"):
             self.method.begin(self.policy, self.run.folder.path)
         self.save()  # after the reference policy, so that every checkpoint has one
@@ -101,13 +101,13 @@ class Trainer:
         """One update: sample (or take given feedback), forward and backward, optimiser, sync. Returns its metrics."""
         self.timer.start_update()
         shown = self.config.rollout.log_prompts if self.due(self.config.rollout.log_every) else 0
-        groups = self.groups.next(self.state)
+        groups = self.groups.next(self.state, self.policy)
         metrics = StepMetrics(groups, self.parts.scale)
         self.update(groups, metrics)
-        self.groups.publish(self.policy)
+        self.groups.publish()
         sampled = metrics.sampled_tokens if self.method.uses_rollouts else None
         self.state.advance(len(groups), metrics.num_tokens, sampled or 0)
-        times = self.timer.metrics(sampled)  # before the metrics wait for the device
+        times = self.timer.metrics(sampled) | self.groups.metrics()  # before the metrics wait for the device
         record = {
             "phase": self.method.name,
             "step": self.state.step,
@@ -123,7 +123,7 @@ class Trainer:
 
     def update(self, groups: Sequence[Group], metrics: StepMetrics) -> None:
         """The optimiser steps on one batch of groups; further ones, if any, keep the advantages of the first."""
-        compare = self.method.uses_rollouts and self.due(self.config.rollout.check_every)
+        compare = self.groups.compares(self.state.step)
         counts = UpdateCounts.of(groups, self.world)  # the loss does not depend on how groups are spread
         with self.timer("update"):
             self.policy.train()
@@ -150,8 +150,7 @@ class Trainer:
         p, step = self.parts, self.state.step
         if already_made(name, step, self.run):
             return
-        self.groups.catch_up(self.policy)
-        with self.timer("eval"):
+        with self.groups.awake(self.policy), self.timer("eval"):
             evaluate_held_out(name, step, p.run, p.groups.engine, p.data.eval, p.scale, self.config, self.stop.check)
 
     def save(self) -> None:

@@ -79,6 +79,7 @@ class SamplingParams:
             two are for evaluation; the trainer uses the first two.
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
         alone: Every prompt is sampled as the first of a call is, so that its samples do not depend on the others.
+        scores: Whether somebody reads the score log-probabilities; without, an engine may leave them out.
     """
 
     n: int
@@ -88,6 +89,7 @@ class SamplingParams:
     answer: AnswerMode = "forced"
     seed: int = 0
     alone: bool = False
+    scores: bool = True
 
     def place(self, prompt: int) -> int:
         """The place that a prompt's samples are a function of, for the one at `prompt` in its call."""
@@ -112,13 +114,14 @@ class Rollout:
             are forced) the phrase's trailing white space, which stands there whatever the model samples.
         finish: Why sampling stopped: the phrase was written, EOS, or the length limit.
         score_logprobs: K log-probabilities of the score tokens (full softmax, temperature 1), or None where a
-            generated answer has no score.
+            generated answer has no score or the engine was not asked for them.
         written_score: The score that the model wrote itself after its own phrase, or None.
         text: ``context_ids`` decoded, for people to read.
         ending: Of a given answer, the score's token and the one that ends the answer behind it, which is a target; None
             where there is none. Both stand behind the score's place, and the first is input.
         outcome: Place on the scale of a score drawn from the distribution, K for anything off the scale; None where
             the method draws none.
+        unread: Whether it has a score whose log-probabilities the engine was not asked for.
     """
 
     sampled_ids: list[int]
@@ -131,6 +134,7 @@ class Rollout:
     text: str = ""
     ending: tuple[int, int] | None = None
     outcome: int | None = None
+    unread: bool = False
 
     @property
     def input_ids(self) -> list[int]:
@@ -145,7 +149,7 @@ class Rollout:
     @property
     def has_score(self) -> bool:
         """Whether a score distribution belongs to this rollout."""
-        return self.score_logprobs is not None
+        return self.score_logprobs is not None or self.unread
 
 
 @dataclass

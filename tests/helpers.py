@@ -91,7 +91,7 @@ def flags(model, output, *more):
 def metric_lines(output):
     lines = read_jsonl(output / "metrics.jsonl")
     for line in lines:
-        for name in [name for name in line if name == "step_time" or name.startswith("time/")]:
+        for name in [name for name in line if name == "step_time" or name.startswith(("time/", "memory/"))]:
             line.pop(name)
         for part in (line.get("eval") or {},):
             part.pop("seconds", None)

@@ -21,6 +21,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-step": step_table(lines),
         "bench-sweep": sweep_table(lines),
         "bench-rollout": rollout_table(lines),
+        "bench-vllm": vllm_table(lines),
         "bench-plots": images("Seconds by phase; gain over K and over P/R", results, "step-*.png", place),
         "bench-head": head_table(newest(lines, "head")),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
@@ -94,6 +95,21 @@ def rollout_table(lines: Lines) -> str:
         for name, v in variants.items():
             peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
             out.append(f"| {names.get(name, name)} | {model}, {case}; {machine} | {v['tokens_per_s']:.0f} | {peak} |")
+    return "\n".join(out)
+
+
+def vllm_table(lines: Lines) -> str:
+    """vLLM's bookkeeping a token, and its speed with a real model."""
+    names = {
+        "earlier": "a dictionary a step, its tokens spelled, score tokens at every step",
+        "ours": "flat, nothing spelled",
+        "ours, scores not read": "… and no score tokens, where nobody reads them",
+    }
+    out = ["| log-probabilities | case | bookkeeping, µs a token | tokens/s |", "|---|---|---|---|"]
+    for (machine, model, case), variants in newest(lines, "vllm").items():
+        for name, v in variants.items():
+            cells = [names[name], f"{model}, {case}; {machine}", f"{v['host_us']:.0f}", f"{v['tokens_per_s']:.0f}"]
+            out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 

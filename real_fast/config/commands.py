@@ -269,7 +269,7 @@ _TRAINING_ALONE = tuple(
     f"rollout.{name}"
     for name in (
         *("prompts_per_step", "group_size", "temperature", "check_every", "check_logprob", "check_score"),
-        *("log_every", "log_prompts"),
+        *("sleep", "log_every", "log_prompts"),
     )
 )
 

@@ -106,7 +106,10 @@ class RolloutConfig:
             explains in the engine's precision: 0.001 in fp32, 0.08 in bf16.
         check_score: Largest allowed mean difference of the expected score, as a share of the scale's range. Without it,
             0.001 in fp32, 0.03 in bf16.
-        gpu_memory_utilization: Share of a GPU's memory that vLLM may take.
+        gpu_memory_utilization: Share of a GPU's memory that vLLM may take; "auto" is what the plan leaves for it beside
+            the trainer.
+        sleep: Whether vLLM gives its memory back while the trainer updates, and takes it again for the rollouts: "auto"
+            where it can (on a GPU), "always" or "never".
         max_num_seqs: Sequences decoded at a time.
         log_every: Write rollouts to rollouts.jsonl on the first step and then every so many; 0 for never.
         log_prompts: Of so many prompts.
@@ -122,7 +125,8 @@ class RolloutConfig:
     check_every: int = at_least(0, 20, resume="free")
     check_logprob: float | None = field(default=None, metadata=FREE)
     check_score: float | None = field(default=None, metadata=FREE)
-    gpu_memory_utilization: float = field(default=0.4, metadata=FREE)
+    gpu_memory_utilization: float | Literal["auto"] = above(0, "auto", at_most=1, resume="free")
+    sleep: Literal["auto", "always", "never"] = field(default="auto", metadata=FREE)
     max_num_seqs: int = above(0, 256, resume="free")
     log_every: int = at_least(0, 10, resume="free")
     log_prompts: int = above(0, 2, resume="free")

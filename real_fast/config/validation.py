@@ -56,7 +56,10 @@ def check_value(key: str, value: Any, kind: type, name: str) -> None:
         ConfigError: As :func:`check_bounds` does.
     """
     bounds = next(field.metadata for field in dataclasses.fields(kind) if field.name == name)
-    if problem := _wrong_kind(value, get_type_hints(kind)[name]) or _problem(value, bounds):
+    hint = get_type_hints(kind)[name]
+    if any(get_origin(one) is Literal and value in get_args(one) for one in get_args(hint)):
+        return  # a name that may stand in a number's place
+    if problem := _wrong_kind(value, hint) or _problem(value, bounds):
         shown = repr(value) if isinstance(value, str) else value
         raise ConfigError(f"{key} is {shown}: it must {problem}")
 

@@ -180,7 +180,9 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
+    def groups(
+        self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine, compare: bool = False
+    ) -> list[Group]:
         """The groups of an update: a function of the weights, the seed and the two places alone.
 
         Args:
@@ -188,6 +190,7 @@ class Method(ABC):
             rows_seen: Training rows used up before these.
             step: Updates done before this one.
             engine: Samples, for a method that uses rollouts.
+            compare: The engine's score log-probabilities will be compared with the trainer's.
         """
 
     def prepares(self, step: int) -> bool:

@@ -20,10 +20,13 @@ class BinaryRL(PolicyGradient):
 
     name = "binary_rl"
     text_part = "feedback"
+    reads_engine_scores = True
 
-    def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
+    def groups(
+        self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine, compare: bool = False
+    ) -> list[Group]:
         """Sampled feedback, each with a score drawn from its distribution."""
-        groups = super().groups(rows, rows_seen, step, engine)
+        groups = super().groups(rows, rows_seen, step, engine, compare)
         draw_scores(groups, step_seed(self.config.seed, step))
         return groups
 

@@ -57,6 +57,8 @@ class PolicyGradient(Method):
     """Name of the loss's part through the feedback's tokens."""
     explores = True
     """Whether the feedback's tokens are trained at all."""
+    reads_engine_scores = False
+    """Whether the loss is made of the engine's score log-probabilities, in every update."""
 
     def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
         super().__init__(config, encode_feedback, scale)
@@ -118,7 +120,9 @@ class PolicyGradient(Method):
         """The policy as it is now; on its device only where every step needs it."""
         return RefPolicy(policy, self.config.rollout.temperature, resident=self.options.kl_coef > 0)
 
-    def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
+    def groups(
+        self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine, compare: bool = False
+    ) -> list[Group]:
         """Sampled feedback for the rows of an update."""
         rollout = self.config.rollout
         params = SamplingParams(
@@ -128,6 +132,7 @@ class PolicyGradient(Method):
             top_p=rollout.top_p,
             answer=rollout.answer,
             seed=step_seed(self.config.seed, step),
+            scores=compare or self.reads_engine_scores,
         )
         rollouts = engine.generate([row.prompt_ids for row in rows], params)
         return [

@@ -25,6 +25,7 @@ class Real(PolicyGradient):
         super().__init__(config, encode_feedback, scale)
         o = config.objective
         self.explores = o.exploration
+        self.reads_engine_scores = o.reward_from == "engine"
         self.reward = "authors" if o.reward == "reference" else o.reward  # its earlier name
         self.objective = RealObjective(
             reward=self.reward,
@@ -95,7 +96,7 @@ class Real(PolicyGradient):
 
     def _engine_score_logprobs(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor | None:
         """[M, K] the engine's score log-probabilities, where advantages come from them and it gave any."""
-        from_engine = self.options.reward_from == "engine" and batch.engine_score_logprobs.shape[1]
+        from_engine = self.reads_engine_scores and batch.engine_score_logprobs.shape[1]
         return batch.engine_score_logprobs.to(dtype) if from_engine else None
 
     def _parts(self, logp: torch.Tensor, batch: Batch) -> RewardParts:

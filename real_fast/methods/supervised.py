@@ -67,7 +67,9 @@ class Supervised(Method):
             needed, settings = self.config.supervised.prompts_per_step, self.config.data
             drop_rows_without_feedback(data, describe(settings.train), self.name, needed, settings.max_rejected)
 
-    def groups(self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine) -> list[Group]:
+    def groups(
+        self, rows: Sequence[JudgeRow], rows_seen: int, step: int, engine: RolloutEngine, compare: bool = False
+    ) -> list[Group]:
         """The rows with their own feedback."""
         supervised, groups = self.config.supervised, []
         for n, row in enumerate(rows):

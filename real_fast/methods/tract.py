@@ -107,6 +107,7 @@ def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:
                 top_p=config.rollout.top_p,
                 answer="forced",
                 seed=step_seed(config.seed, at),
+                scores=False,
             )
             rollouts += stage.engine.generate([row.prompt_ids for row in some], params)
             bar.update(len(some))

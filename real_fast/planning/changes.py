@@ -9,6 +9,7 @@ from itertools import combinations
 from real_fast.config.commands import PlanConfig
 from real_fast.planning.memory import ModelSizes, largest
 from real_fast.planning.need import Need, need, smallest_share
+from real_fast.planning.share import engine_share
 
 NeedOf = Callable[[PlanConfig], Need]
 Lever = Callable[[PlanConfig, NeedOf, ModelSizes], PlanConfig]
@@ -67,7 +68,7 @@ def _starts(config: PlanConfig) -> Iterator[PlanConfig]:
 def _smaller_share(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> PlanConfig:
     """As large a share as fits with the other settings as they are, or the smallest that vLLM can work with."""
     rollout = config.rollout
-    low, high = round(100 * smallest_share(config, sizes)), round(100 * rollout.gpu_memory_utilization)
+    low, high = round(100 * smallest_share(config, sizes)), round(100 * engine_share(rollout))
     if rollout.engine == "transformers" or low >= high:
         return config
     shares = [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from real_fast.config.commands import PlanConfig
 from real_fast.planning.memory import ModelSizes, UpdateMemory, update_memory
+from real_fast.planning.share import engine_share
 
 GIB = 2**30
 
@@ -89,7 +90,7 @@ def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
         free = room - RESERVE - 16.0 * sizes.parameters / config.gpus - weights
         at_a_time = min(config.rollout.max_num_seqs, k * config.rollout.prompts_per_step)
         return Need(memory, 0.0, max(0, int(free / per_sequence)), at_a_time, group, train.micro_batch_tokens, room)
-    held = config.rollout.gpu_memory_utilization * room
+    held = engine_share(config.rollout) * room
     # Sharded over the devices, each sequence's cache is as well. vLLM decodes as many as its cache holds.
     sequences = max(0, int((held - weights / config.gpus) * config.gpus / per_sequence))
     return Need(memory, held, sequences, 1, group, train.micro_batch_tokens, room)

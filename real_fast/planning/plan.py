@@ -12,6 +12,7 @@ from real_fast.planning.flops import UpdateFlops
 from real_fast.planning.memory import largest
 from real_fast.planning.need import GIB, RESERVE, Need, lengths, need, precision_of, smallest_share
 from real_fast.planning.shape import Shape, shape_of
+from real_fast.planning.share import engine_share
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def make_plan(config: PlanConfig) -> Plan:
         if (settings := on(least)) is not None:
             device = least, settings
     options = []
-    for share in dict.fromkeys((config.rollout.gpu_memory_utilization, smallest_share(config, sizes))):
+    for share in dict.fromkeys((engine_share(config.rollout), smallest_share(config, sizes))):
         for checkpointing in (False, True):
             train = replace(config.train, activation_checkpointing=checkpointing)
             start = replace(config, train=train, rollout=replace(config.rollout, gpu_memory_utilization=share))

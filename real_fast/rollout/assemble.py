@@ -72,6 +72,7 @@ def build_rollout(
         n_forced=parsed.n_forced,
         finish=parsed.finish,
         score_logprobs=score_logprobs,
+        unread=parsed.has_score and score_logprobs is None,
         written_score=parsed.written_score,
         text=str(tokenizer.decode(parsed.context_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
     )

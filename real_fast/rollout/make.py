@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
 
 from real_fast.config import Config
+from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
 from real_fast.model.load import load_model, model_folder, pick_device
 from real_fast.model.precision import dtype_of, resolve
@@ -40,7 +41,7 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
             they need more positions than the model has.
     """
     if _takes_vllm(config, model.device.type):
-        engine = _vllm(config, tokenizer, scale, model_path, model.config)
+        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps=_sleeps(config.rollout.sleep))
         try:
             engine.sync(model.named_parameters())
         except ValueError as error:
@@ -95,7 +96,23 @@ def _takes_vllm(config: Config, device: str) -> bool:
     return False
 
 
-def _vllm(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, model_config: Any) -> VllmEngine:
+def _sleeps(wanted: Literal["auto", "always", "never"]) -> bool:
+    """Whether vLLM is to sleep while the trainer updates. Raises :class:`ConfigError` where it must and cannot."""
+    from vllm.platforms import current_platform
+
+    able = bool(current_platform.is_sleep_mode_available())
+    if wanted == "always" and not able:
+        raise ConfigError(
+            f"rollout.sleep is always, and vLLM on a {current_platform.device_type} cannot sleep: it keeps its memory "
+            "during the update. Set rollout.sleep to auto or never"
+        )
+    return able and wanted != "never"
+
+
+def _vllm(
+    config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, model_config: Any, sleeps: bool = False
+) -> VllmEngine:
+    share = config.rollout.gpu_memory_utilization
     longest = _longest(config, model_config, scale)
     try:
         return VllmEngine(
@@ -106,9 +123,10 @@ def _vllm(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, m
             max_model_len=longest,
             seed=config.seed,
             max_num_seqs=config.rollout.max_num_seqs,
-            gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+            gpu_memory_utilization=GPU_SHARE if share == "auto" else share,
             top_p=config.rollout.top_p,
             trust_remote_code=config.trust_remote_code,
+            sleeps=sleeps,
         )
     # Too little memory, an architecture or a quantisation that it does not know, weights that it has no place for.
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError, AssertionError, OSError) as error:

@@ -66,6 +66,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    held_bytes = 0
 
     def __init__(
         self,
@@ -140,6 +141,10 @@ class TransformersEngine:
         missing = [name for name, mine in self.model.named_parameters() if mine.data_ptr() not in given]
         if missing:
             raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
+
+    def sleep(self) -> bool:
+        """Nothing to do: what it holds beside the trainer's model lives only while it samples."""
+        return False
 
     def close(self) -> None:
         """Let go of the model."""

@@ -1,11 +1,12 @@
-"""Rollouts by vLLM, in this process. Everything that depends on vLLM's interface is in this file."""
+"""Rollouts by vLLM, in this process. All that depends on vLLM's interface is here and in vllm_inside.py."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import torch
 
 from real_fast.errors import ConfigError
 from real_fast.model.folder import weight_names
+from real_fast.rollout.adapter_folder import adapter_folder
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
+from real_fast.rollout.vllm_inside import held_bytes, lora_settings, repack_tied_heads, spell_no_logprobs
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
@@ -37,18 +40,22 @@ def import_vllm() -> Any:
 
 @dataclass
 class _Sample:
-    """One sample on its way: its ids, and vLLM's log-probabilities where each was sampled."""
+    """One sample on its way: its ids, their log-probabilities, and where vLLM's stand of each of its steps."""
 
     place: int
     index: int
     thought: str
     ids: list[int] = field(default_factory=list)
-    steps: list[Any] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    steps: list[tuple[Any, int, int]] = field(default_factory=list)
 
     def add(self, completion: Any) -> _Sample:
         """What a request sampled goes behind what there is."""
-        self.ids += [int(token) for token in completion.token_ids]
-        self.steps += completion.logprobs
+        flat = completion.logprobs
+        for token, start, end in zip(completion.token_ids, flat.start_indices, flat.end_indices, strict=True):
+            self.ids.append(int(token))
+            self.logprobs.append(flat.logprobs[flat.token_ids.index(token, start, end)])
+            self.steps.append((flat, start, end))
         return self
 
 
@@ -67,9 +74,12 @@ class VllmEngine:
             ``VLLM_CPU_KVCACHE_SPACE`` GiB (2 by default).
         top_p: The smallest that will be sampled with; it decides which log-probabilities vLLM reports.
         trust_remote_code: Run Python code that comes with the model.
+        sleeps: Whether :meth:`sleep` gives the memory back, which vLLM must be set up for.
+        lora_rank: Rank of the adapters that :meth:`sync_adapter` will bring; None for none.
 
     Raises:
         ModelError: The folder has no safetensors that can be read.
+        ValueError: vLLM has no sleep on this device, or no adapters of this rank.
     """
 
     name = "vllm"
@@ -87,8 +97,13 @@ class VllmEngine:
         gpu_memory_utilization: float = 0.4,
         top_p: float = 1.0,
         trust_remote_code: bool = False,
+        sleeps: bool = False,
+        lora_rank: int | None = None,
     ) -> None:
         self._llm: Any = None
+        self._sleeps, self._asleep = sleeps, False
+        self._lora_rank, self._version = lora_rank, 0
+        self._adapter: Any = None
         self._has_run = False  # an attention that vLLM lacks (a head of 4 numbers on a CPU) shows in the first pass
         # Rotary frequencies, which old checkpoints hold, are computed.
         self._names = {name for name in weight_names(model_path) if not name.endswith("rotary_emb.inv_freq")}
@@ -128,9 +143,13 @@ class VllmEngine:
                 use_tqdm_on_load=False,
                 hf_overrides={"head_dtype": "float32"},  # bf16 logits come in steps of 1/8, and scores with them
                 **(whole_prompts if on_cpu else {}),
+                **({"enable_sleep_mode": True} if sleeps else {}),
+                **(lora_settings(lora_rank) if lora_rank is not None else {}),
             )
         # Asked of vLLM: a checkpoint with a head of its own is not tied, whatever its config.json says.
-        [self._tied] = self._llm.collective_rpc(_repack_tied_heads)
+        [self._tied] = self._llm.collective_rpc(repack_tied_heads)
+        [self.held_bytes] = self._llm.collective_rpc(held_bytes)
+        spell_no_logprobs(self._llm.llm_engine.output_processor)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt.
@@ -138,39 +157,46 @@ class VllmEngine:
         Samples are a function of ``sampling.seed`` and the prompt's place, as far as vLLM's batching leaves the numbers
         alike.
         Score log-probabilities come from the pass that sampled the score, where the model got there on its own and
-        vLLM reports them at temperature 1; otherwise from a second, one-token pass.
+        vLLM reports them at temperature 1; otherwise from a second, one-token pass. Where ``sampling.scores`` says that
+        nobody reads them, they are not asked for.
 
         Raises:
             ConfigError: vLLM cannot compute this model here, which its first pass shows.
             ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
                 tokens' log-probabilities (top_p below 1 with a temperature other than 0 and 1); before any work.
         """
+        if self._asleep:
+            raise RuntimeError("this rollout engine sleeps: sync it before it samples")
         check_prompts(prompts, sampling, self.scale, self.max_model_len, self._vocabulary)
         self._check_sampling(sampling)
-        samples = self._sample(prompts, sampling)
-        # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score.
-        same_pass = not self._processed or sampling.temperature in (0, 1)
+        # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score;
+        # an answer that is cut has its score elsewhere.
+        same_pass = sampling.scores and sampling.answer in ("forced", "generated")
+        same_pass = same_pass and (not self._processed or sampling.temperature in (0, 1))
+        samples = self._sample(prompts, sampling, same_pass)
         parsed = [parse_sample(s.ids, self.eos_ids, self.finder, sampling.answer, s.thought) for s in samples]
         scores: list[list[float] | None] = []
         later: list[int] = []
         for i, (sample, p) in enumerate(zip(samples, parsed, strict=True)):
             at = p.score_position
-            if p.has_score and (at is None or not same_pass):
+            if sampling.scores and p.has_score and (at is None or not same_pass):
                 later.append(i)
-            scores.append(self._score(sample.steps[at]) if at is not None and same_pass else None)
+            scores.append(self._score(*sample.steps[at]) if at is not None and same_pass else None)
         contexts = [[*prompts[samples[i].place], *parsed[i].context_ids] for i in later]
-        params = [self._params(temperature=0.0, max_tokens=1, detokenize=False) for _ in later]
+        params = [self._params(True, temperature=0.0, max_tokens=1) for _ in later]
         for i, output in zip(later, self._run(contexts, params), strict=True):
-            scores[i] = self._score(output.outputs[0].logprobs[0])
+            flat = output.outputs[0].logprobs
+            scores[i] = self._score(flat, flat.start_indices[0], flat.end_indices[0])
         results: list[list[Rollout]] = [[] for _ in prompts]
         for s, p, score in zip(samples, parsed, scores, strict=True):
-            logprobs = [float(step[token].logprob) for token, step in zip(s.ids, s.steps, strict=True)]
-            results[s.place].append(build_rollout(self.tokenizer, s.ids, logprobs, p, score))
+            results[s.place].append(build_rollout(self.tokenizer, s.ids, s.logprobs, p, score))
         greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
         return [[copy.deepcopy(group[0]) for _ in range(sampling.n)] for group in results] if greedy else results
 
-    def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[_Sample]:
+    def _sample(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, score_tokens: bool) -> list[_Sample]:
         """Sample until a verdict is written; in the order of the prompts.
+
+        `score_tokens` asks for their log-probabilities too, at every position.
 
         vLLM stops at the first phrase with a score behind it. Where that is in a thought or a quotation, or may be the
         beginning of a longer number, sampling goes on from there, as a request of its own.
@@ -182,7 +208,7 @@ class VllmEngine:
             n = sampling.n if sampling.temperature > 0 else 1
             seed = random_stream(sampling.seed, sampling.place(place)).getrandbits(62)  # sample i gets seed + i
             stop = [thought] if thought else verdict
-            params.append(self._sampling_params(sampling, sampling.max_tokens, seed, stop, n))
+            params.append(self._sampling_params(sampling, score_tokens, sampling.max_tokens, seed, stop, n))
         for place, output in enumerate(self._run(prompts, params)):
             for completion in sorted(output.outputs, key=lambda c: c.index):
                 samples.append(_Sample(place, completion.index, thoughts[place]).add(completion))
@@ -193,7 +219,7 @@ class VllmEngine:
                 wait = self.finder.waits_for(s.ids, s.thought)
                 left = 1 if wait == "number" else sampling.max_tokens - len(s.ids)
                 stop = {"number": [], "": verdict}.get(wait, [wait])
-                params.append(self._sampling_params(sampling, left, seed, stop))
+                params.append(self._sampling_params(sampling, score_tokens, left, seed, stop))
             outputs = self._run([[*prompts[s.place], *s.ids] for s in going], params)
             for s, output in zip(going, outputs, strict=True):
                 s.add(output.outputs[0])
@@ -202,7 +228,8 @@ class VllmEngine:
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the trainer's weights to vLLM (a tied head may be left out) and drop what is cached under the old ones.
 
-        Where it raises, the engine holds a part of the new weights, until another sync.
+        An engine that sleeps is woken first. Where it raises, the engine holds a part of the new weights, until another
+        sync.
 
         Raises:
             ValueError: A name that is not in the model folder's safetensors, or a weight of it that was left out.
@@ -219,12 +246,69 @@ class VllmEngine:
                 given.add(name)
                 yield name, tensor.detach().to(self.dtype)
 
-        with process_state_kept(), torch.no_grad():
+        with self._woken(), process_state_kept(), torch.no_grad():
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs()})
-            self._engine.collective_rpc(_repack_tied_heads)
+            self._engine.collective_rpc(repack_tied_heads)
         missing = sorted(self._names - left_out - given)
         if missing:
             raise ValueError(f"sync did not get {len(missing)} of the model's weights: {', '.join(missing[:5])}")
+        self._forget()
+
+    def sync_adapter(self, save: Callable[[Path], None], size: int) -> None:
+        """Hand the trainer's adapter to vLLM, which drops the one before; the base stays as it is.
+
+        Each version has an id and a name of its own, so that nothing cached under an earlier one counts for it.
+
+        Args:
+            save: Writes the adapter into a folder, as peft does.
+            size: Bytes that it needs there, at most.
+
+        Raises:
+            ValueError: vLLM cannot take this adapter over.
+        """
+        from vllm.lora.request import LoRARequest
+
+        with self._woken(), process_state_kept(), adapter_folder(size) as folder:
+            save(folder)
+            self._version += 1
+            adapter = LoRARequest(f"version-{self._version}", self._version, str(folder))
+            if self._adapter is not None:
+                self._engine.llm_engine.remove_lora(self._adapter.lora_int_id)
+                self._adapter = None
+            if not self._engine.llm_engine.add_lora(adapter):
+                raise ValueError("vLLM did not take the adapter over")
+            self._adapter = adapter
+        self._forget()
+
+    def sleep(self) -> bool:
+        """Give weights and cache back to the device until the next sync, where the engine was made to sleep.
+
+        Weights that the next sync brings are dropped (vLLM's level 2). A base under an adapter is kept in the host's
+        memory (level 1), since the sync brings the adapter alone.
+        """
+        if self._sleeps and not self._asleep:
+            self._engine.sleep(level=2 if self._lora_rank is None else 1)
+            self._asleep = True
+        return self._asleep
+
+    @contextmanager
+    def _woken(self) -> Iterator[None]:
+        """Wake the weights, let the caller sync, then wake the cache.
+
+        The wake brings back weights of before the sleep, or none, so a sync in front of it would be lost; the cache's
+        memory is not needed until after it.
+        """
+        if self._asleep:
+            gc.collect()
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps for itself, vLLM could not have
+            self._engine.wake_up(tags=["weights"])
+        yield
+        if self._asleep:
+            self._engine.wake_up(tags=["kv_cache"])
+            self._asleep = False
+
+    def _forget(self) -> None:
+        """Drop what was computed with earlier weights."""
         if self._engine.reset_prefix_cache() is False:
             raise RuntimeError(
                 "vLLM did not drop its prefix cache after the sync: it still holds the old weights' results"
@@ -251,8 +335,11 @@ class VllmEngine:
             return False
         return not self.finder.settled(s.ids, sampling.answer, s.thought)
 
-    def _sampling_params(self, sampling: SamplingParams, most: int, seed: int, stop: list[str], n: int = 1) -> Any:
+    def _sampling_params(
+        self, sampling: SamplingParams, score_tokens: bool, most: int, seed: int, stop: list[str], n: int = 1
+    ) -> Any:
         return self._params(
+            score_tokens,
             n=n,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -264,10 +351,12 @@ class VllmEngine:
             skip_special_tokens=False,  # as PhraseFinder reads
         )
 
-    def _params(self, **kwargs: Any) -> Any:
+    def _params(self, score_tokens: bool, **kwargs: Any) -> Any:
+        """Parameters of a request; text is made only where strings can stop it."""
         from vllm import SamplingParams
 
-        return SamplingParams(logprob_token_ids=list(self.scale.score_ids), **kwargs)
+        wanted: dict[str, Any] = {"logprob_token_ids": list(self.scale.score_ids)} if score_tokens else {"logprobs": 0}
+        return SamplingParams(flat_logprobs=True, detokenize=bool(kwargs.get("stop")), **wanted, **kwargs)
 
     def _run(self, prompts: Sequence[Sequence[int]], params: list[Any]) -> list[Any]:
         """Results in the order of the prompts, which run sorted: those with a common beginning one after the other."""
@@ -280,7 +369,9 @@ class VllmEngine:
         # vLLM draws from torch's generators here, and from no other; those are for other threads to use meanwhile.
         with process_state_kept(seeded=False):
             try:
-                outputs = self._engine.generate(tokens, [params[i] for i in order], use_tqdm=False)
+                outputs = self._engine.generate(
+                    tokens, [params[i] for i in order], use_tqdm=False, lora_request=self._adapter
+                )
             except BaseException as error:  # Ctrl-C too: what is left unfinished would come out of the next call
                 core = self._engine.llm_engine
                 core.abort_request(list(core.output_processor.request_states), internal=True)
@@ -293,8 +384,9 @@ class VllmEngine:
         self._has_run = True
         return [output for _, output in sorted(zip(order, outputs, strict=True), key=lambda pair: pair[0])]
 
-    def _score(self, step: Any) -> list[float]:
-        return [float(step[token].logprob) for token in self.scale.score_ids]
+    def _score(self, flat: Any, start: int, end: int) -> list[float]:
+        """The score tokens' log-probabilities among those of one position."""
+        return [float(flat.logprobs[flat.token_ids.index(token, start, end)]) for token in self.scale.score_ids]
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
         if 0 < sampling.temperature < 0.01:
@@ -309,28 +401,3 @@ class VllmEngine:
                 "with top_p below 1, vLLM reports log-probabilities at temperature 1 alone, and the temperature is "
                 f"{sampling.temperature}: set rollout.top_p or the temperature to 1, or rollout.engine to transformers"
             )
-
-
-def _repack_tied_heads(worker: Any) -> bool:
-    """Make a tied head's packed copy anew on a CPU, since reloading does so for the embedding alone.
-
-    Args:
-        worker: vLLM's, in this process.
-
-    Returns:
-        Whether the model has a tied head.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-    from vllm.platforms import current_platform
-
-    found, seen = False, set()
-    for module in worker.get_model().modules():
-        method = getattr(module, "quant_method", None)
-        if not isinstance(method, UnquantizedEmbeddingMethod):
-            continue
-        if id(module.weight) in seen:
-            found = True
-            if current_platform.is_cpu():
-                method.process_weights_after_loading(module)
-        seen.add(id(module.weight))
-    return found

@@ -22,6 +22,7 @@ from real_fast.methods.registry import check_config
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve
+from real_fast.planning.share import with_engine_share
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.make import make_engine
@@ -34,6 +35,7 @@ from real_fast.score.scale import ScoreScale
 from real_fast.training.groups import GroupSource
 from real_fast.training.identity import check_same_run, fingerprints_of
 from real_fast.training.optim import build_optimizer, build_scheduler
+from real_fast.training.peak_memory import PeakMemory
 from real_fast.training.preflight import check_rows_fit, check_trainable
 from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
@@ -138,7 +140,9 @@ def build(config: Config) -> Parts:
             state = checkpoint.load(resume_from, model, optimizer, scheduler)
             timer.run = state.seconds
             method.resume(policy, folder.path)
-        engine = make_engine(config, model, tokenizer, scale, resolve_model(config.initial_weights))
+        room = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else None
+        settings = with_engine_share(config, model.config, room)
+        engine = make_engine(settings, model, tokenizer, scale, resolve_model(config.initial_weights))
     updater = Updater(
         policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
     )
@@ -147,7 +151,8 @@ def build(config: Config) -> Parts:
     run = Run(folder, trackers.Trackers(config, folder, resumed_step), world.is_main)
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
-    groups = GroupSource(method, sampler, engine, timer)
+    groups = GroupSource(method, sampler, engine, timer, PeakMemory(model.device), config.rollout.check_every)
+    groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
     return Parts(
         world,

@@ -15,6 +15,7 @@ from real_fast.methods.base import UpdateCounts
 from real_fast.methods.policy_gradient import clipped_surrogate, k3, weigh
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
+from real_fast.types import JudgeRow
 from tests.helpers import SCALE, make_groups, make_method
 from tests.oracles import interpolate, naive_advantages
 
@@ -270,3 +271,39 @@ def test_measuring_the_kl_changes_nothing_to_the_last_bit(tiny_llama, method, ex
     ]
     found = torch.cat([o.kl for o in measured])
     assert len(found) == len(want) and float(found.mean()) == pytest.approx(sum(want) / len(want), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective", "compare", "read"),
+    [
+        ("real", {}, False, False),
+        ("real", {}, True, True),
+        ("real", {"reward_from": "engine"}, False, True),
+        ("binary_rl", {}, False, True),
+    ],
+)
+def test_the_engine_is_asked_for_scores_where_they_are_read(name, objective, compare, read):
+    asked = []
+
+    class Engine:
+        def generate(self, prompts, params):
+            asked.append(params)
+            return [make_groups(n=1)[0].rollouts for _ in prompts]
+
+    row = JudgeRow("1", "1", "", "", "", "", 2.0, [], [], [1, 2])
+    method = make_method(name, ObjectiveConfig(**objective))
+    method.groups([row], 0, 3, Engine(), compare)
+    assert asked[0].scores is read
+
+
+def test_scores_that_were_not_read_change_nothing(tiny_llama):
+    policy = Policy(tiny_llama().double(), attention="sdpa")
+    groups = make_groups(missing=True)
+    method, counts = make_method("real"), UpdateCounts.of(groups)
+    want = run(policy, groups, lambda _: method.loss(counts))
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.unread, rollout.score_logprobs = rollout.has_score, None
+    assert UpdateCounts.of(groups) == counts
+    found = run(policy, groups, lambda _: method.loss(counts))
+    assert found[0] == want[0] and all(torch.equal(found[1][n], want[1][n]) for n in want[1])

@@ -206,6 +206,32 @@ def test_scores_from_the_pass_that_sampled_them(
         assert rollout.score_logprobs is None and rollout.written_score is None
 
 
+def test_scores_that_nobody_reads_are_not_asked_for(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(n=2, max_tokens=10, seed=2)
+    want = setup.engine.generate(stories, sampling)
+    passes: list[tuple[Any, Any]] = []
+    run = setup.engine._run
+
+    def recorded(prompts: Any, params: Any) -> Any:
+        passes.append((params, run(prompts, params)))
+        return passes[-1][1]
+
+    monkeypatch.setattr(setup.engine, "_run", recorded)
+    found = setup.engine.generate(stories, dataclasses.replace(sampling, scores=False))
+    assert sampled(found) == sampled(want) and len(passes[0][0]) == 2 and [p for p, _ in passes[1:]] == [[]]
+    assert all(params.logprob_token_ids is None for params in passes[0][0])
+    for rollout, scored in zip(found[0] + found[1], want[0] + want[1], strict=True):
+        assert rollout.score_logprobs is None and rollout.has_score and rollout.unread
+        assert scored.has_score and not scored.unread and rollout.context_ids == scored.context_ids
+        assert np.abs(np.subtract(rollout.sampled_logprobs, scored.sampled_logprobs)).max() < 1e-3
+    for output in passes[0][1]:
+        for completion in output.outputs:
+            assert set(completion.logprobs.decoded_tokens) == {None}  # no token was spelled
+            assert len(completion.logprobs.logprobs) == len(completion.token_ids)
+
+
 def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
     groups = setup.engine.generate(stories, SamplingParams(n=3, max_tokens=10, seed=2))
     for rollout in (rollout for group in groups for rollout in group):

@@ -1,0 +1,72 @@
+"""What reaches into vLLM's own objects, where its interface does not do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def lora_settings(rank: int) -> dict[str, Any]:
+    """What vLLM is started with for one adapter at a time; of the ranks that it knows, the next one up."""
+    from typing import get_args
+
+    from vllm.config.lora import MaxLoRARanks
+
+    known = [int(one) for one in get_args(MaxLoRARanks)]
+    if rank > max(known):
+        raise ValueError(f"vLLM takes adapters up to rank {max(known)}, and this one has {rank}")
+    largest = min(one for one in known if one >= rank)
+    return {"enable_lora": True, "max_lora_rank": largest, "max_loras": 1, "max_cpu_loras": 1}
+
+
+def spell_no_logprobs(processor: Any) -> None:
+    """Where text is made, vLLM also spells each token whose log-probability it reports, which nobody reads."""
+    add_request = processor.add_request
+
+    def added(request: Any, *args: Any, **kwargs: Any) -> None:
+        add_request(request, *args, **kwargs)
+        processor.request_states[request.request_id].logprobs_processor.tokenizer = None
+
+    processor.add_request = added
+
+
+def held_bytes(worker: Any) -> int:
+    """Bytes of vLLM's weights and key-value cache, which are in this process."""
+    found: dict[int, int] = {}
+
+    def add(one: Any) -> None:
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        elif isinstance(one, list | tuple):
+            for part in one:
+                add(part)
+
+    model = worker.get_model()
+    add([*model.parameters(), *model.buffers(), getattr(worker.model_runner, "kv_caches", [])])
+    return sum(found.values())
+
+
+def repack_tied_heads(worker: Any) -> bool:
+    """Make a tied head's packed copy anew on a CPU, since reloading does so for the embedding alone.
+
+    Args:
+        worker: vLLM's, in this process.
+
+    Returns:
+        Whether the model has a tied head.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.platforms import current_platform
+
+    found, seen = False, set()
+    for module in worker.get_model().modules():
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, UnquantizedEmbeddingMethod):
+            continue
+        if id(module.weight) in seen:
+            found = True
+            if current_platform.is_cpu():
+                method.process_weights_after_loading(module)
+        seen.add(id(module.weight))
+    return found

@@ -17,6 +17,7 @@ WHERE = {
     "bench-sweep": "docs/packing.md",
     "bench-plots": "docs/packing.md",
     "bench-rollout": "docs/rollouts.md",
+    "bench-vllm": "docs/rollouts.md",
     "bench-head": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
     "kernels": "docs/kernels.md",

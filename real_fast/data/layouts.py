@@ -69,7 +69,7 @@ def common(
         scores: How the scale's are written; numbers are scores too.
 
     Raises:
-        RowError: A chat that cannot be one, a value that is nested too deep, or a list of feedback as text that is none.
+        RowError: A chat that cannot be one, a value that is nested too deep, or feedback that is no list any more.
     """
     out = {**{key: value for key, value in record.items() if key not in fields}, **_mapped(record, fields)}
     for name in fields:

@@ -17,7 +17,7 @@ from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, R
 from real_fast.judging.arguments import check_arguments
 from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
 from real_fast.judging.prometheus_names import PrometheusNames
-from real_fast.judging.sharing import Alone
+from real_fast.judging.sharing import Alone, judge_made
 from real_fast.judging.waiting import CLOSED, Waiting
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
@@ -38,10 +38,10 @@ class Judge(PrometheusNames):
     over where they are not given.
 
     Safe to call from several threads, also where judges share a loaded model or a tokenizer: calls wait for each other.
-    Not after a fork: a child process makes its own. To use an engine's batching, hand many rows to :meth:`grade_batch`,
-    or call :meth:`agrade`, whose waiting calls are graded together. Every call is reproducible:
-    its samples are a function of the weights, the `seed` and the row's place among the rows of the call that can be
-    graded (floating-point order apart).
+    Not after a fork: a child process makes its own, on one thread ("spawn" gives it all). To use an engine's batching,
+    hand many rows to :meth:`grade_batch`, or call :meth:`agrade`, whose waiting calls are graded together. Every call
+    is reproducible: its samples are a function of the weights, the `seed` and the row's place among the rows of the
+    call that can be graded (floating-point order apart).
 
     Args:
         model: A folder, a model on the Hugging Face hub, or a loaded Transformers causal language model.
@@ -97,6 +97,7 @@ class Judge(PrometheusNames):
             device=device,
             trust_remote_code=trust_remote_code,
         )
+        judge_made()
         loaded = not isinstance(model, str | os.PathLike)
         if not hasattr(model, "config") if loaded else not str(model):
             raise ConfigError(f"model is {model!r}: give a folder, a hub name or a loaded Transformers model")

@@ -32,13 +32,7 @@ def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedMod
                 **how,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
-        config = read_json(path / "config.json")
-        if quantization := config.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
-            raise ModelError(
-                f"the model in {path} is quantised ({method}) and cannot be loaded here ({first_line(error)}): install "
-                "what is missing, or take the model that it was made from"
-            ) from error
+        raise_if_quantised(path, error)
         raise ModelError(
             f"the model in {path} cannot be loaded ({first_line(error)}): config.json may be for another version than "
             f"the installed transformers {transformers.__version__}"
@@ -60,6 +54,20 @@ def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedMod
             f"{_remedy(missing, unexpected)}"
         )
     return model
+
+
+def raise_if_quantised(path: Path, error: Exception) -> None:
+    """Say of an error that a model raises that the model in `path` is quantised, where its config.json says so.
+
+    Raises:
+        ModelError: It does.
+    """
+    if quantization := read_json(path / "config.json").get("quantization_config"):
+        raise ModelError(
+            f"the model in {path} is quantised ({quantization.get('quant_method', 'unknown')}) and cannot be loaded "
+            f"here ({first_line(error)}): install what is missing, or take the model that it was made from. Where its "
+            "weights are no longer quantised (merged, say), take quantization_config out of its config.json"
+        ) from error
 
 
 def check_files(path: Path, trust_remote_code: bool = False) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 Level = Literal["debug", "info", "warning", "error"]
 _ROOT = "real_fast"
 # What these warn of while they are imported (a binary for another Python, a deprecated call) is about themselves.
-_IMPORTED = ("torchao", "torch.utils._pytree")
+_IMPORTED = ("torchao", "torch.utils._pytree", "bitsandbytes.backends")
 
 
 class _Stderr(logging.StreamHandler[Any]):

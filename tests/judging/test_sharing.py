@@ -139,3 +139,33 @@ def test_after_a_fork_a_judge_says_so_and_does_not_hang(with_engine: Callable[..
         go_on.set()
         thread.join()
     assert judge.grade(**ROW).score == pytest.approx(1.75)  # the parent's goes on
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_judge_made_after_a_fork_waits_for_nobody(
+    with_engine: Callable[..., Judge], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither for the lock of what it shares, which a thread of the parent holds, nor for OpenMP's threads."""
+    engine = FakeEngine([rollout([0.5, 0.25, 0.25])])
+    tokenizer = with_engine(engine)._builder.tokenizer
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Alone(tokenizer).held():
+            held.set()
+            go_on.wait(20)
+
+    def check() -> bool:
+        grade = with_engine(engine, tokenizer=tokenizer).grade(**ROW)
+        return grade.score is not None and torch.get_num_threads() == 1 and "on one thread" in caplog.text
+
+    thread, threads = threading.Thread(target=hold), torch.get_num_threads()
+    thread.start()
+    held.wait(5)
+    torch.set_num_threads(2)
+    try:
+        assert in_a_fork(check) and torch.get_num_threads() == 2 and not caplog.text
+    finally:
+        torch.set_num_threads(threads)
+        go_on.set()
+        thread.join()

@@ -18,7 +18,9 @@ def test_a_judge_that_was_asked_in_another_way_is_named(tmp_path: Path, caplog: 
     def said(scale: Any = None, **prompt: Any) -> str:
         caplog.clear()
         prompt = {"template": str(tmp_path / "mine.jinja"), "system": "", **prompt}
-        config = Config(model=str(tmp_path), scale=scale or ScaleConfig(phrase="[RESULT] "), prompt=PromptConfig(**prompt))
+        config = Config(
+            model=str(tmp_path), scale=scale or ScaleConfig(phrase="[RESULT] "), prompt=PromptConfig(**prompt)
+        )
         warn_if_asked_otherwise(config, template=MINE)
         return caplog.text
 

@@ -14,7 +14,7 @@ from real_fast.config import Config, EvalConfig, PromptConfig, RolloutConfig, Sc
 from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
-from real_fast.judging.arguments import check_arguments
+from real_fast.judging.arguments import check_arguments, check_model
 from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
 from real_fast.judging.prometheus_names import PrometheusNames
 from real_fast.judging.sharing import Alone, judge_made
@@ -99,8 +99,7 @@ class Judge(PrometheusNames):
         )
         judge_made()
         loaded = not isinstance(model, str | os.PathLike)
-        if not hasattr(model, "config") if loaded else not str(model):
-            raise ConfigError(f"model is {model!r}: give a folder, a hub name or a loaded Transformers model")
+        check_model(model)
         if isinstance(tokenizer, str | os.PathLike):
             raise ConfigError(f"tokenizer is {tokenizer!r}: give a loaded one, AutoTokenizer.from_pretrained(...)")
         name = str(model.config.name_or_path if loaded else model)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from real_fast import Judge
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
@@ -58,6 +59,13 @@ def test_what_cannot_be_is_refused_by_name(folder: Path, argument: str, value: A
 def test_a_model_is_a_name_or_a_model(model: Any) -> None:
     with pytest.raises(ConfigError, match=f"^model is {model!r}: give a folder, a hub name or a loaded"):
         Judge(model)
+
+
+def test_a_loaded_model_writes_text(tiny_llama: Any, smollm2_tokenizer: Any) -> None:
+    other = AutoModelForSequenceClassification.from_config(tiny_llama().config)
+    for model, name in ((other, "LlamaForSequenceClassification"), (tiny_llama().model, "LlamaModel")):
+        with pytest.raises(ConfigError, match=f"^model is {name}: give a folder, .*AutoModelForCausalLM"):
+            Judge(model, tokenizer=smollm2_tokenizer)
 
 
 def test_what_can_be_is_taken(with_engine: Callable[..., Judge]) -> None:

@@ -100,7 +100,7 @@ class Judge(PrometheusNames):
         judge_made()
         loaded = not isinstance(model, str | os.PathLike)
         check_model(model)
-        if isinstance(tokenizer, str | os.PathLike):
+        if tokenizer is not None and not callable(tokenizer):
             raise ConfigError(f"tokenizer is {tokenizer!r}: give a loaded one, AutoTokenizer.from_pretrained(...)")
         name = str(model.config.name_or_path if loaded else model)
         if loaded and tokenizer is None and not name:

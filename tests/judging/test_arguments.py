@@ -46,6 +46,7 @@ from tests.judging.fakes import FakeEngine
         ("rollout", RolloutConfig(answer="maybe"), "rollout.answer is 'maybe': it must be one of forced, generated"),
         ("rollout", RolloutConfig(max_num_seqs=0), "rollout.max_num_seqs is 0: it must be above 0"),
         ("rollout", {"top_p": 1.5}, "rollout.top_p is 1.5: it must be above 0 and at most 1"),
+        ("tokenizer", Path("Qwen"), "tokenizer is PosixPath('Qwen'): give a loaded one"),
         ("tokenizer", "Qwen/Qwen3-0.6B", "tokenizer is 'Qwen/Qwen3-0.6B': give a loaded one"),
     ],
 )

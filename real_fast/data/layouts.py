@@ -34,6 +34,7 @@ _CHATS = ("messages", "conversations", "prompt")
 # What holds more than text in one layout or another, and in the cell of a CSV can only be written as text.
 _LISTS = ("scores", "gpt4_score", "feedback", "feedbacks", "gpt4_feedback")
 _RECORDS = ("reward_model", "extra_info", "rubric", "score_rubric")
+_TEXTS, _TURNS = r"\[\s*['\"]", r"\[\s*\{\s*['\"](role|content|from|value)['\"]"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _SECTIONS = {
     "instruction": "###The instruction to evaluate:",
@@ -126,20 +127,20 @@ def _follow(record: Any, path: str) -> Any:
 def _from_text(out: dict[Any, Any]) -> None:
     """Lists, records and chats that were written as text: as JSON, or as Python writes them (pandas into a CSV)."""
     for name in (*_LISTS, *_RECORDS, *_CHATS, "completion"):
-        text = out.get(name)
-        if not isinstance(text, str) or text.strip()[:1] not in ("[", "{"):
+        text = value.strip() if isinstance(value := out.get(name), str) else ""
+        if text[:1] not in ("[", "{"):
             continue
-        found = _structure(text.strip())
+        found = _structure(text)
         if name in _LISTS:
             meant = isinstance(found, list)
-            if not meant and re.match(r"\[\s*['\"]", text.strip()) and text.strip().endswith("]"):
-                raise RowError(f"{name} is a list written as text that cannot be read back: {text.strip()[:40]!r}")
         elif name in _RECORDS:
             meant = isinstance(found, Mapping) and ("rubric" not in name or "criteria" in found)
         else:
             meant = isinstance(found, list) and bool(found) and all(isinstance(turn, Mapping) for turn in found)
         if meant:
             out[name] = found
+        elif text.endswith("]") and re.match(_TEXTS if name in _LISTS else _TURNS, text):
+            raise RowError(f"{name} is a list written as text that cannot be read back: {text[:40]!r}")
 
 
 def _structure(text: str) -> Any:

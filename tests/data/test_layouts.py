@@ -265,6 +265,8 @@ def test_text_that_only_looks_like_a_list_stays_text(one: Any) -> None:
     assert one(GOOD | {"feedback": "[RESULT] is missing"}).feedbacks == ["[RESULT] is missing"]
     with pytest.raises(RowError, match=r"gpt4_feedback is a list written as text that cannot be read back"):
         one({"instruction": PROMPT, "gpt4_score": 4, "gpt4_feedback": "['a' 'b']"})  # NumPy's, in two texts
+    with pytest.raises(RowError, match=r"prompt is a list written as text that cannot be read back"):
+        one({"prompt": f"[{USER}\n {ASSISTANT}]", "response": "a", "rubric": "u", "score": 3})
 
 
 def test_a_label_that_stands_for_a_score_is_one_in_data(smollm2_tokenizer: Any) -> None:

@@ -136,11 +136,15 @@ def _from_text(out: dict[Any, Any]) -> None:
         elif name in _RECORDS:
             meant = isinstance(found, Mapping) and ("rubric" not in name or "criteria" in found)
         else:
-            meant = isinstance(found, list) and bool(found) and all(isinstance(turn, Mapping) for turn in found)
+            meant = isinstance(found, list) and bool(found) and all(map(_is_turn, found))
         if meant:
             out[name] = found
         elif text.endswith("]") and re.match(_TEXTS if name in _LISTS else _TURNS, text):
             raise RowError(f"{name} is a list written as text that cannot be read back: {text[:40]!r}")
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
 def _structure(text: str) -> Any:

@@ -261,7 +261,8 @@ def test_text_that_only_looks_like_a_list_stays_text(one: Any) -> None:
     for name in ("instruction", "response", "rubric"):
         for text in ("[1, 2]", '{"a": 1}', "[]", "{x}", "[" * 500):
             assert getattr(one(GOOD | {name: text}), name) == text
-    assert one({**GOOD, "prompt": "[1, 2]", "instruction": None}).instruction == "[1, 2]"
+    for text in ("[1, 2]", '[{"a": 1}]'):
+        assert one({**GOOD, "prompt": text, "instruction": None}).instruction == text
     assert one(GOOD | {"feedback": "[RESULT] is missing"}).feedbacks == ["[RESULT] is missing"]
     with pytest.raises(RowError, match=r"gpt4_feedback is a list written as text that cannot be read back"):
         one({"instruction": PROMPT, "gpt4_score": 4, "gpt4_feedback": "['a' 'b']"})  # NumPy's, in two texts

@@ -166,7 +166,7 @@ class Judge(PrometheusNames):
         Args:
             rows: Mappings with the fields of judge data, Prometheus's or the common ones (see docs/data.md); others, a
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
-                A data frame of pandas counts as the list of its rows.
+                A data frame of pandas or Polars, or an Arrow table, counts as the list of its rows.
             seed: See :class:`Judge`.
 
         Raises:
@@ -293,8 +293,15 @@ class Judge(PrometheusNames):
 
 def _listed(rows: Any) -> list[Any]:
     """The rows as a list. Raises :class:`GradeError` for what is one row, or none."""
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, whose own iterator gives column names
-        rows = rows.to_dict("records")
+    if hasattr(rows, "columns"):  # a table, whose own iterator gives names or columns
+        for name, arguments in (
+            ("to_dicts", ()),
+            ("to_pylist", ()),
+            ("to_dict", ("records",)),
+        ):  # Polars, Arrow, pandas
+            if hasattr(rows, name):
+                rows = getattr(rows, name)(*arguments)
+                break
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise GradeError(f"rows is a {type(rows).__name__}: give a list of rows, [row] for a single one")
     return list(rows)

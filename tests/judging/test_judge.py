@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -214,8 +215,9 @@ def test_no_row_takes_the_others_down(with_engine: Any) -> None:
 def test_a_data_frame_is_its_rows_and_a_row_is_no_list_of_rows(with_engine: Any) -> None:
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
     frame = pandas.DataFrame([{**ROW, "human": 3}, {**ROW, "response": None}])
-    first, second = judge.grade_batch(frame)
-    assert first.score == pytest.approx(1.75) and second.error.startswith("response is")
+    for rows in (frame, pyarrow.Table.from_pandas(frame)):
+        first, second = judge.grade_batch(rows)
+        assert first.score == pytest.approx(1.75) and second.error.startswith("response is")
     assert len(judge.grade_batch(row for row in [ROW, ROW])) == 2 and judge.grade_batch([]) == []
     for wrong in (ROW, "rows.jsonl", None, 7):
         with pytest.raises(GradeError, match=rf"rows is a {type(wrong).__name__}: give a list of rows"):

@@ -293,12 +293,8 @@ class Judge(PrometheusNames):
 
 def _listed(rows: Any) -> list[Any]:
     """The rows as a list. Raises :class:`GradeError` for what is one row, or none."""
-    if hasattr(rows, "columns"):  # a table, whose own iterator gives names or columns
-        for name, arguments in (
-            ("to_dicts", ()),
-            ("to_pylist", ()),
-            ("to_dict", ("records",)),
-        ):  # Polars, Arrow, pandas
+    if hasattr(rows, "columns"):  # a table of Polars, Arrow or pandas, whose own iterator gives names or columns
+        for name, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
             if hasattr(rows, name):
                 rows = getattr(rows, name)(*arguments)
                 break

@@ -15,12 +15,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from real_fast.errors import ModelError
-from real_fast.model.folder import read_json, weight_files
+from real_fast.model.folder import INDEX, SINGLE, read_json, weight_files
 from real_fast.runs.progress import no_foreign_bars
+
+logger = logging.getLogger(__name__)
 
 
 def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedModel:
     """The model with every weight from its folder, none made up. Raises :class:`ModelError`."""
+    if (path / SINGLE).is_file() and (path / INDEX).is_file():
+        logger.warning("%s has both %s and %s: the first is taken, as Transformers does", path, SINGLE, INDEX)
     try:
         with no_foreign_bars(), _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -129,13 +133,13 @@ def _some(names: Sequence[str]) -> str:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep Transformers' table of weights that do not fit, which an error says here, off the terminal."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        theirs.setLevel(level)
 
 
 def first_line(error: Exception) -> str:

@@ -225,7 +225,9 @@ def test_a_missing_shard(tiny_llama: Any, tmp_path: Path) -> None:
         load_model(str(tmp_path), CPU, torch.float32)
 
 
-def test_other_weights_beside_the_models_are_not_read(folder: Path, tiny_llama: Any, tmp_path: Path) -> None:
+def test_other_weights_beside_the_models_are_not_read(
+    folder: Path, tiny_llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     def read(where: Path) -> set[str]:
         with model_alone(where) as alone:
             assert {file.name for file in alone.iterdir()} >= {"config.json", "tokenizer.json"}
@@ -240,8 +242,10 @@ def test_other_weights_beside_the_models_are_not_read(folder: Path, tiny_llama: 
     for file in (tmp_path / "other").glob("*.safetensors*"):
         shutil.copy(file, folder)
     whole = load_file(folder / "model.safetensors")
+    assert not caplog.text
     assert torch.equal(load_model(str(folder), CPU, torch.float32).get_parameter(ATTENTION), whole[ATTENTION])
     assert read(folder) == {"model.safetensors"} and weight_names(folder) == whole.keys()
+    assert "has both model.safetensors and model.safetensors.index.json: the first is taken" in caplog.text
     check_files(folder)
     (folder / "model.safetensors").unlink()
     with model_alone(folder) as alone:  # vLLM goes by the index, too

@@ -263,7 +263,8 @@ def _split_verdict(text: str, phrase: str, scores: Sequence[str]) -> tuple[str, 
     if not verdict:
         return None
     begun = next((len(known) for known in phrases if verdict[: len(known)].lower() == known.lower()), 0)
-    written = "|".join([r"[-+]?\d+(?:\.\d+)?", *(re.escape(text.strip()) for text in scores)])
+    longest_first = sorted((text.strip() for text in scores), key=len, reverse=True)
+    written = "|".join([r"[-+]?\d+(?:\.\d+)?", *map(re.escape, longest_first)])
     score = re.match(rf" ?(?i:score)?[ :*]*({written})", " ".join(verdict[begun:].split()))
     return kept, score[1] if score else None
 

@@ -20,11 +20,11 @@ from real_fast.types import Rollout, SamplingParams
 from tests.judging.fakes import ROW, FakeEngine, rollout
 
 
-def test_two_judges_on_one_model_grade_as_one_does(tiny_llama: Callable[..., Any], smollm2_tokenizer: Any) -> None:
+def test_two_judges_on_one_model_grade_as_one_does(tiny_llama: Callable[..., Any], small_tokenizer: Any) -> None:
     """Sampling swaps the model's weights and modes in place; side by side, one would compute with the other's."""
-    model = tiny_llama(vocab_size=49152, hidden_size=16)
+    model = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16)
     judges = [
-        Judge(model, tokenizer=smollm2_tokenizer, rollout={"max_tokens": 4}, prompt={"template": "short"})
+        Judge(model, tokenizer=small_tokenizer, rollout={"max_tokens": 4}, prompt={"template": "short"})
         for _ in range(2)
     ]
     forward, inside, most = model.forward, 0, 0
@@ -69,15 +69,15 @@ def test_judges_on_one_tokenizer_take_turns() -> None:
 
 
 def test_a_judge_is_made_while_no_other_uses_its_tokenizer(
-    tiny_llama: Callable[..., Any], smollm2_tokenizer: Any
+    tiny_llama: Callable[..., Any], small_tokenizer: Any
 ) -> None:
-    model, made = tiny_llama(vocab_size=49152, hidden_size=16), threading.Event()
+    model, made = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16), threading.Event()
 
     def make() -> None:
-        Judge(model, tokenizer=smollm2_tokenizer, prompt={"template": "short"})
+        Judge(model, tokenizer=small_tokenizer, prompt={"template": "short"})
         made.set()
 
-    with Alone(smollm2_tokenizer).held():
+    with Alone(small_tokenizer).held():
         thread = threading.Thread(target=make)
         thread.start()
         assert not made.wait(0.3)

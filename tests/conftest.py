@@ -71,18 +71,42 @@ settings.load_profile("real-fast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark whole runs and what is slow; skip tests marked ``gpu`` where there is none."""
+    """Mark whole runs and what is slow; skip tests marked ``gpu`` where there is none; long ones first."""
     for item in items:
         names = {item.path.stem, getattr(item, "originalname", "")}
         if names & E2E:
             item.add_marker(pytest.mark.e2e)
         if names & SLOW:
             item.add_marker(pytest.mark.slow)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        items[:] = _long_ones_first(items, workers)
+
+
+def _long_ones_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Files of long tests at the start of each worker's share (an equal run of tests), so that none ends with one.
+
+    All that starts vLLM is in one share: importing it takes ten seconds.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def has(file: Path, *marks: str) -> bool:
+        return any(item.get_closest_marker(mark) for item in files[file] for mark in marks)
+
+    shares: list[list[pytest.Item]] = [[item for f in files if has(f, "vllm") for item in files[f]]]
+    shares += [[] for _ in range(workers - 1)]
+    for file in [f for f in files if has(f, "e2e", "slow") and not has(f, "vllm")]:
+        min(reversed(shares), key=len).extend(files[file])
+    short = [item for f in files if not has(f, "vllm", "e2e", "slow") for item in files[f]]
+    ordered: list[pytest.Item] = []
+    for place, share in enumerate(shares):
+        room = max(0, (len(items) - len(ordered)) // (workers - place) - len(share))
+        ordered += share + short[:room]
+        short = short[room:]
+    return ordered
 
 
 # A figure's cost is its layout and its pixels, which only these tests look at.
@@ -115,6 +139,14 @@ def _rendered(
         monkeypatch.setattr(Figure, "savefig", _not_rendered)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _not_flushed() -> Iterator[None]:
+    """No test cuts the power: what is written need not reach the disk at once, and a short run flushes 70 files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct (bf16 safetensors and tokenizer), converted once per machine."""
@@ -133,6 +165,17 @@ def smollm2_tokenizer(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(smollm2_tokenizer: Any) -> Any:
+    """The first 2,048 tokens of SmolLM2: of 49,152, a tiny model would do little but compute, load and save their rows.
+
+    Shared by the session: do not change it.
+    """
+    from tests.vocabularies import first_tokens
+
+    return first_tokens(smollm2_tokenizer, 2048)
 
 
 @pytest.fixture(scope="session")
@@ -187,13 +230,11 @@ def judge_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_judge(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], smollm2_tokenizer: Any
-) -> Path:
-    """A random model with SmolLM2's tokenizer: everything but the judging, in milliseconds a step."""
+def tiny_judge(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], small_tokenizer: Any) -> Path:
+    """A random model with the first of SmolLM2's tokens: everything but the judging, in milliseconds a step."""
     folder = tmp_path_factory.mktemp("tiny_judge")
-    tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(folder)
-    smollm2_tokenizer.save_pretrained(folder)
+    tiny_llama(tied=True, vocab_size=len(small_tokenizer), hidden_size=16).save_pretrained(folder)
+    small_tokenizer.save_pretrained(folder)
     return folder
 
 

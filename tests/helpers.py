@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.config import Config, RolloutConfig
 from real_fast.config.schema import ObjectiveConfig
+from real_fast.data.synthetic import generate
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.registry import METHODS
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Group, Rollout
-from real_fast.utils.jsonio import read_jsonl
+from real_fast.utils.jsonio import read_jsonl, write_jsonl
 
 EOS = 2
 
@@ -71,20 +72,26 @@ def run_update(policy, groups, budget=LONG, config=None, compare=False):
 
 
 SETTINGS = """
-data: {train: "synthetic:train", eval: "synthetic:eval", max_eval: 12}
+data: {train: TRAIN, eval: EVAL, max_eval: 12}
 prompt: {template: short, system: Grade.}
 rollout: {engine: transformers, prompts_per_step: 3, group_size: 3, max_tokens: 12}
 warmup: {steps: 2, batch_size: 4}
 optim: {lr: 1.0e-3}
 train: {steps: 5, precision: fp32}
-eval: {bootstrap: 50}
+eval: {bootstrap: 10}
 save: {every: 2, keep: 9}
 """
 
 
 def flags(model, output, *more):
-    config = model / "run.yaml"
-    config.write_text(SETTINGS, encoding="utf-8")
+    """The command line of a short run on a few of the generated rows: reading all of them would take the longest."""
+    config, settings = model / "run.yaml", SETTINGS
+    for name, size in (("train", (20, 4)), ("eval", (8, 4))):
+        rows = model / f"{name}.jsonl"
+        if not rows.is_file():
+            write_jsonl(rows, generate(*size, seed=0, which=name))
+        settings = settings.replace(name.upper(), str(rows))
+    config.write_text(settings, encoding="utf-8")
     return ["--config", str(config), "--model", str(model), "--output", str(output), *more]
 
 

@@ -6,13 +6,14 @@ prompts and their protection depend on.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -122,3 +123,15 @@ def tokenizer_of(family: str, folder: Path) -> Any:
     """
     make = {"qwen3": _qwen3, "llama3": _llama3, "deepseek": _deepseek, "mistral": lambda: _mistral(folder)}
     return make[family]()
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerFast, size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with its special tokens and first merges alone: `size` tokens, with the ids that they had."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if i < size}
+    merges = [pair for pair in spec["model"]["merges"] if "".join(pair) in vocab]
+    spec["model"] |= {"vocab": vocab, "merges": merges}
+    cut = copy.deepcopy(tokenizer)
+    cut._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    assert len(cut) == size
+    return cut

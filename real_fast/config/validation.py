@@ -123,5 +123,7 @@ def check_config(config: Any) -> None:
         raise ConfigError(f"data.eval_fraction is {config.data.eval_fraction}: it must lie between 0 and 1")
     if len(config.scale.values) < 2 or len(set(config.scale.values)) != len(config.scale.values):
         raise ConfigError(f"scale.values is {config.scale.values}: at least two different scores are needed")
+    if not all(map(math.isfinite, config.scale.values)):
+        raise ConfigError(f"scale.values is {config.scale.values}: a score is a finite number")
     if not config.scale.phrase.strip():
         raise ConfigError("scale.phrase is empty: it is what the score stands after")

@@ -5,12 +5,13 @@ Prometheus's evaluation files, verl's Parquet as the REAL authors publish theirs
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from real_fast.data.values import is_missing, plain
+from real_fast.data.values import is_missing, plain, too_deep
 from real_fast.errors import ConfigError, RowError
 from real_fast.score.verdict import cut_verdict
 
@@ -30,6 +31,10 @@ MAPPABLE: dict[str, tuple[str, ...]] = {
 }
 _LABELS = ("score", "scores", "label", "human_score", "orig_score")
 _CHATS = ("messages", "conversations", "prompt")
+# What holds more than text in one layout or another, and in the cell of a CSV can only be written as text.
+_LISTS = ("scores", "gpt4_score", "feedback", "feedbacks", "gpt4_feedback")
+_RECORDS = ("reward_model", "extra_info", "rubric", "score_rubric")
+_TEXTS, _TURNS = r"\[\s*['\"]", r"\[\s*\{\s*['\"](role|content|from|value)['\"]"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _SECTIONS = {
     "instruction": "###The instruction to evaluate:",
@@ -51,7 +56,9 @@ def check_fields(fields: Mapping[str, str]) -> None:
             raise ConfigError(f"data.fields.{name} is {path!r}: give the name of a field of the records")
 
 
-def common(record: Mapping[Any, Any], fields: Mapping[str, str], phrase: str) -> dict[Any, Any]:
+def common(
+    record: Mapping[Any, Any], fields: Mapping[str, str], phrase: str, scores: Sequence[str] = ()
+) -> dict[Any, Any]:
     """A record under the names that :mod:`real_fast.data.rows` reads; one in no known layout stays as it is.
 
     A prompt that comes ready made is under ``messages``, a list of {"role", "content"} that ends with the user's.
@@ -60,9 +67,10 @@ def common(record: Mapping[Any, Any], fields: Mapping[str, str], phrase: str) ->
         record: As it was read.
         fields: ``data.fields``: a name of :data:`MAPPABLE` to a record's own, with dots into nested records.
         phrase: The scale's, which stands in front of a verdict's score.
+        scores: How the scale's are written; numbers are scores too.
 
     Raises:
-        RowError: A chat that cannot be one, or a value that is nested too deep.
+        RowError: A chat that cannot be one, a value that is nested too deep, or feedback that is no list any more.
     """
     out = {**{key: value for key, value in record.items() if key not in fields}, **_mapped(record, fields)}
     for name in fields:
@@ -74,17 +82,17 @@ def common(record: Mapping[Any, Any], fields: Mapping[str, str], phrase: str) ->
             out[f"orig_{name}"] = out.pop(name)
     if "rubric" in fields:
         out = {k: v for k, v in out.items() if not (isinstance(k, str) and k.endswith("_description"))}
-    _lists_from_text(out)
+    _from_text(out)
     if "gpt4_score" in out or "gpt4_feedback" in out:
         _prometheus_eval(out)
     if isinstance(reward := plain(out.get("reward_model")), Mapping) and isinstance(plain(out.get("prompt")), list):
-        _verl(out, reward, phrase)
+        _verl(out, reward, phrase, scores)
     chats = {name: plain(out.pop(name)) for name in _CHATS if _is_chat(out.get(name))}
     out.pop("messages", None)
     if chats:
-        _chat(out, *next(iter(chats.items())), phrase)
+        _chat(out, *next(iter(chats.items())), phrase, scores)
     elif _has_sections(out.get("instruction")) and not _has(out, "orig_response"):
-        _split_prompt(out, phrase)
+        _split_prompt(out, phrase, scores)
     _alpaca(out)
     return out
 
@@ -116,15 +124,42 @@ def _follow(record: Any, path: str) -> Any:
     return value
 
 
-def _lists_from_text(out: dict[Any, Any]) -> None:
-    """A list of scores in a CSV cell, or one that was written as JSON text."""
-    for name in ("scores", "gpt4_score"):
-        text = out.get(name)
-        if isinstance(text, str) and text.strip().startswith("["):
-            try:
-                out[name] = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
+def _from_text(out: dict[Any, Any]) -> None:
+    """Lists, records and chats that were written as text: as JSON, or as Python writes them (pandas into a CSV)."""
+    for name in (*_LISTS, *_RECORDS, *_CHATS, "completion"):
+        text = value.strip() if isinstance(value := out.get(name), str) else ""
+        if text[:1] not in ("[", "{"):
+            continue
+        found = _structure(text)
+        if name in _LISTS:
+            meant = isinstance(found, list)
+        elif name in _RECORDS:
+            meant = isinstance(found, Mapping) and ("rubric" not in name or "criteria" in found)
+        else:
+            meant = isinstance(found, list) and bool(found) and all(map(_is_turn, found))
+        if meant:
+            out[name] = found
+        elif text.endswith("]") and re.match(_TEXTS if name in _LISTS else _TURNS, text):
+            raise RowError(f"{name} is a list written as text that cannot be read back: {text[:40]!r}")
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
+def _structure(text: str) -> Any:
+    """What a text stands for that JSON or Python wrote; None for any other text."""
+    if too_deep(text):
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
 
 
 def _prometheus_eval(out: dict[Any, Any]) -> None:
@@ -137,7 +172,7 @@ def _prometheus_eval(out: dict[Any, Any]) -> None:
         out.setdefault("feedbacks" if isinstance(feedback, list) else "feedback", feedback)
 
 
-def _verl(out: dict[Any, Any], reward: Mapping[str, Any], phrase: str) -> None:
+def _verl(out: dict[Any, Any], reward: Mapping[str, Any], phrase: str, scores: Sequence[str]) -> None:
     """verl's record: the label is the ground truth, and the feedback stands in extra_info."""
     out.pop("orig_score", None)
     out["score"] = reward.get("ground_truth")
@@ -146,7 +181,7 @@ def _verl(out: dict[Any, Any], reward: Mapping[str, Any], phrase: str) -> None:
         return
     texts = (extra.get("answer"), extra.get("gpt4_feedback"))
     given = next((text for text in texts if isinstance(text, str) and text), None)
-    if given is not None and (_split_verdict(given, phrase) is not None or given is texts[1]):
+    if given is not None and (_split_verdict(given, phrase, scores) is not None or given is texts[1]):
         out.pop("orig_feedback", None)
         out["feedback"] = given
 
@@ -155,7 +190,7 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
 
 
-def _chat(out: dict[Any, Any], name: str, turns: list[Any], phrase: str) -> None:
+def _chat(out: dict[Any, Any], name: str, turns: list[Any], phrase: str, scores: Sequence[str]) -> None:
     """A chat that ends with the user is a judge's prompt; one that ends with an assistant holds what there is to grade.
 
     Where the assistant's last words are feedback with a verdict, they are the judge's own, and the rest is its prompt.
@@ -167,7 +202,7 @@ def _chat(out: dict[Any, Any], name: str, turns: list[Any], phrase: str) -> None
     last = messages[-1]
     if last["role"] == "assistant":
         del messages[-1]
-        if not _has(out, "response") and (found := _split_verdict(last["content"], phrase)) and found[1]:
+        if not _has(out, "response") and (found := _split_verdict(last["content"], phrase, scores)) and found[1]:
             out.setdefault("feedback", found[0])
             if not any(_has(out, name) for name in _LABELS):
                 out["score"] = found[1]
@@ -220,16 +255,18 @@ def verdict_phrases(phrase: str) -> list[str]:
     return [known for known in (phrase.strip(), "So the overall score is", "[RESULT]") if known]
 
 
-def _split_verdict(text: str, phrase: str) -> tuple[str, str | None] | None:
+def _split_verdict(text: str, phrase: str, scores: Sequence[str]) -> tuple[str, str | None] | None:
     """A feedback and the score behind it (None for the phrase alone); None where no verdict stands at its end."""
     phrases = verdict_phrases(phrase)
-    kept = cut_verdict(text, phrases, ())
+    kept = cut_verdict(text, phrases, scores)
     verdict = text.strip()[len(kept) :].strip()
     if not verdict:
         return None
     begun = next((len(known) for known in phrases if verdict[: len(known)].lower() == known.lower()), 0)
-    score = re.search(r"[-+]?\d+(?:\.\d+)?", verdict[begun:])
-    return kept, score[0] if score else None
+    longest_first = sorted((text.strip() for text in scores), key=len, reverse=True)
+    written = "|".join([r"[-+]?\d+(?:\.\d+)?", *map(re.escape, longest_first)])
+    score = re.match(rf" ?(?i:score)?[ :*]*({written})", " ".join(verdict[begun:].split()))
+    return kept, score[1] if score else None
 
 
 def _sections(text: str) -> dict[str, str]:
@@ -255,14 +292,14 @@ def _sections(text: str) -> dict[str, str]:
     return parts
 
 
-def _split_prompt(out: dict[Any, Any], phrase: str) -> None:
+def _split_prompt(out: dict[Any, Any], phrase: str, scores: Sequence[str]) -> None:
     """Take a whole Prometheus prompt apart, so that any template can put it together again ("prometheus" as it was)."""
     text, verdict = out.pop("instruction"), plain(out.pop("output", None))
     for name, part in _sections(text).items():
         if not (name == "rubric" and _has(out, "rubric")):  # one that data.fields maps
             out.pop("criteria", None)  # FLASK's name of a rubric, which stands in the prompt
             out[name] = part
-    if isinstance(verdict, str) and (found := _split_verdict(verdict, phrase)):
+    if isinstance(verdict, str) and (found := _split_verdict(verdict, phrase, scores)):
         out.setdefault("feedback", found[0].removeprefix("Feedback:").strip())
         if found[1] and not any(_has(out, name) for name in _LABELS):
             out["score"] = found[1]

@@ -76,7 +76,7 @@ def parse_row(
     Raises:
         RowError: What is missing, not text, not a number or off the scale.
     """
-    known = common(as_mapping(record), fields or {}, scale.phrase)
+    known = common(as_mapping(record), fields or {}, scale.phrase, scale.texts)
     texts = _texts(known, needs_rubric)
     if needs_extra:
         texts.extra = _extra(record)
@@ -217,6 +217,8 @@ def _rubric_lines(criteria: Any, scores: Mapping[str, Any]) -> str:
 
 def _score(value: Any, name: str, scale: ScoreScale) -> float:
     result = number(value)
+    if result is None and isinstance(value, str):  # a label that stands for a score: "Good", or "C"
+        result = dict(zip((text.strip() for text in scale.texts), scale.values, strict=True)).get(value.strip())
     if result is None:
         hint = " (data.fields.scores takes a list, each rater's)" if isinstance(value, list) else ""
         raise RowError(f"{name} is not a number: {str(value)[:40]!r}{hint}")

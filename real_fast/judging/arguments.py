@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -51,3 +52,22 @@ def check_arguments(*, scale: Any, prompt: Any, rollout: Any, **settings: Any) -
     scores = list(scale) if isinstance(scale, Iterable) and not isinstance(scale, str | bytes | Mapping) else []
     if len({s for s in scores if isinstance(s, Real) and math.isfinite(s)}) != len(scores) or len(scores) < 2:
         raise ConfigError(f"scale is {scale!r}: give at least two different numbers, such as [1, 2, 3, 4, 5]")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model that writes text, as far as shows before it is looked for on disk.
+
+    Raises:
+        ConfigError: An empty name, or an object that is no loaded causal language model.
+    """
+    if isinstance(model, str | os.PathLike):
+        known = bool(str(model))
+    else:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        known = hasattr(model, "config") and head is not None and not getattr(model.config, "is_encoder_decoder", False)
+    if not known:
+        shown = type(model).__name__ if callable(model) else repr(model)
+        raise ConfigError(
+            f"model is {shown}: give a folder, a hub name or a loaded causal language model, which "
+            "Transformers' AutoModelForCausalLM gives"
+        )

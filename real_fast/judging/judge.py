@@ -14,10 +14,10 @@ from real_fast.config import Config, EvalConfig, PromptConfig, RolloutConfig, Sc
 from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
-from real_fast.judging.arguments import check_arguments
+from real_fast.judging.arguments import check_arguments, check_model
 from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
 from real_fast.judging.prometheus_names import PrometheusNames
-from real_fast.judging.sharing import Alone
+from real_fast.judging.sharing import Alone, judge_made
 from real_fast.judging.waiting import CLOSED, Waiting
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
@@ -38,10 +38,10 @@ class Judge(PrometheusNames):
     over where they are not given.
 
     Safe to call from several threads, also where judges share a loaded model or a tokenizer: calls wait for each other.
-    Not after a fork: a child process makes its own. To use an engine's batching, hand many rows to :meth:`grade_batch`,
-    or call :meth:`agrade`, whose waiting calls are graded together. Every call is reproducible:
-    its samples are a function of the weights, the `seed` and the row's place among the rows of the call that can be
-    graded (floating-point order apart).
+    Not after a fork: a child process makes its own, on one thread ("spawn" gives it all). To use an engine's batching,
+    hand many rows to :meth:`grade_batch`, or call :meth:`agrade`, whose waiting calls are graded together. Every call
+    is reproducible: its samples are a function of the weights, the `seed` and the row's place among the rows of the
+    call that can be graded (floating-point order apart).
 
     Args:
         model: A folder, a model on the Hugging Face hub, or a loaded Transformers causal language model.
@@ -97,10 +97,10 @@ class Judge(PrometheusNames):
             device=device,
             trust_remote_code=trust_remote_code,
         )
+        judge_made()
         loaded = not isinstance(model, str | os.PathLike)
-        if not hasattr(model, "config") if loaded else not str(model):
-            raise ConfigError(f"model is {model!r}: give a folder, a hub name or a loaded Transformers model")
-        if isinstance(tokenizer, str | os.PathLike):
+        check_model(model)
+        if tokenizer is not None and not callable(tokenizer):
             raise ConfigError(f"tokenizer is {tokenizer!r}: give a loaded one, AutoTokenizer.from_pretrained(...)")
         name = str(model.config.name_or_path if loaded else model)
         if loaded and tokenizer is None and not name:
@@ -166,7 +166,7 @@ class Judge(PrometheusNames):
         Args:
             rows: Mappings with the fields of judge data, Prometheus's or the common ones (see docs/data.md); others, a
                 label too, are passed over. One that cannot be graded gets a Grade with an `error`; the others go on.
-                A data frame of pandas counts as the list of its rows.
+                A data frame of pandas or Polars, or an Arrow table, counts as the list of its rows.
             seed: See :class:`Judge`.
 
         Raises:
@@ -293,8 +293,11 @@ class Judge(PrometheusNames):
 
 def _listed(rows: Any) -> list[Any]:
     """The rows as a list. Raises :class:`GradeError` for what is one row, or none."""
-    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # a data frame, whose own iterator gives column names
-        rows = rows.to_dict("records")
+    if hasattr(rows, "columns"):  # a table of Polars, Arrow or pandas, whose own iterator gives names or columns
+        for name, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
+            if hasattr(rows, name):
+                rows = getattr(rows, name)(*arguments)
+                break
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise GradeError(f"rows is a {type(rows).__name__}: give a list of rows, [row] for a single one")
     return list(rows)

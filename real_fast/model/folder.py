@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import transformers
@@ -52,7 +55,7 @@ def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
             "two with peft's merge_and_unload(), save the result and give that folder"
         )
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model folder {folder} holds no config.json: it is not a Hugging Face model folder")
+        raise ModelError(f"model folder {folder} holds no config.json: {_within(folder)}")
     _check_config(folder / "config.json", trust_remote_code)
     if (folder / "generation_config.json").is_file():  # Transformers passes over a damaged one, and its stop tokens
         read_json(folder / "generation_config.json")
@@ -93,26 +96,54 @@ def _check_config(path: Path, trust_remote_code: bool) -> None:
         raise ModelError(f"{path} is an encoder-decoder's ({kind}): a judge needs a causal language model")
 
 
+def _within(folder: Path) -> str:
+    """What a folder without a config.json is, where it is known."""
+    if (folder / "final" / "config.json").is_file():
+        return f"it is a run's, whose model is in {folder / 'final'}"
+    if checkpoints := sorted(folder.glob("checkpoints/step-*/config.json")):
+        return f"it is a run's that has not come to its end; its newest checkpoint is {checkpoints[-1].parent}"
+    return "it is not a Hugging Face model folder"
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's folder.
+    """The safetensors files of a model's folder; of a single file and several with an index, the single one.
+
+    That is Transformers' choice. What else lies there (an optimiser's, a copy) is no part of the model.
 
     Raises:
         ModelError: There are none, or one that the index names is missing.
     """
-    if (folder / INDEX).is_file():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise ModelError(f"{folder / INDEX} has no weight_map: {_AGAIN}")
-        files = [folder / name for name in sorted(set(where.values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names ({missing[0]}): "
-                "download the model again"
-            )
-        return files
-    if not (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
         raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}: {_instead(folder)}")
-    return [folder / SINGLE]
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ModelError(f"{folder / INDEX} has no weight_map: {_AGAIN}")
+    files = [folder / name for name in sorted(set(where.values()))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the {len(files)} files that {INDEX} names ({missing[0]}): "
+            "download the model again"
+        )
+    return files
+
+
+@contextmanager
+def model_alone(folder: Path) -> Iterator[Path]:
+    """A folder with the model's weights and no others, for a library that loads every safetensors file there is.
+
+    It is `folder` itself where there are no others, else a temporary one of links.
+    """
+    others = {*folder.glob("*.safetensors"), folder / INDEX} - {*weight_files(folder)}
+    if not (folder / SINGLE).is_file() or not any(file.is_file() for file in others):
+        yield folder
+        return
+    with TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file not in others:
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield Path(links)
 
 
 def weight_names(folder: Path) -> set[str]:

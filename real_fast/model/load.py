@@ -20,7 +20,7 @@ from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import smollm2
 from real_fast.model.folder import check_folder, read_json
 from real_fast.model.head import plain_head
-from real_fast.model.weights import check_finite, first_line, load_whole
+from real_fast.model.weights import check_finite, first_line, load_whole, raise_if_quantised
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -145,7 +145,11 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_p")):
                 setattr(module, name, 0.0)
-    check_head(model)
+    try:
+        check_head(model)
+    except (AssertionError, RuntimeError, AttributeError, TypeError) as error:
+        raise_if_quantised(path, error)
+        raise
     model.to(device)  # type: ignore[arg-type]
     return model
 

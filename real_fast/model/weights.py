@@ -15,12 +15,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from real_fast.errors import ModelError
-from real_fast.model.folder import read_json, weight_files
+from real_fast.model.folder import INDEX, SINGLE, read_json, weight_files
 from real_fast.runs.progress import no_foreign_bars
+
+logger = logging.getLogger(__name__)
 
 
 def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedModel:
     """The model with every weight from its folder, none made up. Raises :class:`ModelError`."""
+    if (path / SINGLE).is_file() and (path / INDEX).is_file():
+        logger.warning("%s has both %s and %s: the first is taken, as Transformers does", path, SINGLE, INDEX)
     try:
         with no_foreign_bars(), _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -32,13 +36,7 @@ def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedMod
                 **how,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
-        config = read_json(path / "config.json")
-        if quantization := config.get("quantization_config"):
-            method = quantization.get("quant_method", "unknown")
-            raise ModelError(
-                f"the model in {path} is quantised ({method}) and cannot be loaded here ({first_line(error)}): install "
-                "what is missing, or take the model that it was made from"
-            ) from error
+        raise_if_quantised(path, error)
         raise ModelError(
             f"the model in {path} cannot be loaded ({first_line(error)}): config.json may be for another version than "
             f"the installed transformers {transformers.__version__}"
@@ -60,6 +58,20 @@ def load_whole(path: Path, trust_remote_code: bool, **how: Any) -> PreTrainedMod
             f"{_remedy(missing, unexpected)}"
         )
     return model
+
+
+def raise_if_quantised(path: Path, error: Exception) -> None:
+    """Say of an error that a model raises that the model in `path` is quantised, where its config.json says so.
+
+    Raises:
+        ModelError: It does.
+    """
+    if quantization := read_json(path / "config.json").get("quantization_config"):
+        raise ModelError(
+            f"the model in {path} is quantised ({quantization.get('quant_method', 'unknown')}) and cannot be loaded "
+            f"here ({first_line(error)}): install what is missing, or take the model that it was made from. Where its "
+            "weights are no longer quantised (merged, say), take quantization_config out of its config.json"
+        ) from error
 
 
 def check_files(path: Path, trust_remote_code: bool = False) -> None:
@@ -121,13 +133,13 @@ def _some(names: Sequence[str]) -> str:
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep Transformers' table of weights that do not fit, which an error says here, off the terminal."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        theirs.setLevel(level)
 
 
 def first_line(error: Exception) -> str:

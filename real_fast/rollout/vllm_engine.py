@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from real_fast.errors import ConfigError
-from real_fast.model.folder import weight_names
+from real_fast.model.folder import model_alone, weight_names
 from real_fast.rollout.adapter_folder import adapter_folder
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
@@ -127,9 +127,9 @@ class VllmEngine:
         # does not use offset", because a seeded request is to take its random number back.
         on_cpu = current_platform.device_type == "cpu"
         whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
-        with process_state_kept():
+        with process_state_kept(), model_alone(model_path) as folder:
             self._llm = vllm.LLM(
-                str(model_path),
+                str(folder),
                 dtype=str(dtype).removeprefix("torch."),
                 distributed_executor_backend="uni",
                 enable_prefix_caching=True,

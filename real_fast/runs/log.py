@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 Level = Literal["debug", "info", "warning", "error"]
 _ROOT = "real_fast"
+# What these warn of while they are imported (a binary for another Python, a deprecated call) is about themselves.
+_IMPORTED = ("torchao", "torch.utils._pytree", "bitsandbytes.backends")
 
 
 class _Stderr(logging.StreamHandler[Any]):
@@ -38,6 +40,8 @@ class _Plain(logging.Formatter):
 
 def set_up(level: Level = "info") -> None:
     """Show messages of this level and above on standard error: for the commands."""
+    for name in _IMPORTED:
+        logging.getLogger(name).setLevel("ERROR")
     logger = logging.getLogger(_ROOT)
     logger.setLevel(level.upper())
     logger.propagate = False  # or a library's own handler on the root would show everything twice

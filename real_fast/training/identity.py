@@ -16,6 +16,7 @@ from real_fast.model.load import resolve_model
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.runs import fingerprints
 from real_fast.runs.fingerprints import Fingerprints, settings_of
+from real_fast.score.ending import end_of_turn
 from real_fast.types import JudgeRow
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: Prom
         **_of_rows("held-out rows", data.eval),
         "the text of prompt.template": _digest([builder.source]),
         "the tokenizer's vocabulary": f"{len(tokenizer)} tokens, {_digest([_json(vocabulary)])}",
+        "the token that ends a text": f"{tokenizer.eos_token!r}, an answer {end_of_turn(tokenizer)}",
         "the model's chat template": _digest([_json(getattr(tokenizer, "chat_template", None))]),
         "the model's config.json": _digest([_json({k: v for k, v in model.items() if k not in _VOLATILE})]),
         "the start weights": _digest(_samples(folder)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -11,6 +13,7 @@ from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError, ModelError
 from real_fast.methods.base import Method
+from real_fast.model.judge_settings import trained_settings
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
@@ -40,6 +43,29 @@ def check_trainable(model: PreTrainedModel) -> None:
             "config.json: %s) is added to no method's loss: see docs/methods.md",
             getattr(config, "router_aux_loss_coef", "not given"),
         )
+
+
+def warn_if_asked_otherwise(config: Config, template: str) -> None:
+    """Say where the weights come from a judge that was trained with another scale or prompt than this run's.
+
+    Args:
+        config: The run's.
+        template: The text of its template.
+    """
+    known = trained_settings(config.initial_weights)
+    ours = {"scale": asdict(config.scale), "prompt": asdict(config.prompt)}
+    theirs = {section: ours[section] | known.get(section, {}) for section in ours}
+    saved = Path(theirs["prompt"]["template"])
+    if saved.is_file() and saved.read_text(encoding="utf-8") == template:
+        theirs["prompt"]["template"] = config.prompt.template
+    other = [
+        f"{section}.{key} was {value!r} and is {ours[section][key]!r}"
+        for section, settings in theirs.items()
+        for key, value in settings.items()
+        if key != "max_tokens" and value != ours[section][key]
+    ]
+    if other:
+        logger.warning("%s was trained as a judge in another way: %s", config.initial_weights, "; ".join(other))
 
 
 def check_rows_fit(

@@ -36,7 +36,7 @@ from real_fast.training.groups import GroupSource
 from real_fast.training.identity import check_same_run, fingerprints_of
 from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.peak_memory import PeakMemory
-from real_fast.training.preflight import check_rows_fit, check_trainable
+from real_fast.training.preflight import check_rows_fit, check_trainable, warn_if_asked_otherwise
 from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
@@ -114,6 +114,7 @@ def build(config: Config) -> Parts:
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
         scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
         builder = PromptBuilder(config.prompt, tokenizer, scale)
+        warn_if_asked_otherwise(config, builder.source)
         encode_feedback = builder.guard.encode_feedback
         method = method_class(config, encode_feedback, scale)
         key, prompts_per_step = method_class.prompts_per_step(config)

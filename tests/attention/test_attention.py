@@ -326,13 +326,16 @@ def test_generation_is_as_before(tiny_llama):
 
 
 def test_smollm2_itself(smollm2):
-    """fp32: the same but for rounding. bf16: no further from the fp32 truth than separate sequences in bf16 are."""
+    """fp32: the same but for rounding. bf16: no further from the fp32 truth than separate sequences in bf16 are.
+
+    Its first ten layers: the other twenty do the same again.
+    """
     layout = Layout.of_groups(((40, (12, 30, 21)), (25, (18, 9))))
     ids = torch.randint(3, 40000, (layout.tokens,), generator=torch.Generator().manual_seed(1))
     upstream = torch.randn(layout.tokens, 576, generator=torch.Generator().manual_seed(3))
 
     def run(dtype, hidden):
-        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype, num_hidden_layers=10)
         enable(model, "sdpa")
         out = hidden(model, layout, ids)
         (out.float() * upstream).sum().backward()
@@ -342,7 +345,7 @@ def test_smollm2_itself(smollm2):
         return {name: float((got[name] - truth[name]).norm() / truth[name].norm()) for name in truth}
 
     truth = run(torch.float32, separate_hidden)
-    assert max(errors(run(torch.float32, packed_hidden)).values()) < 1e-4
+    assert max(errors(run(torch.float32, packed_hidden)).values()) < 3e-5
     theirs, mine = errors(run(torch.bfloat16, separate_hidden)), errors(run(torch.bfloat16, packed_hidden))
     assert mine["hidden"] < 1.2 * theirs["hidden"]
     # Rounding falls differently: one weight's error may double, but on the whole the errors are alike.

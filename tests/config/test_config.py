@@ -118,6 +118,7 @@ def test_dump_and_load_round_trip(tmp_path):
         ({"train__steps": -1}, "train.steps"),
         ({"data__eval_fraction": 1.0}, "data.eval_fraction"),
         ({"scale__values": [1.0]}, "scale.values"),
+        ({"scale__values": [1.0, float("inf")]}, "scale.values"),
         ({"scale__phrase": " "}, "scale.phrase"),
         ({"objective__lam": float("nan")}, "objective.lam is nan: it must be a finite number"),
         ({"optim__lr": float("nan")}, "optim.lr is nan"),

@@ -246,6 +246,41 @@ def test_a_field_that_is_there_is_not_said_to_be_missing(one: Any, record: Any, 
         one(record)
 
 
+@pytest.mark.parametrize("write", [json.dumps, repr], ids=["json", "python"])
+def test_lists_and_records_in_a_cell_of_text(one: Any, write: Any) -> None:
+    row = one({"instruction": PROMPT, "gpt4_score": write([5, 4]), "gpt4_feedback": write(["It's one.", 'So "so".'])})
+    assert row.label == 4.5 and row.feedbacks == ["It's one.", 'So "so".'] and row.feedback_labels == [5, 4]
+    verl = {"prompt": [USER], "reward_model": {"ground_truth": "4"}, "extra_info": {"gpt4_feedback": "Fine."}}
+    assert one({name: write(value) for name, value in verl.items()}) == one(verl)
+    chat = {"messages": [USER, ASSISTANT], "rubric": {"criteria": "Is it one?", "score1_description": "no"}}
+    assert one({"score": 3, **{name: write(value) for name, value in chat.items()}}) == one({"score": 3, **chat})
+    assert one(GOOD | {"feedback": write(["a", "b"])}).feedbacks == ["a", "b"]
+
+
+def test_text_that_only_looks_like_a_list_stays_text(one: Any) -> None:
+    for name in ("instruction", "response", "rubric"):
+        for text in ("[1, 2]", '{"a": 1}', "[]", "{x}", "[" * 500):
+            assert getattr(one(GOOD | {name: text}), name) == text
+    for text in ("[1, 2]", '[{"a": 1}]'):
+        assert one({**GOOD, "prompt": text, "instruction": None}).instruction == text
+    assert one(GOOD | {"feedback": "[RESULT] is missing"}).feedbacks == ["[RESULT] is missing"]
+    with pytest.raises(RowError, match=r"gpt4_feedback is a list written as text that cannot be read back"):
+        one({"instruction": PROMPT, "gpt4_score": 4, "gpt4_feedback": "['a' 'b']"})  # NumPy's, in two texts
+    with pytest.raises(RowError, match=r"prompt is a list written as text that cannot be read back"):
+        one({"prompt": f"[{USER}\n {ASSISTANT}]", "response": "a", "rubric": "u", "score": 3})
+
+
+def test_a_label_that_stands_for_a_score_is_one_in_data(smollm2_tokenizer: Any) -> None:
+    words = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 2, 3], "Verdict:", [" Poor", " Fair", " Good"])
+    assert parse_row(GOOD | {"score": "Good"}, "id", words, True).label == 3
+    told = parse_row({"messages": [USER, {**ASSISTANT, "content": "It is. Verdict: Fair"}]}, "id", words, True)
+    assert (told.label, told.messages, told.feedbacks) == (2, [USER], ["It is."])
+    halves = ScoreScale.from_tokenizer(smollm2_tokenizer, [1, 1.5, 2], "Score: ", ["0", "1", "2"])
+    assert parse_row(GOOD | {"score": "2"}, "id", halves, True).label == 2  # data keeps its numbers
+    with pytest.raises(RowError, match=r"label is not a number: 'Best'"):
+        parse_row(GOOD | {"score": "Best"}, "id", words, True)
+
+
 # What a data frame's row can hold
 
 

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 
+from real_fast.training import setup
 from tests.golden.trajectories import CASES, FOLDER, differences, record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Every case trains on the same generated rows, which take as long to parse and to encode as all its updates."""
+    load, kept = setup.load_train_eval, {}
+
+    def read(data, most, builder, scale, needed, key):
+        asked = repr((data, most, builder.source, builder.system, scale, needed))
+        if asked not in kept:
+            kept[asked] = load(data, most, builder, scale, needed, key)
+        return copy.deepcopy(kept[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_train_eval", read)
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)

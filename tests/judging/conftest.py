@@ -14,11 +14,11 @@ from tests.judging.fakes import FakeEngine
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], smollm2_tokenizer: Any) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], small_tokenizer: Any) -> Path:
     """A random model as real_fast.train leaves one: scale and prompt of its own beside it."""
     path = tmp_path_factory.mktemp("judge")
-    tiny_llama(tied=True, vocab_size=49152, hidden_size=16).save_pretrained(path)
-    smollm2_tokenizer.save_pretrained(path)
+    tiny_llama(tied=True, vocab_size=len(small_tokenizer), hidden_size=16).save_pretrained(path)
+    small_tokenizer.save_pretrained(path)
     settings = {
         "scale": {"values": [1, 2, 3], "phrase": "Grade: "},
         "prompt": {"template": "short", "system": "Grade.", "max_tokens": 120},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from real_fast import Judge
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
@@ -45,6 +46,7 @@ from tests.judging.fakes import FakeEngine
         ("rollout", RolloutConfig(answer="maybe"), "rollout.answer is 'maybe': it must be one of forced, generated"),
         ("rollout", RolloutConfig(max_num_seqs=0), "rollout.max_num_seqs is 0: it must be above 0"),
         ("rollout", {"top_p": 1.5}, "rollout.top_p is 1.5: it must be above 0 and at most 1"),
+        ("tokenizer", Path("Qwen"), "tokenizer is PosixPath('Qwen'): give a loaded one"),
         ("tokenizer", "Qwen/Qwen3-0.6B", "tokenizer is 'Qwen/Qwen3-0.6B': give a loaded one"),
     ],
 )
@@ -58,6 +60,13 @@ def test_what_cannot_be_is_refused_by_name(folder: Path, argument: str, value: A
 def test_a_model_is_a_name_or_a_model(model: Any) -> None:
     with pytest.raises(ConfigError, match=f"^model is {model!r}: give a folder, a hub name or a loaded"):
         Judge(model)
+
+
+def test_a_loaded_model_writes_text(tiny_llama: Any, smollm2_tokenizer: Any) -> None:
+    other = AutoModelForSequenceClassification.from_config(tiny_llama().config)
+    for model, name in ((other, "LlamaForSequenceClassification"), (tiny_llama().model, "LlamaModel")):
+        with pytest.raises(ConfigError, match=f"^model is {name}: give a folder, .*AutoModelForCausalLM"):
+            Judge(model, tokenizer=smollm2_tokenizer)
 
 
 def test_what_can_be_is_taken(with_engine: Callable[..., Judge]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
 
@@ -146,18 +147,18 @@ def test_feedbacks_are_averaged_and_lose_the_phrase(with_engine: Any) -> None:
         asyncio.run(judge.agrade(**ROW))
 
 
-def test_a_loaded_model(tiny_llama: Tiny, smollm2_tokenizer: Any) -> None:
-    model = tiny_llama(vocab_size=49152, hidden_size=16)
+def test_a_loaded_model(tiny_llama: Tiny, small_tokenizer: Any) -> None:
+    model = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16)
     rollout = RolloutConfig(max_tokens=4)
-    with Judge(model, tokenizer=smollm2_tokenizer, rollout=rollout, renormalize=True) as judge:
+    with Judge(model, tokenizer=small_tokenizer, rollout=rollout, renormalize=True) as judge:
         grade = judge.grade(**ROW)
         assert judge.scale.texts == ("1", "2", "3", "4", "5") and 1 < (grade.score or 0) < 5
     with pytest.raises(ConfigError, match="give the model's folder"):
-        Judge(model, tokenizer=smollm2_tokenizer, engine="vllm")
+        Judge(model, tokenizer=small_tokenizer, engine="vllm")
     with pytest.raises(ConfigError, match="give its tokenizer"):
         Judge(model)
     with pytest.raises(ConfigError, match=r"^n is 0: it must be above 0"):
-        Judge(model, tokenizer=smollm2_tokenizer, n=0)
+        Judge(model, tokenizer=small_tokenizer, n=0)
 
 
 def test_rows_that_cannot_be_graded_say_why_and_the_rest_go_on(with_engine: Any) -> None:
@@ -214,8 +215,9 @@ def test_no_row_takes_the_others_down(with_engine: Any) -> None:
 def test_a_data_frame_is_its_rows_and_a_row_is_no_list_of_rows(with_engine: Any) -> None:
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
     frame = pandas.DataFrame([{**ROW, "human": 3}, {**ROW, "response": None}])
-    first, second = judge.grade_batch(frame)
-    assert first.score == pytest.approx(1.75) and second.error.startswith("response is")
+    for rows in (frame, pyarrow.Table.from_pandas(frame)):
+        first, second = judge.grade_batch(rows)
+        assert first.score == pytest.approx(1.75) and second.error.startswith("response is")
     assert len(judge.grade_batch(row for row in [ROW, ROW])) == 2 and judge.grade_batch([]) == []
     for wrong in (ROW, "rows.jsonl", None, 7):
         with pytest.raises(GradeError, match=rf"rows is a {type(wrong).__name__}: give a list of rows"):

@@ -139,9 +139,9 @@ class ByText(FakeEngine):
 
 
 @pytest.fixture
-def by_text(with_engine: Callable[..., Judge], smollm2_tokenizer: Any) -> PrometheusEval:
+def by_text(with_engine: Callable[..., Judge], small_tokenizer: Any) -> PrometheusEval:
     engine = ByText([])
-    engine.tokenizer = smollm2_tokenizer
+    engine.tokenizer = small_tokenizer
     return PrometheusEval(with_engine(engine))
 
 

@@ -56,8 +56,8 @@ def chat(tokens: Tokens) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, smollm2_tokenizer: Any) -> ServedJudge:
-    judge = ServedJudge(folder, tokenizer=smollm2_tokenizer, rollout={"top_p": 0.9})
+def served(folder: Path, small_tokenizer: Any) -> ServedJudge:
+    judge = ServedJudge(folder, tokenizer=small_tokenizer, rollout={"top_p": 0.9})
     judge.config.objective.renormalize = False
     return judge
 
@@ -121,7 +121,7 @@ def test_the_request_is_the_prompt_of_the_judge(served: ServedJudge, with_engine
         ServedJudge("m", temperature=-1)
 
 
-def test_a_served_grade_is_that_of_the_judge(folder: Path, smollm2_tokenizer: Any) -> None:
+def test_a_served_grade_is_that_of_the_judge(folder: Path, small_tokenizer: Any) -> None:
     """The judge's own engine plays the server: what it sampled, token by token, with the scores' log-probabilities."""
     with Judge(folder, engine="transformers", precision="fp32", device="cpu", renormalize=True) as judge:
         prompt = judge._prompt(ROW)
@@ -130,10 +130,10 @@ def test_a_served_grade_is_that_of_the_judge(folder: Path, smollm2_tokenizer: An
         want = judge._verdict([forced])
         ids = [*forced.context_ids, judge.scale.score_ids[0]]
         assert forced.context_ids[-len(phrase) :] == phrase and forced.score_logprobs is not None
-        texts = [smollm2_tokenizer.decode([i]) for i in ids]
+        texts = [small_tokenizer.decode([i]) for i in ids]
         tops: list[dict[str, float]] = [{} for _ in ids]
         tops[-1] = dict(zip(judge.scale.texts, forced.score_logprobs, strict=True))
-        found = ServedJudge(folder, tokenizer=smollm2_tokenizer).grade(completion(list(zip(texts, tops, strict=True))))
+        found = ServedJudge(folder, tokenizer=small_tokenizer).grade(completion(list(zip(texts, tops, strict=True))))
     assert found.score == pytest.approx(want.score) and found.distribution == pytest.approx(want.distribution)
     assert found.feedback == want.feedback and found.warning == want.warning
 
@@ -155,7 +155,7 @@ def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
     assert judge._engine is None  # closed with the server
 
 
-def test_a_template_may_need_further_fields_of_the_rows(folder: Path, smollm2_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_template_may_need_further_fields_of_the_rows(folder: Path, small_tokenizer: Any, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{{ response }} {{ extra.category.upper() }}", encoding="utf-8")
-    ServedJudge(folder, tokenizer=smollm2_tokenizer, prompt={"template": str(template)})
+    ServedJudge(folder, tokenizer=small_tokenizer, prompt={"template": str(template)})

@@ -20,11 +20,11 @@ from real_fast.types import Rollout, SamplingParams
 from tests.judging.fakes import ROW, FakeEngine, rollout
 
 
-def test_two_judges_on_one_model_grade_as_one_does(tiny_llama: Callable[..., Any], smollm2_tokenizer: Any) -> None:
+def test_two_judges_on_one_model_grade_as_one_does(tiny_llama: Callable[..., Any], small_tokenizer: Any) -> None:
     """Sampling swaps the model's weights and modes in place; side by side, one would compute with the other's."""
-    model = tiny_llama(vocab_size=49152, hidden_size=16)
+    model = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16)
     judges = [
-        Judge(model, tokenizer=smollm2_tokenizer, rollout={"max_tokens": 4}, prompt={"template": "short"})
+        Judge(model, tokenizer=small_tokenizer, rollout={"max_tokens": 4}, prompt={"template": "short"})
         for _ in range(2)
     ]
     forward, inside, most = model.forward, 0, 0
@@ -69,15 +69,15 @@ def test_judges_on_one_tokenizer_take_turns() -> None:
 
 
 def test_a_judge_is_made_while_no_other_uses_its_tokenizer(
-    tiny_llama: Callable[..., Any], smollm2_tokenizer: Any
+    tiny_llama: Callable[..., Any], small_tokenizer: Any
 ) -> None:
-    model, made = tiny_llama(vocab_size=49152, hidden_size=16), threading.Event()
+    model, made = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16), threading.Event()
 
     def make() -> None:
-        Judge(model, tokenizer=smollm2_tokenizer, prompt={"template": "short"})
+        Judge(model, tokenizer=small_tokenizer, prompt={"template": "short"})
         made.set()
 
-    with Alone(smollm2_tokenizer).held():
+    with Alone(small_tokenizer).held():
         thread = threading.Thread(target=make)
         thread.start()
         assert not made.wait(0.3)
@@ -139,3 +139,33 @@ def test_after_a_fork_a_judge_says_so_and_does_not_hang(with_engine: Callable[..
         go_on.set()
         thread.join()
     assert judge.grade(**ROW).score == pytest.approx(1.75)  # the parent's goes on
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_judge_made_after_a_fork_waits_for_nobody(
+    with_engine: Callable[..., Judge], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither for the lock of what it shares, which a thread of the parent holds, nor for OpenMP's threads."""
+    engine = FakeEngine([rollout([0.5, 0.25, 0.25])])
+    tokenizer = with_engine(engine)._builder.tokenizer
+    held, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with Alone(tokenizer).held():
+            held.set()
+            go_on.wait(20)
+
+    def check() -> bool:
+        grade = with_engine(engine, tokenizer=tokenizer).grade(**ROW)
+        return grade.score is not None and torch.get_num_threads() == 1 and "on one thread" in caplog.text
+
+    thread, threads = threading.Thread(target=hold), torch.get_num_threads()
+    thread.start()
+    held.wait(5)
+    torch.set_num_threads(2)
+    try:
+        assert in_a_fork(check) and torch.get_num_threads() == 2 and not caplog.text
+    finally:
+        torch.set_num_threads(threads)
+        go_on.set()
+        thread.join()

@@ -55,10 +55,10 @@ def test_calls_that_wait_are_few_batches(held: Held, with_engine: Make) -> None:
     assert [p for prompts, _ in held.calls[1:] for p in prompts] == [judge._prompt(row) for row in ROWS]
 
 
-def test_a_grade_does_not_depend_on_who_waits_beside_it(tiny_llama: Callable[..., Any], smollm2_tokenizer: Any) -> None:
-    model = tiny_llama(vocab_size=49152, hidden_size=16)
+def test_a_grade_does_not_depend_on_who_waits_beside_it(tiny_llama: Callable[..., Any], small_tokenizer: Any) -> None:
+    model = tiny_llama(vocab_size=len(small_tokenizer), hidden_size=16)
     settings: dict[str, Any] = {"prompt": {"template": "short"}, "rollout": {"max_tokens": 4}, "renormalize": True}
-    with Judge(model, tokenizer=smollm2_tokenizer, n=2, **settings) as judge:
+    with Judge(model, tokenizer=small_tokenizer, n=2, **settings) as judge:
         batches = []
         engine = judge._engine
         assert engine is not None
@@ -79,7 +79,7 @@ def test_a_grade_does_not_depend_on_who_waits_beside_it(tiny_llama: Callable[...
             alone = judge.grade(**row, seed=3)
             assert alone.feedback == grade.feedback and alone.score == pytest.approx(grade.score, abs=1e-5)
         assert asyncio.run(together(4))[0].feedback != found[0].feedback
-    with Judge(model, tokenizer=smollm2_tokenizer, temperature=0, **settings) as judge:
+    with Judge(model, tokenizer=small_tokenizer, temperature=0, **settings) as judge:
         found, batch = asyncio.run(together(0)), judge.grade_batch(ROWS[:6])
         assert [g.feedback for g in found] == [g.feedback for g in batch]
         assert [g.score for g in found] == pytest.approx([g.score for g in batch], abs=1e-5)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from real_fast.errors import ModelError
+from real_fast.model.folder import check_folder, model_alone, weight_files, weight_names
 from real_fast.model.load import load_model, load_tokenizer
 from real_fast.model.weights import check_files
 from real_fast.training.preflight import check_trainable
@@ -222,6 +223,44 @@ def test_a_missing_shard(tiny_llama: Any, tmp_path: Path) -> None:
     sorted(tmp_path.glob("model-*"))[1].unlink()
     with pytest.raises(ModelError, match=r"lacks 1 of the \d files .*model-00002-of"):
         load_model(str(tmp_path), CPU, torch.float32)
+
+
+def test_other_weights_beside_the_models_are_not_read(
+    folder: Path, tiny_llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read(where: Path) -> set[str]:
+        with model_alone(where) as alone:
+            assert {file.name for file in alone.iterdir()} >= {"config.json", "tokenizer.json"}
+            return {file.name for file in alone.glob("*.safetensors*")}
+
+    with model_alone(folder) as alone:
+        assert alone == folder
+    save_file({"rng:cpu": torch.zeros(2)}, folder / "optimizer.safetensors")
+    assert read(folder) == {"model.safetensors"}
+    # A single file and several with an index, of other weights: one choice, which is Transformers'.
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other", max_shard_size="50KB")
+    for file in (tmp_path / "other").glob("*.safetensors*"):
+        shutil.copy(file, folder)
+    whole = load_file(folder / "model.safetensors")
+    assert not caplog.text
+    assert torch.equal(load_model(str(folder), CPU, torch.float32).get_parameter(ATTENTION), whole[ATTENTION])
+    assert read(folder) == {"model.safetensors"} and weight_names(folder) == whole.keys()
+    assert "has both model.safetensors and model.safetensors.index.json: the first is taken" in caplog.text
+    check_files(folder)
+    (folder / "model.safetensors").unlink()
+    with model_alone(folder) as alone:  # vLLM goes by the index, too
+        assert alone == folder and len(weight_files(folder)) > 1
+
+
+def test_the_folder_of_a_run_says_where_its_model_is(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(ModelError, match=r"holds no config\.json: it is not a Hugging Face model folder"):
+        check_folder(run)
+    for place, said in (("checkpoints/step-000010", "not come to its end; its newest"), ("final", "a run's, whose")):
+        shutil.copytree(folder, run / place)
+        with pytest.raises(ModelError, match=rf"{said} .*{place}"):
+            check_folder(run)
 
 
 @pytest.mark.parametrize("whole", [True, False])

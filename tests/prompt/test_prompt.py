@@ -34,8 +34,8 @@ def scale(smollm2_tokenizer: Any) -> ScoreScale:
 
 
 @pytest.fixture
-def tokenizer(smollm2_tokenizer: Any) -> Any:
-    return copy.deepcopy(smollm2_tokenizer)
+def tokenizer(small_tokenizer: Any) -> Any:
+    return copy.deepcopy(small_tokenizer)
 
 
 def template(tmp_path: Path, text: str, suffix: str = ".jinja") -> str:

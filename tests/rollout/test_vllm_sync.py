@@ -1,4 +1,4 @@
-"""A sync reaches every weight that vLLM computes with: real vLLM, a random model of two layers."""
+"""Real vLLM with a random model of two layers: a sync reaches every weight, and long prompts are computed whole."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def pair(
     golden_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[RolloutEngine, Any, ScoreScale]]:
-    """An engine, the trainer that it was made for, and the scale. SmolLM2's engine is the third case: bf16 and tied."""
+    """An engine, the trainer that it was made for, and the scale. SmolLM2's engine is the third case, bf16 and tied,
+    where the CPU has the instructions.
+    """
     from transformers import AutoTokenizer
 
     precision, tied = request.param
@@ -52,7 +54,7 @@ def pair(
     tokenizer.save_pretrained(folder)
     scale = ScoreScale.from_tokenizer(tokenizer, [1, 2, 3, 4, 5], "Score: ")
     config = Config(rollout=RolloutConfig(engine="vllm", max_tokens=16), train=TrainConfig(precision=precision))
-    config.prompt.max_tokens = 16
+    config.prompt.max_tokens = 300
     engine = make_engine(config, trainer, tokenizer, scale, folder)
     yield engine, trainer, scale
     engine.close()
@@ -90,3 +92,11 @@ def test_a_sync_reaches_each_group_of_weights(pair: tuple[RolloutEngine, Any, Sc
             for name, weight in chosen.items():
                 weight.copy_(saved[name])
         engine.sync(trainer.named_parameters())
+
+
+def test_more_prompt_tokens_than_fit_into_a_step(pair: tuple[RolloutEngine, Any, ScoreScale]) -> None:
+    """Where vLLM splits a prompt over two steps, seeded sampling on CPU fails."""
+    prompts = [([i + 100, 50, 39, 81, 26, 40, 82] * 42)[:290] for i in range(15)]
+    assert sum(map(len, prompts)) > 4096
+    groups = pair[0].generate(prompts, SamplingParams(n=1, max_tokens=1, answer="generated"))
+    assert all(len(group[0].sampled_ids) == 1 for group in groups)

@@ -57,3 +57,10 @@ def test_foreign_bars_are_off_for_as_long_as_it_says():
     with progress.no_foreign_bars():
         assert not transformers_logging.is_progress_bar_enabled()
     assert transformers_logging.is_progress_bar_enabled() == before
+
+
+def test_what_libraries_warn_of_while_they_are_imported_is_not_said(caplog):
+    log.set_up()
+    for name in ("torchao", "torchao.quantization", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).warning("Failed to load _C.cpython-310.so")
+    assert not caplog.records

@@ -135,6 +135,12 @@ def edit_chat_template(home):
     (home / "model" / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
+def edit_end(home):
+    file = home / "model" / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(values | {"eos_token": values["pad_token"]}), encoding="utf-8")
+
+
 def edit_weights(home):
     file = home / "model" / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -158,6 +164,7 @@ CONTENTS = {
     ),
     "the text of prompt.template": edit_template,
     "the tokenizer's vocabulary": edit_tokenizer,
+    "the token that ends a text": edit_end,
     "the model's chat template": edit_chat_template,
     "the model's config.json": edit_model,
     "the start weights": edit_weights,

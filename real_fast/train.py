@@ -64,7 +64,7 @@ class Trainer:
             self.begin()
         if config.warmup.steps and state.step == 0:
             self.evaluate("warmup")
-        profile = Profile(config.profile, self.run.folder.path, self.policy.model.device)
+        profile = Profile(config.profile, self.run.folder.path, self.policy.device)
         with progress_bar(self.method.name, config.train.steps, "step", state.step) as bar, profile:
             while True:
                 if 0 < state.step < config.train.steps and self.due(config.eval.every):
@@ -163,7 +163,7 @@ class Trainer:
         folder, config, p = self.run.folder, self.config, self.parts
         with self.timer("save"):
             p.saver.final()
-        report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.model.device)
+        report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.device)
 
 
 def train(config: Config) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import read
-from tools import benchmark_tables, experiment_tables, run_tables
+from tools import benchmark_tables, experiment_tables, memory_tables, run_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "tools.tables"
@@ -54,6 +54,7 @@ def tables(root: Path) -> dict[str, str]:
     return {
         **run_tables.tables(root / "docs" / "results"),
         **benchmark_tables.tables(root / "benchmarks" / "results", root),
+        **memory_tables.tables(root / "benchmarks" / "results"),
         **experiment_tables.tables(root / "experiments"),
     }
 

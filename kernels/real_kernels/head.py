@@ -4,6 +4,8 @@
   into dL/dz in place and multiplies twice. dW is a sum over chunks, kept in float32.
 - By recomputation (8 N D V): the forward pass keeps a log-sum-exp per row; the backward pass computes dL/dz again, a
   chunk of the vocabulary at a time for all rows at once, so each part of dW is written once.
+
+With a `main_grad` (:mod:`real_kernels.main_grad`) either way adds dW to it, and makes no tensor of its size.
 """
 
 from __future__ import annotations
@@ -95,14 +97,17 @@ def statistics(backend: HeadBackend, rows: Rows, entropy: bool = False) -> Softm
 class _Sum:
     """Gradients added up over chunks of rows."""
 
-    def __init__(self, backend: HeadBackend, rows: int, parts: int, needs: GradMask) -> None:
-        self.backend, self.needs, self.started = backend, needs, False
+    def __init__(
+        self, backend: HeadBackend, rows: int, parts: int, needs: GradMask, main_grad: torch.Tensor | None
+    ) -> None:
+        self.backend, self.needs, self.main_grad, self.started = backend, needs, main_grad, main_grad is not None
         weight = backend.weight
         self.hidden = weight.new_empty(rows, weight.shape[1]) if needs.hidden else None
         # One chunk alone is written straight into the weight's dtype.
         dtype = weight.dtype if parts == 1 else accum_dtype(weight.dtype)
         # Not even for a moment where the head is frozen: it is the largest tensor here.
-        self.weight = weight.new_empty(weight.shape if needs.weight else 0, dtype=dtype)
+        shape = weight.shape if needs.weight else 0
+        self.weight = weight.new_empty(shape, dtype=dtype) if main_grad is None else main_grad
         self.bias = weight.new_zeros(weight.shape[0], dtype=accum_dtype(weight.dtype)) if needs.bias else None
 
     def add(self, rows: slice, buffer: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -124,16 +129,16 @@ class _Sum:
         """The sums, in the dtypes of the weight and the bias."""
         weight = self.backend.weight
         dw = None
-        if self.needs.weight:
+        if self.needs.weight and self.main_grad is None:
             dw = self.weight.to(weight.dtype) if self.started else torch.zeros_like(weight)
         return Gradients(self.hidden, dw, None if self.bias is None else self.bias.to(weight.dtype))
 
 
-def _rows_at_once(backend: HeadBackend, n: int, needs: GradMask) -> int:
+def _rows_at_once(backend: HeadBackend, n: int, needs: GradMask, main_grad: torch.Tensor | None) -> int:
     """Rows of a chunk: by the byte budget, or all where a float32 sum of dW would take more than chunks save."""
     weight = backend.weight
     step = backend.rows_per_chunk()
-    if needs.weight and weight.is_cuda and weight.dtype in HALF:
+    if needs.weight and main_grad is None and weight.is_cuda and weight.dtype in HALF:
         more = (n - step) * weight.shape[0] * weight.element_size()
         return n if 0 < more <= 4 * weight.numel() else step
     return step
@@ -141,14 +146,18 @@ def _rows_at_once(backend: HeadBackend, n: int, needs: GradMask) -> int:
 
 @on_its_device
 def weighted_in_forward(
-    backend: HeadBackend, rows: Rows, coefficients: torch.Tensor, needs: GradMask
+    backend: HeadBackend,
+    rows: Rows,
+    coefficients: torch.Tensor,
+    needs: GradMask,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Gradients]:
     """Log-probabilities [n], and the gradients of ``(coefficients * logp).sum()``."""
     if not needs.any:
         return backend.statistics(rows).logp[:, 0], Gradients(None, None, None)
-    step = min(_rows_at_once(backend, rows.n, needs), max(rows.n, 1))
+    step = min(_rows_at_once(backend, rows.n, needs, main_grad), max(rows.n, 1))
     parts = list(chunks(rows.n, step))
-    buffer, total = backend.buffer(step), _Sum(backend, rows.n, len(parts), needs)
+    buffer, total = backend.buffer(step), _Sum(backend, rows.n, len(parts), needs, main_grad)
     logp = torch.empty(rows.n, dtype=accum_dtype(backend.weight.dtype), device=backend.weight.device)
     for part in parts:
         logits = buffer[: part.stop - part.start]
@@ -193,6 +202,7 @@ def real_forward(
     skip_zero_rows: bool,
     in_forward: bool,
     needs: GradMask,
+    main_grad: torch.Tensor | None = None,
 ) -> RealForward:
     """Score rows, then what their rewards make of the text rows, then the text rows.
 
@@ -206,8 +216,9 @@ def real_forward(
         skip_zero_rows: Leave text rows with coefficient 0 out.
         in_forward: Compute the gradients now, score rows and text rows in the same chunks.
         needs: Which gradients.
+        main_grad: [V, D] that dW is added to, where it is computed now.
     """
-    m, budget = score.n, _rows_at_once(backend, score.n + text.n, needs)
+    m, budget = score.n, _rows_at_once(backend, score.n + text.n, needs, main_grad)
     # Score rows that fill the budget by themselves go first, and come again once their gradient is known.
     together = in_forward and needs.any and m < budget
     buffer, first = None, None
@@ -232,7 +243,7 @@ def real_forward(
     if buffer is None:
         buffer = backend.buffer(min(budget, max(m, text.n)))
     pieces = _pieces(m, text.n, buffer.shape[0], together)
-    total = _Sum(backend, m + text.n, len(pieces), needs)
+    total = _Sum(backend, m + text.n, len(pieces), needs, main_grad)
     logp = torch.empty(text.n, dtype=stats.logp.dtype, device=stats.logp.device)
     done = 0
     for scores, texts in pieces:
@@ -267,13 +278,17 @@ def _pieces(scores: int, texts: int, capacity: int, together: bool) -> list[tupl
 
 @on_its_device
 def recomputed_gradients(
-    backend: HeadBackend, parts: Sequence[tuple[Rows, SoftmaxStats, torch.Tensor]], needs: GradMask
+    backend: HeadBackend,
+    parts: Sequence[tuple[Rows, SoftmaxStats, torch.Tensor]],
+    needs: GradMask,
+    main_grad: torch.Tensor | None = None,
 ) -> Gradients:
     """Gradients of all rows, in the order of `parts`, each given with dlogp = dL/dlogp [n, m]."""
     weight = backend.weight
     v, d = weight.shape
     n = sum(rows.n for rows, _, _ in parts)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs.weight else None
+    own = needs.weight and main_grad is None
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if own else None
     db = weight.new_zeros(v) if needs.bias else None
     if not n:
         return Gradients(
@@ -294,6 +309,8 @@ def recomputed_gradients(
             done += rows.n
         if dw is not None:
             mm_into(dw[columns], dz.t(), hidden)
+        elif main_grad is not None and needs.weight:
+            addmm_(main_grad[columns], dz.t(), hidden)
         if db is not None:
             db[columns] = dz.sum(0, dtype=accum_dtype(weight.dtype)).to(db.dtype)
         if dx is not None:

@@ -15,15 +15,18 @@ Gradients: a frozen weight or frozen hidden states cost nothing, so under LoRA w
 (an adapter on the lm_head itself must be merged into `weight` by the caller, and gets its gradient through that). A
 tied head gets its gradient here and the embedding's elsewhere, both added up by autograd. A sharded weight (FSDP2's
 DTensor) must be whole where it is used: call the loss inside the ``forward`` of the module that FSDP2 wraps, or pass
-``weight.full_tensor()``.
+``weight.full_tensor()``. A weight with a ``main_grad`` has its gradient added there (:mod:`real_kernels.main_grad`).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from real_kernels import ops
 from real_kernels.checks import check_index, check_score_ids, check_shape
+from real_kernels.main_grad import main_grad_of
 from real_kernels.matmul import accum_dtype
 from real_kernels.op_results import products
 from real_kernels.options import DEFAULT_HEAD, HeadOptions
@@ -59,7 +62,7 @@ def linear_logprob(
     impl, chunk_bytes = resolve_head(hidden, weight, bias, head)
     check_index("targets", targets, (hidden.shape[0],), hidden.device)
     logp: torch.Tensor
-    logp, *_ = ops.selected_logprobs(hidden, weight, bias, targets, False, False, head.text, impl, chunk_bytes)
+    logp, *_ = _selected(hidden, weight, bias, targets, False, False, head.text, impl, chunk_bytes)
     return logp[:, 0]
 
 
@@ -89,7 +92,7 @@ def logprob_and_entropy(
     """
     impl, chunk_bytes = resolve_head(hidden, weight, bias, head)
     check_index("targets", targets, (hidden.shape[0],), hidden.device)
-    logp, _row_max, _log_sum, entropy = ops.selected_logprobs(
+    logp, _row_max, _log_sum, entropy = _selected(
         hidden, weight, bias, targets, False, True, head.text, impl, chunk_bytes
     )
     return logp[:, 0], entropy
@@ -122,7 +125,7 @@ def score_logprobs(
     impl, chunk_bytes = resolve_head(hidden, weight, bias, head)
     check_score_ids(score_ids, hidden.device)
     logp: torch.Tensor
-    logp, *_ = ops.selected_logprobs(hidden, weight, bias, score_ids, True, False, head.text, impl, chunk_bytes)
+    logp, *_ = _selected(hidden, weight, bias, score_ids, True, False, head.text, impl, chunk_bytes)
     return logp
 
 
@@ -167,7 +170,21 @@ def weighted_logprob(
     if not gradient_in_forward(head, impl, chunk_bytes, weight, hidden.shape[0]):
         logp = linear_logprob(hidden, weight, targets, bias=bias, head=head)
         return products(coefficients, logp), logp.detach()
-    total, logp, *_ = ops.weighted_logprob(
-        hidden, weight, bias, targets, coefficients, head.text, impl, chunk_bytes, *required_grads(hidden, weight, bias)
-    )
+    required, main_grad = required_grads(hidden, weight, bias), main_grad_of(weight)
+    inputs = (hidden, weight, bias, targets, coefficients, head.text, impl, chunk_bytes, *required)
+    if main_grad is None:
+        total, logp, *_ = ops.weighted_logprob(*inputs)
+    else:
+        total, logp, *_ = ops.weighted_logprob_adding(*inputs, main_grad)
     return total, logp
+
+
+def _selected(hidden: torch.Tensor, weight: torch.Tensor, *others: Any) -> tuple[torch.Tensor, ...]:
+    """The operator that serves every function of selected tokens."""
+    main_grad = main_grad_of(weight)
+    found: tuple[torch.Tensor, ...] = (
+        ops.selected_logprobs(hidden, weight, *others)
+        if main_grad is None
+        else ops.selected_logprobs_adding(hidden, weight, *others, main_grad)
+    )
+    return found

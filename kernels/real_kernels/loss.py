@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from real_kernels.checks import check_dtype, check_head, check_index, check_score_ids, check_shape
+from real_kernels.main_grad import main_grad_of
 from real_kernels.matmul import accum_dtype
 from real_kernels.options import DEFAULT_HEAD, DEFAULT_OBJECTIVE, HeadOptions, RealObjective
-from real_kernels.real_op import RealResults, real_head
+from real_kernels.real_op import RealResults, real_head, real_head_adding
 from real_kernels.resolve import gradient_in_forward, required_grads, resolve_head
 
 
@@ -79,7 +80,9 @@ def real_loss(
     Gradients reach `hidden`, `score_hidden`, `weight` and `bias`. Under LoRA with a frozen head no dW is computed (an
     adapter on the lm_head itself must be merged into `weight` by the caller). A tied head gets its gradient here and
     the embedding's elsewhere, and autograd adds them up. A weight that FSDP2 shards must be whole where it is used:
-    call the loss inside the ``forward`` of the wrapped module, or pass ``weight.full_tensor()``.
+    call the loss inside the ``forward`` of the wrapped module, or pass ``weight.full_tensor()``. A weight with a
+    ``main_grad`` has its gradient added there (:mod:`real_kernels.main_grad`), by "forward" before ``backward()``,
+    which must then be called on the loss itself, once.
 
     Args:
         hidden: [N, D] hidden states that predict sampled tokens (the position before each).
@@ -125,7 +128,7 @@ def real_loss(
         if count is not None and not count > 0:
             raise ValueError(f"{name} must be above 0, not {count}")
     need_hidden, need_scores, need_weight, need_bias = required_grads(hidden, score_hidden, weight, bias)
-    results = real_head(
+    inputs = (
         hidden,
         score_hidden,
         weight,
@@ -150,6 +153,8 @@ def real_loss(
         need_weight,
         need_bias,
     )
+    main_grad = main_grad_of(weight)
+    results = real_head(*inputs) if main_grad is None else real_head_adding(*inputs, main_grad)
     return _output(RealResults(*results))
 
 

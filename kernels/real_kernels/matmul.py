@@ -51,4 +51,4 @@ def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     else:
         for start in range(0, total.shape[0], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
-            total[part] += a[part] @ b
+            total[part].add_(a[part] @ b)  # not +=, which would copy the sum onto itself

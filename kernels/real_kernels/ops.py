@@ -16,6 +16,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import GradMask, make_backend, recomputed_gradients, statistics, weighted_in_forward
+from real_kernels.main_grad import adding, check_added
 from real_kernels.op_results import (
     empty_accum,
     fake_gradients,
@@ -84,11 +85,16 @@ def _selected_logprobs_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden states, weight and bias for dlogp = dL/dlogp [n, m]."""
-    options = HeadOptions.from_text(head)
-    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
-    rows = Rows(hidden, ids.contiguous(), shared, options.temperature)
-    part = (rows, SoftmaxStats(row_max, log_sum, logp), dlogp.contiguous())
-    return tensors(recomputed_gradients(backend, [part], GradMask(need_hidden, need_weight, need_bias)), weight)
+    return _selected_again(SelectedBackwardInputs(**locals()), None)
+
+
+def _selected_again(call: Any, main_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    options = HeadOptions.from_text(call.head)
+    backend = make_backend(call.impl, call.weight, call.bias, options.softcap, call.chunk_bytes)
+    rows = Rows(call.hidden, call.ids.contiguous(), call.shared, options.temperature)
+    part = (rows, SoftmaxStats(call.row_max, call.log_sum, call.logp), call.dlogp.contiguous())
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    return tensors(recomputed_gradients(backend, [part], needs, main_grad), call.weight)
 
 
 SelectedBackwardInputs = inputs_of(_selected_logprobs_backward)
@@ -114,17 +120,23 @@ def _save_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _selected_backward(ctx: Any, dlogp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, ids, row_max, log_sum, logp = ctx.saved_tensors
-    required = SelectedInputs(*ctx.needs_input_grad)
+    main_grad = getattr(ctx, "main_grad", None)
+    required = SelectedInputs(*ctx.needs_input_grad[: len(SelectedInputs._fields)])
     needs = GradMask(required.hidden, required.weight, required.bias)
-    gradients = torch.ops.real_kernels.selected_logprobs_backward(
+    inputs = (
         dlogp, hidden, weight, bias, ids, row_max, log_sum, logp,
         ctx.shared, ctx.head, ctx.impl, ctx.chunk_bytes, *needs,
     )  # fmt: skip
-    dh, dw, db = mask_grads(gradients, needs)
+    if main_grad is None:
+        gradients = torch.ops.real_kernels.selected_logprobs_backward(*inputs)
+    else:
+        gradients = _selected_again(SelectedBackwardInputs(*inputs), main_grad)
+    dh, dw, db = mask_grads(gradients, needs._replace(weight=needs.weight and main_grad is None))
     return tuple(SelectedInputs(hidden=dh, weight=dw, bias=db))
 
 
 selected_logprobs.register_autograd(_selected_backward, setup_context=_save_selected)
+selected_logprobs_adding = adding(lambda *inputs: _selected_logprobs(*inputs[:-1]), _save_selected, _selected_backward)
 
 
 def _weighted_logprob(
@@ -141,16 +153,20 @@ def _weighted_logprob(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The weighted sum, the log-probabilities [n], and the sum's gradients."""
-    options = HeadOptions.from_text(head)
+    return _weighted(WeightedInputs(**locals()), None)
+
+
+def _weighted(call: Any, main_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = HeadOptions.from_text(call.head)
     if options.validate:
         checks = ValueChecks()
-        checks.ids("targets", targets, weight.shape[0])
+        checks.ids("targets", call.targets, call.weight.shape[0])
         checks.run()
-    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
-    needs = GradMask(need_hidden, need_weight, need_bias)
-    rows = Rows(hidden, targets.contiguous(), False, options.temperature)
-    logp, gradients = weighted_in_forward(backend, rows, coefficients.contiguous(), needs)
-    return products(coefficients, logp), logp.contiguous(), *tensors(gradients, weight)
+    backend = make_backend(call.impl, call.weight, call.bias, options.softcap, call.chunk_bytes)
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    rows = Rows(call.hidden, call.targets.contiguous(), False, options.temperature)
+    logp, gradients = weighted_in_forward(backend, rows, call.coefficients.contiguous(), needs, main_grad)
+    return products(call.coefficients, logp), logp.contiguous(), *tensors(gradients, call.weight)
 
 
 WeightedInputs = inputs_of(_weighted_logprob)
@@ -177,9 +193,15 @@ def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _weighted_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return tuple(WeightedInputs())
-    required = WeightedInputs(*ctx.needs_input_grad)
-    dh, dw, db = scaled(ctx.saved_tensors, grad, (required.hidden, required.weight, required.bias), ctx.impl)
+    main_grad = getattr(ctx, "main_grad", None)
+    check_added(ctx, grad)
+    needed = WeightedInputs(*ctx.needs_input_grad[: len(WeightedInputs._fields)])
+    required = (needed.hidden, needed.weight and main_grad is None, needed.bias)
+    dh, dw, db = scaled(ctx.saved_tensors, grad, required, ctx.impl)
     return tuple(WeightedInputs(hidden=dh, weight=dw, bias=db))
 
 
 weighted_logprob.register_autograd(_weighted_backward, setup_context=_save_weighted)
+weighted_logprob_adding = adding(
+    lambda *inputs: _weighted(WeightedInputs(*inputs[:-1]), inputs[-1]), _save_weighted, _weighted_backward
+)

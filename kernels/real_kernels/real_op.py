@@ -16,6 +16,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import GradMask, RealForward, make_backend, real_forward, recomputed_gradients
+from real_kernels.main_grad import adding, check_added
 from real_kernels.op_results import (
     empty_accum,
     fake_gradients,
@@ -96,39 +97,46 @@ def _real_head(
     need_bias: bool,
 ) -> RealTensors:
     """All of :func:`real_kernels.real_loss`; returns :class:`RealResults`."""
-    options, needs = HeadOptions.from_text(head), GradMask(need_hidden, need_weight, need_bias)
+    return _forward(RealInputs(**locals()), None)
+
+
+def _forward(call: Any, main_grad: Tensor | None) -> RealTensors:
+    options = HeadOptions.from_text(call.head)
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    weight, labels, rollout_valid, n = call.weight, call.labels, call.rollout_valid, call.targets.shape[0]
     if options.validate:
-        _check_values(targets, rollout, score_ids, score_values, labels, weight.shape[0])
-    row_valid = None if rollout_valid is None else rollout_valid.index_select(0, rollout)
+        _check_values(call.targets, call.rollout, call.score_ids, call.score_values, labels, weight.shape[0])
+    row_valid = None if rollout_valid is None else rollout_valid.index_select(0, call.rollout)
     counted = rollout_valid
     if counted is None:
         counted = torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
-    counts = _counts(num_rollouts, num_tokens, counted, row_valid, targets.shape[0], labels)
+    counts = _counts(call.num_rollouts, call.num_tokens, counted, row_valid, n, labels)
 
     def coefficients_of(logp: Tensor) -> RolloutCoefficients:
-        return _coefficients_by(impl)(
+        return _coefficients_by(call.impl)(
             logp,
-            engine_score_logprobs,
-            score_values,
+            call.engine_score_logprobs,
+            call.score_values,
             labels,
-            group,
+            call.group,
             counted,
             counts,
-            RealObjective.from_text(objective),
+            RealObjective.from_text(call.objective),
         )
 
     out = real_forward(
-        make_backend(impl, weight, bias, options.softcap, chunk_bytes),
-        Rows(_valid_rows(score_hidden, rollout_valid), score_ids.contiguous(), True),
-        Rows(hidden, targets.contiguous(), False, options.temperature),
+        make_backend(call.impl, weight, call.bias, options.softcap, call.chunk_bytes),
+        Rows(_valid_rows(call.score_hidden, rollout_valid), call.score_ids.contiguous(), True),
+        Rows(call.hidden, call.targets.contiguous(), False, options.temperature),
         coefficients_of,
-        rollout,
+        call.rollout,
         row_valid,
-        skip_zero_rows,
-        in_forward,
+        call.skip_zero_rows,
+        call.in_forward,
         needs,
+        main_grad,
     )
-    return tuple(_results(out, hidden.shape[0], labels, weight, needs))  # type: ignore[return-value]
+    return tuple(_results(out, n, labels, weight, needs))  # type: ignore[return-value]
 
 
 RealInputs = inputs_of(_real_head)
@@ -187,21 +195,26 @@ def _real_head_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden, score_hidden, weight and bias of :func:`real_head`, computed again."""
-    options, needs = HeadOptions.from_text(head), GradMask(need_hidden, need_weight, need_bias)
-    n, m = hidden.shape[0], score_hidden.shape[0]
-    index = None
-    if not _all_rows(skip_zero_rows, rollout_valid):
-        index = computed.nonzero()[:, 0]
+    return _again(RealBackwardInputs(**locals()), None)
+
+
+def _again(call: Any, main_grad: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = HeadOptions.from_text(call.head)
+    needs = GradMask(call.need_hidden, call.need_weight, call.need_bias)
+    hidden, targets, text_stats, logprobs = call.hidden, call.targets, call.text_stats, call.logprobs
+    weight, n, m, index = call.weight, hidden.shape[0], call.score_hidden.shape[0], None
+    if not _all_rows(call.skip_zero_rows, call.rollout_valid):
+        index = call.computed.nonzero()[:, 0]
         hidden, targets = hidden.index_select(0, index), targets.index_select(0, index)
         text_stats, logprobs = text_stats.index_select(1, index), logprobs.index_select(0, index)
     row_max, log_sum, coefficients = text_stats.unbind(0)
     text = Rows(hidden, targets.contiguous(), False, options.temperature)
-    text_part = (text, SoftmaxStats(row_max, log_sum, logprobs[:, None]), (coefficients * grad)[:, None])
-    row_max, log_sum = score_stats.unbind(0)
-    score = Rows(_valid_rows(score_hidden, rollout_valid), score_ids.contiguous(), True)
-    score_part = (score, SoftmaxStats(row_max, log_sum, score_logprobs), dlogp * grad)
-    backend = make_backend(impl, weight, bias, options.softcap, chunk_bytes)
-    dh, dw, db = recomputed_gradients(backend, [score_part, text_part], needs)
+    text_part = (text, SoftmaxStats(row_max, log_sum, logprobs[:, None]), (coefficients * call.grad)[:, None])
+    row_max, log_sum = call.score_stats.unbind(0)
+    score = Rows(_valid_rows(call.score_hidden, call.rollout_valid), call.score_ids.contiguous(), True)
+    score_part = (score, SoftmaxStats(row_max, log_sum, call.score_logprobs), call.dlogp * call.grad)
+    backend = make_backend(call.impl, weight, call.bias, options.softcap, call.chunk_bytes)
+    dh, dw, db = recomputed_gradients(backend, [score_part, text_part], needs, main_grad)
     split = (none(weight), none(weight)) if dh is None else _split(dh, m, index, n)
     return (*split, or_none(dw, weight), or_none(db, weight))
 
@@ -373,12 +386,14 @@ def _save_real(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _real_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return tuple(RealInputs())
-    needed = RealInputs(*ctx.needs_input_grad)
-    required = (needed.hidden, needed.score_hidden, needed.weight, needed.bias)
+    main_grad = getattr(ctx, "main_grad", None)
+    needed = RealInputs(*ctx.needs_input_grad[: len(RealInputs._fields)])
+    required = (needed.hidden, needed.score_hidden, needed.weight and main_grad is None, needed.bias)
     if ctx.in_forward:
+        check_added(ctx, grad)
         gradients = scaled(ctx.saved_tensors, grad, required, ctx.impl)
     else:
-        recomputed = torch.ops.real_kernels.real_head_backward(
+        call = RealBackwardInputs(
             **_Saved(*ctx.saved_tensors)._asdict(),
             grad=grad,
             head=ctx.head,
@@ -389,9 +404,11 @@ def _real_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | 
             need_weight=needed.weight,
             need_bias=needed.bias,
         )
+        recomputed = torch.ops.real_kernels.real_head_backward(*call) if main_grad is None else _again(call, main_grad)
         gradients = mask_grads(recomputed, required)
     dh, ds, dw, db = gradients
     return tuple(RealInputs(hidden=dh, score_hidden=ds, weight=dw, bias=db))
 
 
 real_head.register_autograd(_real_backward, setup_context=_save_real)
+real_head_adding = adding(lambda *inputs: _forward(RealInputs(*inputs[:-1]), inputs[-1]), _save_real, _real_backward)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +20,9 @@ _LAYERS = {"full_attention", "sliding_attention"}
 _TRIAL = ((5, (3, 4)), (4, (2, 5)))
 
 
-def enable(model: PreTrainedModel, backend: Backend) -> None:
+def enable(
+    model: PreTrainedModel, backend: Backend, computing: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Route the model's attention through :func:`real_fast.attention.interface.attend`, and try it.
 
     The model's code is not changed. Calls without a packed row (generation) go to SDPA as before.
@@ -26,6 +30,7 @@ def enable(model: PreTrainedModel, backend: Backend) -> None:
     Args:
         model: A causal language model as loaded, with SDPA attention.
         backend: The backend its packed rows will use.
+        computing: The context that the model computes on the backend's device in.
 
     Raises:
         SharedPromptError: The model's layers or attention have something that the packed row cannot reproduce, or its
@@ -36,7 +41,10 @@ def enable(model: PreTrainedModel, backend: Backend) -> None:
     if reason is None:
         model.set_attn_implementation(NAME)
         # What the row means, to the precision of the weights; then that the kernel in use serves this model.
-        reason = _trial(model, "sdpa") or (_trial(model, backend) if backend != "sdpa" else None)
+        reason = _trial(model, "sdpa")
+        if reason is None and backend != "sdpa":
+            with torch.no_grad(), computing():
+                reason = _trial(model, backend)
     if reason is not None:
         model.set_attn_implementation(before or "sdpa")
         raise SharedPromptError(f"model {_name(model)} cannot share prompts: {reason}. {WAY_OUT}")

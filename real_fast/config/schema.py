@@ -202,6 +202,9 @@ class OptimConfig:
     """AdamW and its schedule.
 
     Args:
+        name: "adamw": two moments in fp32, 8 bytes a parameter; "adamw8bit": in 8 bits by torchao, 2 bytes.
+        offload: What waits in the host's memory: "none"; the "moments"; or "all", weights and gradients too, of which
+            the GPU then has a copy in train.precision for as long as an update lasts.
         lr: Peak learning rate.
         schedule: Shape after the learning rate's warm-up.
         lr_warmup_steps: Optimiser steps of linear learning-rate warm-up; as in Transformers, the first has rate 0.
@@ -212,6 +215,8 @@ class OptimConfig:
         max_grad_norm: Clip the gradient's norm to this; 0 for no clipping.
     """
 
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    offload: Literal["none", "moments", "all"] = field(default="none", metadata=FREE)
     lr: float = above(0, 1e-6)
     schedule: Literal["constant", "cosine"] = "constant"
     lr_warmup_steps: int = at_least(0, 0)
@@ -249,6 +254,10 @@ class TrainConfig:
             installed, else PyTorch's varlen_attn; "flex" is FlexAttention.
         precision: "bf16": matrix products in bf16 over fp32 weights; "fp32". "auto" is bf16 on a GPU that has it and on
             a CPU that multiplies faster in it than in fp32 (it is measured), and fp32 elsewhere.
+        weights: What the trained weights are kept in. "bf16" has no fp32 masters and is refused at learning rates whose
+            updates it would round away, which are those of RL.
+        head_gradient: How micro-batches add to the head's gradient, the largest there is: "fused", straight into its
+            float32 sum; "autograd", a tensor each. "auto" is fused on a GPU.
         activation_checkpointing: Recompute activations in the backward pass.
         device: "auto" takes CUDA where there is one.
         give_up_after: Stop, with a checkpoint and an error, after so many updates in a row that trained nothing: no
@@ -260,6 +269,8 @@ class TrainConfig:
     shared_prompt: bool = field(default=True, metadata=FREE)
     attention: Literal["auto", "sdpa", "varlen", "flex"] = field(default="auto", metadata=FREE)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"
+    head_gradient: Literal["auto", "fused", "autograd"] = field(default="auto", metadata=FREE)
     activation_checkpointing: bool = field(default=False, metadata=FREE)
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
     give_up_after: int = at_least(0, 10, resume="free")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from real_fast.attention.interface import Backend, prepare, prepared_mask
 from real_fast.attention.support import check_span, enable
 from real_fast.model.head import plain_head
 from real_fast.model.load import body_of
+from real_fast.model.masters import WorkingWeights
 from real_fast.types import Batch
 
 T = TypeVar("T")
@@ -29,6 +30,8 @@ class Policy(nn.Module):
         model: A causal language model with a plain linear head.
         autocast_dtype: Dtype of the body's matrix products; None for the weights' own.
         attention: Backend for packed rows with shared prompts; None for padded batches alone.
+        work: What an update computes with in place of the model's weights; None for the weights themselves, which
+            autocast then casts in every forward pass.
 
     Raises:
         ModelError: Logits that are more than the head's weight times hidden states.
@@ -40,14 +43,40 @@ class Policy(nn.Module):
         model: PreTrainedModel,
         autocast_dtype: torch.dtype | None = None,
         attention: Backend | None = None,
+        work: WorkingWeights | None = None,
     ) -> None:
         super().__init__()
         plain_head(model)
         self.model = model
         self.autocast_dtype = autocast_dtype
         self.attention = attention
+        self.work = work
         if attention is not None:
-            enable(model, attention)
+            enable(model, attention, self.working)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; the model's weights may be kept elsewhere."""
+        return self.model.device if self.work is None else self.work.device
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """In here the model computes with :class:`WorkingWeights`, where it has any."""
+        self.begin_step()
+        try:
+            yield
+        finally:
+            self.end_step()
+
+    def begin_step(self) -> None:
+        """Before the first forward pass of an optimiser step: cast the weights."""
+        if self.work is not None:
+            self.work.take()
+
+    def end_step(self) -> None:
+        """Behind its last backward pass: the model has its own weights again, and their gradients."""
+        if self.work is not None:
+            self.work.give_back()
 
     def forward(self, batch: Batch, loss: Callable[[torch.Tensor, torch.Tensor, Batch], T]) -> T:
         """Run the body once and hand ``loss`` the hidden states, flattened to [B * T, D], and the head's weight."""
@@ -67,18 +96,19 @@ class Policy(nn.Module):
             ).last_hidden_state
         # Looked at in each call, as an adapter may have come to the head since.
         weight = plain_head(self.model).weight
+        if self.work is not None and (copy := self.work.head()) is not None:
+            weight = copy
         # A GPU's float32 matrix products are slow; 16-bit operands with float32 accumulation are what the head wants.
         if self.autocast_dtype is not None and weight.is_cuda:
-            hidden, weight = hidden.to(self.autocast_dtype), weight.to(self.autocast_dtype)
-        else:
-            hidden = hidden.to(weight.dtype)
+            weight = weight.to(self.autocast_dtype)
+        hidden = hidden.to(weight.dtype)
         return loss(hidden.flatten(0, 1), weight, batch)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that the body runs in."""
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self.autocast_dtype)
+        return torch.autocast(self.device.type, self.autocast_dtype)
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Weights under their Transformers names, for the rollout engine; a tied head appears once."""

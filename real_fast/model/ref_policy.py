@@ -34,7 +34,7 @@ class RefPolicy:
 
     def __init__(self, policy: Policy, temperature: float, resident: bool) -> None:
         self.temperature = temperature
-        self.device = policy.model.device
+        self.device = policy.device
         self.home = self.device if resident else torch.device("cpu")
         self.policy = frozen_copy(policy, self.home)
 
@@ -91,7 +91,7 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy:
     model, half = policy.model, policy.autocast_dtype
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     # The head's product is in 16 bits on CUDA alone, see Policy.forward; a tied weight is the embedding.
-    whole = {id(embedding.weight)} | (set() if model.device.type == "cuda" else {id(head.weight)})
+    whole = {id(embedding.weight)} | (set() if policy.device.type == "cuda" else {id(head.weight)})
     # deepcopy() takes a parameter's copy from here: none in float32 is made on the way.
     copies: dict[int, Any] = {}
     for module in model.modules():
@@ -102,4 +102,6 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy:
             dtype = half if rounded else parameter.dtype
             tensor = parameter.detach().to(device, dtype, copy=True)
             copies[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-    return copy.deepcopy(policy, copies).to(device).eval()
+    found = copy.deepcopy(policy, copies).to(device).eval()
+    found.work = None  # it computes with the weights that it has
+    return found

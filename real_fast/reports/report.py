@@ -36,7 +36,7 @@ def start(
         engine: Name of the rollout engine.
         resumed_after: The update that a resumed run goes on after.
     """
-    device, attention = policy.model.device, policy.attention
+    device, attention = policy.device, policy.attention
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     prompts = f"shared prompts by {describe(attention)}" if attention else "a prompt per rollout"
     overlap = f"; {data.overlap} evaluation prompts are also in the training data" if data.overlap else ""

@@ -40,7 +40,7 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
         ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
             they need more positions than the model has.
     """
-    if _takes_vllm(config, model.device.type):
+    if _takes_vllm(config, pick_device(config.train.device).type):
         engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps=_sleeps(config.rollout.sleep))
         try:
             engine.sync(model.named_parameters())
@@ -150,6 +150,7 @@ def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale)
         scale,
         max_num_seqs=config.rollout.max_num_seqs,
         dtype=_dtype(config),
+        device=pick_device(config.train.device),
     )
 
 

@@ -63,6 +63,7 @@ class TransformersEngine:
         max_num_seqs: Sequences decoded at a time.
         dtype: Compute in this dtype, with weights cast for as long as a generation lasts; None for the model's own.
             The head computes in fp32.
+        device: Compute here, with weights moved for as long; None for where the model is.
     """
 
     name = "transformers"
@@ -76,8 +77,10 @@ class TransformersEngine:
         *,
         max_num_seqs: int = 256,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
+        self.device = model.device if device is None else device
         self.tokenizer = tokenizer
         self.scale = scale
         self.max_num_seqs = max_num_seqs
@@ -165,10 +168,13 @@ class TransformersEngine:
                 for name, weight in self.model.named_parameters(remove_duplicate=False):
                     # Quantised ones (8 bits or fewer, or packed into integers) mean nothing without their scales.
                     if weight.is_floating_point() and weight.element_size() > 1:
-                        self._weights[name] = weight.to(self.dtype)
+                        self._weights[name] = weight.to(self.device, self.dtype)
                 # The head in fp32: bf16 logits come in steps of 1/8, and scores with them.
                 prefix = next(name for name, module in self.model.named_modules() if module is head)
-                self._weights |= {f"{prefix}.{name}": weight.float() for name, weight in head.named_parameters()}
+                for name, weight in head.named_parameters():
+                    self._weights[f"{prefix}.{name}"] = weight.to(self.device, torch.float32)
+                if self.device.type != self.model.device.type:
+                    self._weights |= {name: buffer.to(self.device) for name, buffer in self.model.named_buffers()}
                 yield
         finally:
             hook.remove()
@@ -191,7 +197,7 @@ class TransformersEngine:
         return out.logits[:, -1].float(), out.past_key_values
 
     def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: SamplingParams) -> list[_Sequence]:
-        device = self.model.device
+        device = self.device
         longest = max(map(len, prompts.values()))
         ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -276,7 +282,7 @@ class TransformersEngine:
             s.forced = deque(parsed.context_ids[cached:])
             s.feed = s.forced.popleft()
         else:  # the phrase came to light late, so the cache holds tokens that do not belong to the context
-            ids = torch.tensor([[*prompt, *parsed.context_ids]], device=self.model.device)
+            ids = torch.tensor([[*prompt, *parsed.context_ids]], device=self.device)
             logits, _ = self._forward(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=ids.device)[None])
             s.score_logprobs, s.done = logits.log_softmax(-1)[0, list(self.scale.score_ids)].tolist(), True
 

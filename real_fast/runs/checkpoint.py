@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from real_fast.errors import CheckpointError
+from real_fast.runs import optimizer_state
 from real_fast.runs.progress import no_foreign_bars
 from real_fast.runs.sealed import damage, writing_folder
 from real_fast.utils.files import free_name
@@ -189,19 +190,15 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
     """
     state = _read_state(path)
     tensors = load_file(path / _OPTIMIZER)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        moments = {key: tensors.get(f"{name}:{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if moments["exp_avg"] is None:
-            if state.scheduler["last_epoch"] > state.skipped_steps:  # both count optimiser steps
-                raise CheckpointError(
-                    f"checkpoint {path} has no optimiser state for {name}: it belongs to another model"
-                )
-            continue
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device) for key, value in moments.items() if value is not None
-        }
+    try:
+        missing = optimizer_state.restore(model, optimizer, tensors)
+    except ValueError as error:
+        raise CheckpointError(
+            f"checkpoint {path} has another optimiser's state ({error}): resume with the optim.name that it was made "
+            "with, or start over from its weights with --init_from"
+        ) from error
+    if missing and state.scheduler["last_epoch"] > state.skipped_steps:  # both count optimiser steps
+        raise CheckpointError(f"checkpoint {path} has no optimiser state for {missing[0]}: it belongs to another model")
     # The place in the schedule comes from the checkpoint, the schedule from the settings, which may have changed.
     scheduler.last_epoch = state.scheduler["last_epoch"]
     rates = [
@@ -209,7 +206,10 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
     ]
     scheduler._last_lr = rates
     for group, lr in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = lr
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
     torch.set_rng_state(tensors["rng:cpu"])
     if "rng:cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng:cuda"])
@@ -220,10 +220,7 @@ def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer)
     tensors = {"rng:cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng:cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
+    return tensors | optimizer_state.tensors_of(model, optimizer)
 
 
 def _read_state(path: Path) -> TrainState:

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and a step that is skipped where the gradient is not finite."""
+"""AdamW in its kinds, its schedule, and a step that is skipped where the gradient is not finite."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from transformers import get_scheduler
 
 from real_fast.config import OptimConfig
 from real_fast.distributed.world import ALONE, World
+from real_fast.training.adamw import adamw
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices alone (not on norms and biases)."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW of ``optim.name`` with weight decay on matrices alone (not on norms and biases).
+
+    Raises:
+        ConfigError: torchao is asked for and cannot be imported.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    kind = adamw(config.name, on_host=config.offload == "moments")
+    betas = (config.beta1, config.beta2)
+    return kind([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:

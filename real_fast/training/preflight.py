@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
-from real_fast.errors import BatchError, ModelError
+from real_fast.errors import BatchError, ConfigError, ModelError
 from real_fast.methods.base import Method
 from real_fast.model.judge_settings import trained_settings
 from real_fast.prompt.guard import EncodeFeedback
@@ -20,6 +22,8 @@ from real_fast.types import JudgeRow
 
 logger = logging.getLogger(__name__)
 
+# Share of the weights that an update has to be able to move.
+MOVING = 0.5
 # What model configs call the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -66,6 +70,38 @@ def warn_if_asked_otherwise(config: Config, template: str) -> None:
     ]
     if other:
         logger.warning("%s was trained as a judge in another way: %s", config.initial_weights, "; ".join(other))
+
+
+def check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
+    """Refuse to train 16-bit weights, without float32 masters, at rates whose updates they round away.
+
+    AdamW moves a weight by about the learning rate. A bf16 weight has 8 binary digits, so one in [2^e, 2^(e+1)) lies
+    2^(e-7) from the next, and what is not above half of that changes nothing, at any number of steps.
+
+    Args:
+        model: The model, its weights as they are trained.
+        rates: Peak learning rates by the names of their settings.
+
+    Raises:
+        ConfigError: At some rate most of the weights could not move.
+    """
+    halves = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    for name, rate in rates.items():
+        moving = sum(int((rate > _half_a_step(p)).sum()) for p in halves)
+        share = moving / max(1, sum(p.numel() for p in halves))
+        if halves and share < MOVING:
+            raise ConfigError(
+                f"train.weights is bf16 and {name} is {rate:g}: bf16 numbers are so far apart that an update of that "
+                f"size would move {100 * share:.1f} % of this model's weights and be rounded away in the others; leave "
+                "train.weights at fp32 (where memory is short, optim.name adamw8bit and optim.offload save it exactly "
+                "or nearly so), or train an adapter"
+            )
+
+
+def _half_a_step(weights: torch.Tensor) -> torch.Tensor:
+    """Half the distance from each weight to the next one above it in its dtype."""
+    mantissa, exponent = torch.frexp(weights.detach().abs().float())  # a mantissa in [1/2, 1), or 0
+    return torch.ldexp((mantissa > 0).float() * (torch.finfo(weights.dtype).eps / 4), exponent)
 
 
 def check_rows_fit(

@@ -78,6 +78,6 @@ class Saver:
 
     def final(self) -> None:
         """The judge, in the precision that it was trained in. Raises :class:`CheckpointError`."""
-        dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.model.device))
+        dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.device))
         target = self.folder.path / "final"
         checkpoint.save_model(self.updater.policy.model, self.tokenizer, target, self.texts, dtype)

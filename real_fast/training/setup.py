@@ -17,9 +17,11 @@ from real_fast.data.dataset import Dataset, first_of_each, load_train_eval, writ
 from real_fast.data.sampler import PromptSampler
 from real_fast.data.sources import describe
 from real_fast.distributed.world import OneProcess, World
+from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
+from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.planning.share import with_engine_share
@@ -32,11 +34,12 @@ from real_fast.runs.folder import RunFolder, settings_in
 from real_fast.runs.run import Run
 from real_fast.score.ending import stop_at
 from real_fast.score.scale import ScoreScale
+from real_fast.training.adamw import adamw
 from real_fast.training.groups import GroupSource
 from real_fast.training.identity import check_same_run, fingerprints_of
 from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.peak_memory import PeakMemory
-from real_fast.training.preflight import check_rows_fit, check_trainable, warn_if_asked_otherwise
+from real_fast.training.preflight import check_rates, check_rows_fit, check_trainable, warn_if_asked_otherwise
 from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
@@ -104,6 +107,7 @@ def build(config: Config) -> Parts:
     """
     method_class = check_config(config)
     trackers.check_installed(config)
+    adamw(config.optim.name)
     world, state = OneProcess(), TrainState()
     timer = Timer(state.seconds)
     with timer("load"):
@@ -175,13 +179,29 @@ def build(config: Config) -> Parts:
 
 
 def load_policy(config: Config, source: str) -> Policy:
-    """The model in float32, its matrix products in ``train.precision``, ready for shared prompts where they are on."""
-    device, train = pick_device(config.train.device), config.train
-    model = load_model(source, device, torch.float32, config.trust_remote_code)
+    """The model in ``train.weights``, its products in ``train.precision``, ready for shared prompts where they are on.
+
+    With ``optim.offload: all`` its weights are in the host's memory, and on the device while an update lasts.
+
+    Raises:
+        ConfigError: bf16 weights with products in fp32, or with a learning rate that they would round away.
+    """
+    device, train, everything = pick_device(config.train.device), config.train, config.optim.offload == "all"
+    precision = resolve(train.precision, device)
+    if (train.weights, precision) == ("bf16", "fp32"):
+        raise ConfigError("train.weights is bf16 and train.precision fp32: set one to the other's")
+    if config.optim.offload != "none" and device.type == "cpu":
+        logger.warning("optim.offload is %s, and the model computes in the host's memory anyhow", config.optim.offload)
+    home = torch.device("cpu") if everything else device
+    model = load_model(source, home, dtype_of(train.weights), config.trust_remote_code)
     check_trainable(model)
+    check_rates(model, {"optim.lr": config.optim.lr} | ({"warmup.lr": config.warmup.lr} if config.warmup.steps else {}))
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    dtype = dtype_of(resolve(train.precision, device))
+    dtype = dtype_of(precision)
     half = dtype if dtype != model.dtype else None
+    fused = train.head_gradient == "fused" or (train.head_gradient == "auto" and device.type == "cuda")
+    fused = fused and train.weights == "fp32"
+    work = WorkingWeights(model, device, half, everything, fused) if half or everything or fused else None
     attention = pick_backend(train.attention, device, dtype)
-    return Policy(model, half, attention if train.shared_prompt else None)
+    return Policy(model, half, attention if train.shared_prompt else None, work)

@@ -74,19 +74,29 @@ class Updater:
         self._batches, self._begun = len(batches), 0
         self.idle.begin(self.world.any(any(r.has_score for g in groups for r in g.rollouts)))
         logger.debug("%d groups in %d micro-batches", len(groups), len(batches))
-        return [batch.to(self.policy.model.device) for batch in batches]
+        return [batch.to(self.policy.device) for batch in batches]
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of a micro-batch; sharded gradients would be reduced in here."""
+        """Around the forward and backward pass of a micro-batch; sharded gradients would be reduced in here.
+
+        From the first to the last, the policy computes with weights cast once.
+        """
         self._begun = self._begun % self._batches + 1
         show(f"update: micro-batch {self._begun} of {self._batches}")
-        yield
+        finished = False
+        try:
+            self.policy.begin_step()
+            yield
+            finished = True
+        finally:
+            if last or not finished:
+                self.policy.end_step()
 
     def step(self) -> None:
         """Clip, step (or skip, and count it, where the gradient is not finite), go on in the schedule."""
         with self.timer("optimizer"):
-            lr = self.scheduler.get_last_lr()[0]
+            lr = float(self.scheduler.get_last_lr()[0])
             norm, stepped = clip_and_step(self.policy, self.optimizer, self.optim.max_grad_norm, self.world)
             self.scheduler.step()
         self.state.skipped_steps += not stepped

@@ -63,7 +63,8 @@ def warm_up(
         NothingTrainedError: Too many steps in a row were skipped.
     """
     policy = updater.policy
-    optimizer = build_optimizer(policy, OptimConfig(lr=warmup.lr))
+    optim = OptimConfig(lr=warmup.lr, name=updater.optim.name, offload=updater.optim.offload)
+    optimizer = build_optimizer(policy, optim)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=warmup.steps)
     with progress_bar("warm-up (cross-entropy)", warmup.steps, "step") as bar:
         for step in range(warmup.steps):
@@ -75,12 +76,14 @@ def warm_up(
                 groups = [supervised_group(row, [i], n, encode_feedback, scale) for n, (row, i) in enumerate(picked)]
                 counts = UpdateCounts.of(groups, updater.world)
                 loss = score_loss = 0.0
-                for batch in updater.micro_batches(groups):
-                    out = policy(batch, supervised_loss(SFT, scale, counts))
-                    out.loss.backward()
+                batches = updater.micro_batches(groups)
+                for i, batch in enumerate(batches):
+                    with updater.accumulate(last=i == len(batches) - 1):
+                        out = policy(batch, supervised_loss(SFT, scale, counts))
+                        out.loss.backward()
                     loss += float(out.loss.detach())
                     score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
-                lr = decay.get_last_lr()[0]
+                lr = float(decay.get_last_lr()[0])
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
                 decay.step()
                 updater.idle.step(stepped)

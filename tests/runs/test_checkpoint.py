@@ -20,10 +20,11 @@ class NoTokenizer:
         (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
-def make(tiny_llama, tied=True):
-    model = tiny_llama(tied=tied)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2))
-    return model, optimizer, build_scheduler(optimizer, OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2), 20)
+def make(tiny_llama, tied=True, **optim):
+    config = OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2, **optim)
+    model = tiny_llama(tied=tied, hidden_size=64 if optim else 32)  # matrices from 4096 numbers on are kept in 8 bits
+    optimizer = build_optimizer(model, config)
+    return model, optimizer, build_scheduler(optimizer, config, 20)
 
 
 def train(model, optimizer, scheduler, steps, start=0):
@@ -41,9 +42,10 @@ def save(folder, parts, step, keep=2):
     )
 
 
+@pytest.mark.parametrize("optim", [{}, {"name": "adamw8bit", "offload": "moments"}])
 @pytest.mark.parametrize("tied", [True, False])
-def test_resumed_weights_are_bitwise_equal(tiny_llama, tmp_path, tied):
-    parts = make(tiny_llama, tied)
+def test_resumed_weights_are_bitwise_equal(tiny_llama, tmp_path, tied, optim):
+    parts = make(tiny_llama, tied, **optim)
     train(*parts, 5)
     path = save(tmp_path, parts, 5)
     torch.rand(3)  # the saved random state must not depend on what comes after
@@ -51,9 +53,9 @@ def test_resumed_weights_are_bitwise_equal(tiny_llama, tmp_path, tied):
     train(*parts, 4, start=5)
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    _, optimizer, scheduler = make(tiny_llama, tied)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2))
-    scheduler = build_scheduler(optimizer, OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2), 20)
+    config = OptimConfig(lr=1e-2, schedule="cosine", lr_warmup_steps=2, **optim)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, 20)
     state = checkpoint.load(path, model, optimizer, scheduler)
     torch.rand(3)
     assert state.step == 5 and torch.equal(torch.rand(4), random)
@@ -63,10 +65,13 @@ def test_resumed_weights_are_bitwise_equal(tiny_llama, tmp_path, tied):
     assert scheduler.get_last_lr() == parts[2].get_last_lr()
 
 
-def test_only_safetensors_and_json_are_written(tiny_llama, tmp_path):
-    parts = make(tiny_llama)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_only_safetensors_and_json_are_written(tiny_llama, tmp_path, name):
+    parts = make(tiny_llama, name=name)
     train(*parts, 1)
     path = save(tmp_path, parts, 1)
+    codes = [key for key in load_file(path / "optimizer.safetensors") if key.endswith(":exp_avg:codes")]
+    assert len(codes) == (5 * 2 + 1 if name == "adamw8bit" else 0)  # not the keys' and values' matrices, and no norm
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
 
 

@@ -145,7 +145,7 @@ def build(config: Config) -> Parts:
             state = checkpoint.load(resume_from, model, optimizer, scheduler)
             timer.run = state.seconds
             method.resume(policy, folder.path)
-        room = torch.cuda.mem_get_info(model.device)[1] if model.device.type == "cuda" else None
+        room = torch.cuda.mem_get_info(policy.device)[1] if policy.device.type == "cuda" else None
         settings = with_engine_share(config, model.config, room)
         engine = make_engine(settings, model, tokenizer, scale, resolve_model(config.initial_weights))
     updater = Updater(
@@ -156,7 +156,7 @@ def build(config: Config) -> Parts:
     run = Run(folder, trackers.Trackers(config, folder, resumed_step), world.is_main)
     run.claim(config, resumed_step)
     write_rejected(folder.path / "rejected.jsonl", data.rejected)
-    groups = GroupSource(method, sampler, engine, timer, PeakMemory(model.device), config.rollout.check_every)
+    groups = GroupSource(method, sampler, engine, timer, PeakMemory(policy.device), config.rollout.check_every)
     groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
     return Parts(

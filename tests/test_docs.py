@@ -102,7 +102,7 @@ def test_files_of_the_code_exist(page: Path) -> None:
 
 
 def test_the_index_has_every_page() -> None:
-    index = re.findall(r"^\| \[([\w.]+)\]\(\1\) \|", read(ROOT / "docs" / "README.md"), flags=re.M)
+    index = re.findall(r"^\| \[([\w.-]+)\]\(\1\) \|", read(ROOT / "docs" / "README.md"), flags=re.M)
     pages = {page.name for page in PAGES if page.parent == ROOT / "docs"} - {"README.md"}
     assert sorted(index) == sorted(pages)
 

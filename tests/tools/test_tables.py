@@ -18,6 +18,8 @@ WHERE = {
     "bench-plots": "docs/packing.md",
     "bench-rollout": "docs/rollouts.md",
     "bench-vllm": "docs/rollouts.md",
+    "optimizers": "docs/less-memory.md",
+    "head-gradient": "docs/less-memory.md",
     "bench-head": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
     "kernels": "docs/kernels.md",

@@ -108,7 +108,8 @@ def vllm_table(lines: Lines) -> str:
     out = ["| log-probabilities | case | bookkeeping, µs a token | tokens/s |", "|---|---|---|---|"]
     for (machine, model, case), variants in newest(lines, "vllm").items():
         for name, v in variants.items():
-            cells = [names[name], f"{model}, {case}; {machine}", f"{v['host_us']:.0f}", f"{v['tokens_per_s']:.0f}"]
+            numbers = [f"{v[metric]:.0f}" if metric in v else "-" for metric in ("host_us", "tokens_per_s")]
+            cells = [names[name], f"{model}, {case}; {machine}", *numbers]
             out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 

@@ -153,15 +153,7 @@ def main() -> None:
         real = resolve_model("smollm2-135m"), load_tokenizer("smollm2-135m")
         cases = (
             Case("1 layer, 258 tokens", Path(folder), small_model(Path(folder)), torch.float32, 8, 160, True),
-            Case(
-                "SmolLM2-135M",
-                resolve_model("smollm2-135m"),
-                load_tokenizer("smollm2-135m"),
-                torch.bfloat16,
-                2,
-                64,
-                False,
-            ),
+            Case("SmolLM2-135M", *real, torch.bfloat16, 2, 64, False),
         )
         for case in cases:
             for name, (kind, scores) in VARIANTS.items():

@@ -78,7 +78,7 @@ def train(folder: Path, steps: int, optim: dict[str, Any], train: dict[str, Any]
     # Divided by the spread of two nearly equal rewards, advantages would magnify any rounding, and not an optimiser's.
     config.objective.normalize_std = False
     config.optim.lr = 1.0  # which nothing refuses
-    policy = load_policy(config, config.model)
+    policy = load_policy(config, None)
     config.optim.lr = LR
     tokenizer = load_tokenizer(config.model)
     scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)

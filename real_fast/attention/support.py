@@ -113,7 +113,9 @@ def _trial(model: PreTrainedModel, backend: Backend) -> str | None:
     device = model.device
     layout = Layout.of_groups(_TRIAL)
     ids = (torch.arange(layout.tokens) * 7 + 11) % min(config.vocab_size, 997)
-    half = backend != "sdpa" and model.dtype == torch.float32  # the kernels compute in 16 bits
+    # The kernels compute in 16 bits; so do, under autocast, linear layers kept in 16 or 4 beside a float32 embedding.
+    mixed = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16, torch.uint8}
+    half = model.dtype == torch.float32 and (backend != "sdpa" or bool(mixed))
     recorder = _Recorder(layout, backend, device)
     training, worst = model.training, 0.0
     model.train()

@@ -17,7 +17,7 @@ import yaml
 
 from real_fast.config.commands import COMMANDS, Command
 from real_fast.config.help import help_text
-from real_fast.config.keys import Key, flatten, hint, is_section, keys_of
+from real_fast.config.keys import Key, flatten, hint, is_section, keys_of, optional_sections
 from real_fast.config.schema import Config
 from real_fast.config.yaml_file import find, read
 from real_fast.errors import ConfigError, UserError
@@ -78,7 +78,8 @@ def _parse(
 
     def over(known: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
         for values, where in sources:
-            known = known | flatten(command.settings, values, where, command.other_names, tell, known)
+            new = flatten(command.settings, values, where, command.other_names, tell, known)
+            known = {name: value for name, value in known.items() if name not in new} | new  # the newest come last
         return known
 
     given = over({}, _note)
@@ -173,10 +174,16 @@ def _note(message: str) -> None:
 
 
 def _set(settings: Any, values: Mapping[str, Any]) -> None:
-    """Set values by their keys."""
+    """Set values by their keys, in their order; a section that may be None is made when a setting of it comes."""
+    optional = optional_sections(settings.__class__)
     for name, value in values.items():
-        owner, *path = settings, *name.split(".")
+        if name in optional:
+            value = optional[name]() if value else None
+        owner, done, *path = settings, "", *name.split(".")
         for section in path[:-1]:
+            done = f"{done}.{section}".lstrip(".")
+            if getattr(owner, section) is None:
+                setattr(owner, section, optional[done]())
             owner = getattr(owner, section)
         setattr(owner, path[-1], value)
 

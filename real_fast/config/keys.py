@@ -30,6 +30,15 @@ _ELSEWHERE = {
     "gradient_checkpointing": "train.activation_checkpointing",
     "resume_from_checkpoint": "resume",
     "dtype": "precision",
+    "lora_r": "train.lora.r",
+    "lora_rank": "train.lora.r",
+    "lora_alpha": "train.lora.alpha",
+    "lora_dropout": "train.lora.dropout",
+    "lora_target_modules": "train.lora.targets",
+    "target_modules": "train.lora.targets",
+    "init_lora_weights": "train.lora.init",
+    "use_peft": "train.lora.r",
+    "load_in_4bit": "train.quantization",
     "dataset_name": "data.train",
 }
 
@@ -85,10 +94,27 @@ def _walk(settings: type, defaults: Any, prefix: str) -> Iterable[tuple[str, Key
     for field in dataclasses.fields(settings):
         kind, default = hints[field.name], getattr(defaults, field.name)
         name = prefix + field.name
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from _walk(kind, default, f"{name}.")
+        if section := section_of(kind):
+            yield from _walk(section, section() if default is None else default, f"{name}.")
         else:
             yield name, Key(name, kind, default, texts.get(field.name, ""))
+
+
+def section_of(kind: Any) -> type | None:
+    """The dataclass of a section's annotation, such as ``LoraConfig | None``; None for a setting's."""
+    return next((one for one in _alternatives(kind) if dataclasses.is_dataclass(one) and isinstance(one, type)), None)
+
+
+@lru_cache
+def optional_sections(settings: type, prefix: str = "") -> dict[str, type]:
+    """The sections of a dataclass of settings, nested ones included, that may be None, by their names."""
+    hints, found = get_type_hints(settings), {}
+    for field in dataclasses.fields(settings):
+        if section := section_of(hints[field.name]):
+            if NoneType in _alternatives(hints[field.name]):
+                found[prefix + field.name] = section
+            found |= optional_sections(section, f"{prefix}{field.name}.")
+    return found
 
 
 def _texts(settings: type) -> dict[str, str]:
@@ -121,7 +147,7 @@ def flatten(
     Raises:
         ConfigError: A name that does not exist, or a value of another type.
     """
-    keys, found = keys_of(settings), {}
+    keys, optional, found = keys_of(settings), optional_sections(settings), {}
     pending = [(str(name), value) for name, value in values.items()]
     while pending:
         name, value = pending.pop(0)
@@ -133,6 +159,9 @@ def flatten(
             found[name_here] = convert(keys[name_here], value, where(name), name)
         elif is_section(name_here, keys) or is_section(name_here, other_names or {}):
             value = _read_inline(value)
+            if name_here in optional and not (value and isinstance(value, Mapping)):
+                found[name_here] = _switched(value, f"{where(name)}{name}")
+                continue
             if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(
                     f"{where(name)}{name} is {_show(value)}: it is a section, whose settings stand under it by name"
@@ -145,6 +174,15 @@ def flatten(
         else:
             raise ConfigError(f"{where(name)}{name} is no setting{hint(name, keys)}")
     return found
+
+
+def _switched(value: Any, name: str) -> bool:
+    """Whether a section that may be None is there, where no setting of it is given. Raises :class:`ConfigError`."""
+    if value is None or value is False or value == "none":
+        return False
+    if value is True or value == {}:
+        return True
+    raise ConfigError(f"{name} is {_show(value)}: it is a section, whose settings stand under it by name, or null")
 
 
 def _is_section_elsewhere(name: str, value: Any, other_names: Mapping[str, str]) -> bool:

@@ -243,6 +243,26 @@ class WarmupConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, which are trained in place of the model's own weights (arXiv 2106.09685), through peft.
+
+    Args:
+        r: Rank of an adapter.
+        alpha: Scale: an adapter adds alpha / r times its product.
+        dropout: 0; anything else is refused, since the distribution that is trained must be the one that was sampled
+            from.
+        targets: The linear layers that get one: "all-linear" is all but the head, or names: [q_proj, v_proj].
+        init: How A starts (B starts at 0): "default" is peft's, Kaiming's uniform distribution; "gaussian".
+    """
+
+    r: int = above(0, 16)
+    alpha: float = above(0, 32.0)
+    dropout: float = 0.0
+    targets: list[str] | str = "all-linear"
+    init: Literal["default", "gaussian"] = "default"
+
+
+@dataclass
 class TrainConfig:
     """The update.
 
@@ -260,6 +280,9 @@ class TrainConfig:
             float32 sum; "autograd", a tensor each. "auto" is fused on a GPU.
         activation_checkpointing: Recompute activations in the backward pass.
         device: "auto" takes CUDA where there is one.
+        lora: Train adapters (LoRA) and leave the model's own weights as they are; without it, all weights are trained.
+        quantization: "nf4": keep the model's own weights in 4 bits (QLoRA, arXiv 2305.14314, through bitsandbytes); for
+            train.lora alone.
         give_up_after: Stop, with a checkpoint and an error, after so many updates in a row that trained nothing: no
             rollout had a score, or the gradient was not finite. 0 for never.
     """
@@ -273,6 +296,8 @@ class TrainConfig:
     head_gradient: Literal["auto", "fused", "autograd"] = field(default="auto", metadata=FREE)
     activation_checkpointing: bool = field(default=False, metadata=FREE)
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
+    lora: LoraConfig | None = None
+    quantization: Literal["none", "nf4"] = "none"
     give_up_after: int = at_least(0, 10, resume="free")
 
 
@@ -307,10 +332,13 @@ class SaveConfig:
     Args:
         every: Checkpoint every so many steps; 0 for the end of the warm-up alone.
         keep: Keep this many newest checkpoints.
+        merge: With train.lora, write final/ as a whole model, the adapters merged into it, and the adapters themselves
+            into adapter/; without it, final/ is the adapters.
     """
 
     every: int = at_least(0, 50)
     keep: int = above(0, 2)
+    merge: bool = False
 
 
 @dataclass

@@ -119,6 +119,29 @@ def check_config(config: Any) -> None:
     for name in ("batch_size", "lr") if config.warmup.steps else ():
         if not getattr(config.warmup, name) > 0:
             raise ConfigError(f"warmup.{name} is {getattr(config.warmup, name)}: it must be above 0")
+    if config.train.lora is not None:
+        _check_lora(config.train.lora)
+        for key, value, usual in (
+            ("optim.offload", config.optim.offload, ("none", "moments")),
+            ("train.weights", config.train.weights, ("fp32",)),
+        ):
+            if value not in usual:
+                raise ConfigError(
+                    f"{key} is {value}, and train.lora keeps the model's weights as they are computed with, on the "
+                    f"device, and its adapters in fp32: set {key} to {' or '.join(usual)}"
+                )
+    elif config.train.quantization != "none":
+        raise ConfigError(
+            f"train.quantization is {config.train.quantization}, and weights in 4 bits cannot be trained: train "
+            "adapters (train.lora), or leave it out"
+        )
+    if config.save.merge and config.train.quantization != "none":
+        raise ConfigError(
+            "save.merge is true, and train.quantization keeps the model's weights in 4 bits: final/ is then the "
+            "adapters, which are loaded on the model in its own precision; leave save.merge out"
+        )
+    if config.save.merge and config.train.lora is None:
+        raise ConfigError("save.merge is true, and without train.lora there are no adapters to merge: leave it out")
     if not config.data.eval and not 0 < config.data.eval_fraction < 1:
         raise ConfigError(f"data.eval_fraction is {config.data.eval_fraction}: it must lie between 0 and 1")
     if len(config.scale.values) < 2 or len(set(config.scale.values)) != len(config.scale.values):
@@ -127,3 +150,18 @@ def check_config(config: Any) -> None:
         raise ConfigError(f"scale.values is {config.scale.values}: a score is a finite number")
     if not config.scale.phrase.strip():
         raise ConfigError("scale.phrase is empty: it is what the score stands after")
+
+
+def _check_lora(lora: Any) -> None:
+    """Check what bounds do not say of adapters. Raises :class:`ConfigError`."""
+    if lora.dropout != 0:
+        raise ConfigError(
+            f"train.lora.dropout is {lora.dropout}: it must be 0, since rollouts are sampled without dropout, and what "
+            "is trained must be the distribution that was sampled from"
+        )
+    targets = [lora.targets] if isinstance(lora.targets, str) else lora.targets
+    if not targets or not all(isinstance(name, str) and name for name in targets):
+        raise ConfigError(
+            f"train.lora.targets is {lora.targets!r}: it must be all-linear, or names of linear layers such as "
+            "[q_proj, v_proj]"
+        )

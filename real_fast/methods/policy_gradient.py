@@ -19,8 +19,9 @@ import torch
 from real_fast.config import Config
 from real_fast.errors import CheckpointError, ConfigError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts
+from real_fast.model.lora import is_adapted
 from real_fast.model.policy import Policy
-from real_fast.model.ref_policy import RefPolicy
+from real_fast.model.ref_policy import RefAdapters, RefPolicy
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
@@ -63,7 +64,7 @@ class PolicyGradient(Method):
     def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
         super().__init__(config, encode_feedback, scale)
         self.options = config.objective
-        self.ref_policy: RefPolicy | None = None
+        self.ref_policy: RefPolicy | RefAdapters | None = None
         self.head = HeadOptions(temperature=config.rollout.temperature, validate=False)
 
     @classmethod
@@ -116,8 +117,10 @@ class PolicyGradient(Method):
             return
         self.ref_policy = found
 
-    def _frozen(self, policy: Policy) -> RefPolicy:
-        """The policy as it is now; on its device only where every step needs it."""
+    def _frozen(self, policy: Policy) -> RefPolicy | RefAdapters:
+        """The policy as it is now; a copy is on its device only where every step needs it."""
+        if is_adapted(policy.model):
+            return RefAdapters(policy, self.config.rollout.temperature)
         return RefPolicy(policy, self.config.rollout.temperature, resident=self.options.kl_coef > 0)
 
     def groups(

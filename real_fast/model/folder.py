@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from real_fast.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _POINTER = b"version https://git-lfs"
 # A model that can write says so by one of these; names of other heads are refused, names that nobody knows are not.
 _OTHER_HEADS = (
@@ -33,33 +34,58 @@ _AGAIN = "download it again"
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
-    """Refuse a folder that no causal language model can be loaded from; nothing large is read.
+    """Refuse a folder that no causal language model, or adapter of one, can be loaded from; nothing large is read.
 
     Args:
-        folder: A Hugging Face model folder.
+        folder: A Hugging Face model folder, or one of peft's; the model that an adapter belongs to is not looked at.
         trust_remote_code: Whether the model may be of a kind that comes with its own code.
 
     Raises:
         ModelError: A file that is missing, a git-LFS pointer, damaged or cut short, or written for another library or
-            version; an adapter without its model; another kind of model. The message names the file and the remedy.
+            version; an adapter of another kind than LoRA, or beside a whole model; another kind of model. The message
+            names the file and the remedy.
     """
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and _is_pointer(file):
             raise ModelError(
                 f"{file} is a git-LFS pointer and not the file itself: run `git lfs pull` in its folder, or {_AGAIN}"
             )
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json) of the model {base}, and not a whole model: merge the "
-            "two with peft's merge_and_unload(), save the result and give that folder"
-        )
+    if is_adapter(folder):
+        _check_adapter(folder)
+        return
     if not (folder / "config.json").is_file():
         raise ModelError(f"model folder {folder} holds no config.json: {_within(folder)}")
     _check_config(folder / "config.json", trust_remote_code)
     if (folder / "generation_config.json").is_file():  # Transformers passes over a damaged one, and its stop tokens
         read_json(folder / "generation_config.json")
     weight_names(folder)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is peft's, with an adapter and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
+def _check_adapter(folder: Path) -> None:
+    config = read_json(folder / ADAPTER_CONFIG)
+    base, kind = config.get("base_model_name_or_path"), config.get("peft_type")
+    what = f"{folder} holds an adapter ({ADAPTER_CONFIG}) of the model {base}"
+    merge = "merge the two with peft's merge_and_unload(), save the result and give that folder"
+    if kind != "LORA":
+        raise ModelError(f"{what} of the kind {kind}, and LORA alone is read: {merge}")
+    if not base or not isinstance(base, str):
+        raise ModelError(f"{folder / ADAPTER_CONFIG} does not name its model (base_model_name_or_path): write it there")
+    if whole := config.get("modules_to_save"):
+        raise ModelError(
+            f"{what} with whole copies of {whole} beside it (modules_to_save), which are not read: {merge}"
+        )
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        raise ModelError(
+            f"{what} and a whole model's weights too: move one elsewhere, since which is meant cannot be told"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{what} and no {ADAPTER_WEIGHTS}: {_instead(folder)}")
+    _names_in(folder / ADAPTER_WEIGHTS)
 
 
 def _check_config(path: Path, trust_remote_code: bool) -> None:
@@ -154,13 +180,18 @@ def weight_names(folder: Path) -> set[str]:
     """
     found: set[str] = set()
     for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                found |= set(opened.keys())
-        except (SafetensorError, OSError) as error:
-            size = file.stat().st_size
-            raise ModelError(f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_AGAIN}") from error
+        found |= _names_in(file)
     return found
+
+
+def _names_in(file: Path) -> set[str]:
+    """Names of a file's tensors. Raises :class:`ModelError` where it cannot be read."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise ModelError(f"{file} ({size:,} bytes) is damaged or cut short ({error}): {_AGAIN}") from error
 
 
 def _instead(folder: Path) -> str:

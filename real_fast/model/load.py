@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import tokenizers
 import torch
@@ -14,11 +14,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from real_fast.errors import ConfigError, ModelError, WheelMissing
-from real_fast.model import smollm2
-from real_fast.model.folder import check_folder, read_json
+from real_fast.model import lora, nf4, smollm2
+from real_fast.model.folder import ADAPTER_CONFIG, check_folder, is_adapter, read_json
 from real_fast.model.head import plain_head
 from real_fast.model.weights import check_finite, first_line, load_whole, raise_if_quantised
 
@@ -78,7 +78,31 @@ def model_folder(name: str, trust_remote_code: bool = False) -> Path:
     """
     path = resolve_model(name)
     check_folder(path, trust_remote_code)
+    if is_adapter(path):
+        check_folder(base_folder(path), trust_remote_code)
     return path
+
+
+def base_folder(path: Path) -> Path:
+    """The folder of the whole model that an adapter belongs to; of a whole model, its own.
+
+    Raises:
+        ModelError: The model is not there, or is itself an adapter.
+    """
+    if not is_adapter(path):
+        return path
+    base = read_json(path / ADAPTER_CONFIG)["base_model_name_or_path"]
+    says = f"{path} holds an adapter of the model {base}"
+    try:
+        folder = resolve_model(base)
+    except ModelError as error:
+        raise ModelError(
+            f"{says}, and {error}. Where it lies elsewhere now, write that into base_model_name_or_path in "
+            f"{ADAPTER_CONFIG}"
+        ) from error
+    if is_adapter(folder):
+        raise ModelError(f"{says}, which is an adapter too: merge that one first (peft's merge_and_unload())")
+    return folder
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -88,6 +112,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         ModelError: As :func:`model_folder` does, or no tokenizer that can be loaded.
     """
     path = model_folder(name, trust_remote_code)
+    base = base_folder(path)
+    if is_adapter(path) and not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+        path = base
     if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         raise ModelError(f"{path} holds no tokenizer (tokenizer.json): copy it there from the folder of the base model")
     try:
@@ -100,17 +127,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _check_vocabulary(path, tokenizer)
+    _check_vocabulary(path, base, tokenizer)
     return tokenizer
 
 
-def _check_vocabulary(path: Path, tokenizer: Any) -> None:
+def _check_vocabulary(path: Path, base: Path, tokenizer: Any) -> None:
     """Say which tokens the model has no embedding for; padding, which is never looked at, becomes another token.
 
     Raises:
         ModelError: The token that ends a text is among them.
     """
-    config = read_json(path / "config.json")
+    config = read_json(base / "config.json")
     rows: int = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0
     beyond = sorted((i, token) for token, i in tokenizer.get_added_vocab().items() if i >= rows)
     if not rows or not beyond:
@@ -127,18 +154,43 @@ def _check_vocabulary(path: Path, tokenizer: Any) -> None:
     logger.warning(f"%d {message}", len(beyond), path, rows, names)
 
 
-def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | Literal["auto"],
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+) -> PreTrainedModel:
     """Load a causal language model from safetensors and check that the loss serves it exactly.
 
-    Dropout is set to 0: the distribution that is trained must be the one that was sampled from.
+    Dropout is set to 0: the distribution that is trained must be the one that was sampled from. Of a folder of
+    adapters, the model that they belong to is loaded, and they are put into it (:mod:`real_fast.model.lora`).
+
+    Args:
+        name: As :func:`resolve_model` takes it.
+        device: Where it goes.
+        dtype: Of the weights; "auto" for that of the file.
+        trust_remote_code: Run Python code that comes with the model.
+        quantization: How the linear layers' weights are kept (:func:`real_fast.model.nf4.quantization`); None for as
+            they are.
 
     Raises:
+        ConfigError: A folder of adapters, and peft is missing.
         ModelError: No such model, no safetensors, weights that are not all there or not finite, or a head other than a
             plain linear layer.
     """
     path = model_folder(name, trust_remote_code)
-    model = load_whole(path, trust_remote_code, dtype=dtype)
-    check_finite(path, model.named_parameters())
+    base = base_folder(path)
+    how = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": str(device)}}
+    model = load_whole(base, trust_remote_code, dtype=dtype, **how)
+    if quantization is not None:
+        nf4.keep_trainable(model)  # before it is called for the first time
+    check_finite(base, model.named_parameters())
+    if path != base:
+        lora.load_adapters(model, path)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        check_finite(path, lora.adapter_tensors(model).items())
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -148,9 +200,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype, trust_remote
     try:
         check_head(model)
     except (AssertionError, RuntimeError, AttributeError, TypeError) as error:
-        raise_if_quantised(path, error)
+        raise_if_quantised(base, error)
         raise
-    model.to(device)  # type: ignore[arg-type]
+    if quantization is None:
+        model.to(device)  # type: ignore[arg-type]
     return model
 
 

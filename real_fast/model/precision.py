@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from real_kernels.cpu import has_fast_bf16
 
@@ -43,3 +44,23 @@ def _auto(device: str) -> Precision:
     precision: Precision = "bf16" if fast else "fp32"
     logger.info("precision %s: %s", precision, why)
     return precision
+
+
+def rounded_weights(model: Any, half: torch.dtype | None, device: torch.device) -> set[int]:
+    """Ids of the parameters that every product rounds to `half`, so that 16 bits hold all that is used of them.
+
+    These are the linear layers' under autocast. The embedding's and the norms' float32 values are used as they are; the
+    head's product is in 16 bits on CUDA alone, see Policy.forward, and a tied head is the embedding.
+
+    Args:
+        model: A Transformers causal language model.
+        half: Dtype of autocast; None where there is none.
+        device: Where it computes.
+    """
+    if half is None:
+        return set()
+    whole = {id(model.get_input_embeddings().weight)}
+    if device.type != "cuda":
+        whole.add(id(model.get_output_embeddings().weight))
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return {id(p) for module in linear for p in module.parameters(recurse=False)} - whole

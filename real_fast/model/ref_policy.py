@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from real_fast.errors import CheckpointError
+from real_fast.model.lora import adapter_state, adapters_off, change_nothing, other_adapters
 from real_fast.model.policy import Policy
+from real_fast.model.precision import rounded_weights
 from real_fast.runs.checkpoint import load_tensors, save_tensors
 from real_fast.types import Batch
 from real_kernels import HeadOptions, linear_logprob
@@ -42,14 +44,8 @@ class RefPolicy:
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """[N] log-probabilities of each micro-batch's sampled tokens, by one forward pass without gradients each."""
 
-        def of_targets(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
-            rows = hidden[batch.rows]
-            return linear_logprob(
-                rows, weight, batch.targets, head=HeadOptions(temperature=self.temperature, validate=False)
-            )
-
         self.policy.to(self.device)
-        found = [self.policy(batch, of_targets) for batch in batches]
+        found = [self.policy(batch, _of_targets(self.temperature)) for batch in batches]
         self.policy.to(self.home)
         return found
 
@@ -64,18 +60,73 @@ class RefPolicy:
         Raises:
             CheckpointError: There are none, or they are another model's.
         """
-        tensors = load_tensors(run / FOLDER)
-        if tensors is None:
-            raise CheckpointError(
-                f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "
-                "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and "
-                "--allow-changed, or start over"
-            )
         own = dict(self.policy.model.named_parameters())
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
-            raise CheckpointError(f"{run / FOLDER} holds the weights of another model")
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in _read(run, own).items():
+            own[name].copy_(tensor)
+
+
+class RefAdapters:
+    """The reference of a policy that trains adapters: the policy itself with others in their place, and no copy of it.
+
+    Adapters that start the phase without having been trained change nothing, and are switched off; otherwise, after a
+    warm-up or behind another run, those that the phase started with take the present ones' place.
+
+    Args:
+        policy: The policy, as it is now.
+        temperature: Sampling temperature of the feedback.
+    """
+
+    def __init__(self, policy: Policy, temperature: float) -> None:
+        self.policy, self.temperature = policy, temperature
+        self.state = self._kept(adapter_state(policy.model))
+
+    def _kept(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return None if change_nothing(state) else state
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """As :meth:`RefPolicy.logprobs`."""
+        policy, model = self.policy, self.policy.model
+        training = policy.training
+        policy.eval()
+        with adapters_off(model) if self.state is None else other_adapters(model, self.state):
+            found = [policy(batch, _of_targets(self.temperature)) for batch in batches]
+        policy.train(training)
+        return found
+
+    def save(self, run: Path) -> None:
+        """Write the adapters into a run's folder. Raises :class:`CheckpointError`."""
+        save_tensors(run / FOLDER, adapter_state(self.policy.model) if self.state is None else self.state)
+
+    def load(self, run: Path) -> None:
+        """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""
+        own = adapter_state(self.policy.model)
+        device = self.policy.model.device
+        self.state = self._kept({name: tensor.to(device) for name, tensor in _read(run, own).items()})
+
+
+def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]:
+    """[N] log-probabilities of a batch's sampled tokens, as a policy computes a loss."""
+
+    def logprobs(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
+        head = HeadOptions(temperature=temperature, validate=False)
+        return linear_logprob(hidden[batch.rows], weight, batch.targets, head=head)
+
+    return logprobs
+
+
+def _read(run: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reference's weights from a run's folder, with the names and shapes of `own`. Raises CheckpointError."""
+    tensors = load_tensors(run / FOLDER)
+    if tensors is None:
+        raise CheckpointError(
+            f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "
+            "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and "
+            "--allow-changed, or start over"
+        )
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
+        raise CheckpointError(f"{run / FOLDER} holds the weights of another model")
+    return tensors
 
 
 def frozen_copy(policy: Policy, device: torch.device) -> Policy:
@@ -89,17 +140,14 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy:
         device: Where the copy lives.
     """
     model, half = policy.model, policy.autocast_dtype
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    # The head's product is in 16 bits on CUDA alone, see Policy.forward; a tied weight is the embedding.
-    whole = {id(embedding.weight)} | (set() if policy.device.type == "cuda" else {id(head.weight)})
+    rounded = rounded_weights(model, half, policy.device)
     # deepcopy() takes a parameter's copy from here: none in float32 is made on the way.
     copies: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if id(parameter) in copies:
                 continue
-            rounded = half is not None and isinstance(module, nn.Linear) and id(parameter) not in whole
-            dtype = half if rounded else parameter.dtype
+            dtype = half if id(parameter) in rounded else parameter.dtype
             tensor = parameter.detach().to(device, dtype, copy=True)
             copies[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
     found = copy.deepcopy(policy, copies).to(device).eval()

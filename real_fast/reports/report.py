@@ -12,6 +12,7 @@ import torch
 from real_fast.attention.interface import describe
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset
+from real_fast.model import lora
 from real_fast.model.policy import Policy
 from real_fast.reports import health, html, plots
 from real_fast.runs.checkpoint import TrainState
@@ -42,6 +43,7 @@ def start(
     overlap = f"; {data.overlap} evaluation prompts are also in the training data" if data.overlap else ""
     print(
         f"model {config.model} on {where}, rollouts by {engine}, {prompts}\n"
+        f"{lora.describe(policy.model)}\n"
         f"{len(data.train)} training rows, {len(data.eval)} evaluation rows, {len(data.rejected)} rejected{overlap}\n"
         f"scores {', '.join(scale.shown)} after {scale.phrase!r}; output {Path(config.output).expanduser()}"
         + ("" if resumed_after is None else f"; resuming after step {resumed_after}"),

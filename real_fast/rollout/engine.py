@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from real_fast.model.lora import is_adapted
 from real_fast.types import Rollout, SamplingParams
 
 
@@ -32,5 +33,20 @@ class RolloutEngine(Protocol):
     def sleep(self) -> bool:
         """Give memory back until the next sync, where the engine can. Returns whether it sleeps."""
 
+    def sync_adapters(self, model: Any) -> None:
+        """Take over the adapters of the trainer's model; its other weights are those that the engine started with."""
+
     def close(self) -> None:
         """Free what the engine holds."""
+
+
+def publish(engine: RolloutEngine, model: Any) -> None:
+    """Hand the trainer's weights to an engine; of a model with adapters (:mod:`real_fast.model.lora`) these alone.
+
+    Raises:
+        ValueError: The engine has another model.
+    """
+    if is_adapted(model):
+        engine.sync_adapters(model)
+    else:
+        engine.sync((name, parameter.detach()) for name, parameter in model.named_parameters())

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from real_fast.config import Config
 from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
-from real_fast.model.load import load_model, model_folder, pick_device
+from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from real_fast.model.load import base_folder, load_model, model_folder, pick_device
+from real_fast.model.lora import rank_of
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
-from real_fast.rollout.engine import RolloutEngine
+from real_fast.rollout.assemble import eos_ids
+from real_fast.rollout.engine import RolloutEngine, publish
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
 from real_fast.score.scale import ScoreScale
@@ -34,16 +39,20 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
         model: The trainer's model, a Transformers causal language model; the Transformers engine samples with it.
         tokenizer: Its tokenizer.
         scale: The score scale.
-        model_path: The model's folder (safetensors and tokenizer), which vLLM starts from.
+        model_path: The model's folder (safetensors and tokenizer), which vLLM starts from; of a model with adapters,
+            the whole model's that they belong to.
 
     Raises:
         ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
             they need more positions than the model has.
     """
     if _takes_vllm(config, pick_device(config.train.device).type):
-        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps=_sleeps(config.rollout.sleep))
+        # vLLM has no adapters over the 4 bits that the trainer unpacks: it gets what they make together.
+        rank = rank_of(model) if config.train.quantization == "none" else None
+        sleeps = _sleeps(config.rollout.sleep)
+        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps, rank)
         try:
-            engine.sync(model.named_parameters())
+            publish(engine, model)
         except ValueError as error:
             engine.close()
             raise ConfigError(
@@ -71,11 +80,29 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
     device, path = pick_device(config.train.device), model_folder(config.model, config.trust_remote_code)
     if _takes_vllm(config, device.type):
         # vLLM reads the weights itself, and not all that is wrong with them stops it.
-        check_files(path, config.trust_remote_code)
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        return _vllm(config, tokenizer, scale, path, model_config)
+        base = base_folder(path)
+        check_files(base, config.trust_remote_code)
+        model_config = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+        if base == path:
+            return _vllm(config, tokenizer, scale, base, model_config)
+        engine = _vllm(config, tokenizer, scale, base, model_config, rank=read_json(path / ADAPTER_CONFIG)["r"])
+        try:
+            engine.sync_adapter(partial(_copy_adapter, path), 2**20 + (path / ADAPTER_WEIGHTS).stat().st_size)
+        except (ValueError, RuntimeError) as error:
+            engine.close()
+            raise ConfigError(
+                f"vLLM cannot take over the adapters in {path} ({_said(error)}): set rollout.engine to transformers"
+            ) from error
+        if (path / "generation_config.json").is_file():
+            engine.eos_ids = eos_ids(tokenizer, GenerationConfig.from_pretrained(path))
+        return engine
     model = load_model(config.model, device, _dtype(config), config.trust_remote_code)
     return _transformers(config, model, tokenizer, scale)
+
+
+def _copy_adapter(path: Path, folder: Path) -> None:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copy(path / name, folder / name)
 
 
 def _dtype(config: Config) -> torch.dtype:
@@ -110,7 +137,13 @@ def _sleeps(wanted: Literal["auto", "always", "never"]) -> bool:
 
 
 def _vllm(
-    config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, model_config: Any, sleeps: bool = False
+    config: Config,
+    tokenizer: Any,
+    scale: ScoreScale,
+    model_path: Path,
+    model_config: Any,
+    sleeps: bool = False,
+    rank: int | None = None,
 ) -> VllmEngine:
     share = config.rollout.gpu_memory_utilization
     longest = _longest(config, model_config, scale)
@@ -127,6 +160,7 @@ def _vllm(
             top_p=config.rollout.top_p,
             trust_remote_code=config.trust_remote_code,
             sleeps=sleeps,
+            lora_rank=rank,
         )
     # Too little memory, an architecture or a quantisation that it does not know, weights that it has no place for.
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError, AssertionError, OSError) as error:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from real_fast.model.lora import adapter_tensors
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
@@ -148,6 +149,21 @@ class TransformersEngine:
     def sleep(self) -> bool:
         """Nothing to do: what it holds beside the trainer's model lives only while it samples."""
         return False
+
+    def sync_adapters(self, model: Any) -> None:
+        """Copy the adapters of a model; those of the engine's own model stay as they are.
+
+        Raises:
+            ValueError: The engine's model has others.
+        """
+        if model is self.model:
+            return
+        own, given = adapter_tensors(self.model), adapter_tensors(model)
+        if own.keys() != given.keys():
+            raise ValueError("sync got the adapters of another model")
+        with torch.no_grad():
+            for name, tensor in given.items():
+                own[name].copy_(tensor)
 
     def close(self) -> None:
         """Let go of the model."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from real_fast.errors import ConfigError
 from real_fast.model.folder import model_alone, weight_names
+from real_fast.model.lora import adapter_tensors, merged_tensors, save_adapters
 from real_fast.rollout.adapter_folder import adapter_folder
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
@@ -312,6 +314,21 @@ class VllmEngine:
         if self._engine.reset_prefix_cache() is False:
             raise RuntimeError(
                 "vLLM did not drop its prefix cache after the sync: it still holds the old weights' results"
+            )
+
+    def sync_adapters(self, model: Any) -> None:
+        """Hand over a model's adapters; to an engine that was made for none, the weights that they make.
+
+        These are merged out of place, a tensor at a time.
+
+        Raises:
+            ValueError: As :meth:`sync` and :meth:`sync_adapter` do.
+        """
+        if self._lora_rank is None:
+            self.sync(merged_tensors(model))
+        else:
+            self.sync_adapter(
+                partial(save_adapters, model), 2**20 + sum(t.nbytes for t in adapter_tensors(model).values())
             )
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from real_fast.errors import CheckpointError
 from real_fast.runs import optimizer_state
-from real_fast.runs.progress import no_foreign_bars
 from real_fast.runs.sealed import damage, writing_folder
 from real_fast.utils.files import free_name
 
@@ -62,43 +61,46 @@ class TrainState:
         self.sampled_tokens += sampled_tokens
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: Any, target: Path, texts: Mapping[str, str], dtype: torch.dtype
-) -> None:
-    """Write a normal Hugging Face folder, atomically.
+def save_model(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a model's folder, atomically.
 
     Args:
-        model: The model.
-        tokenizer: Its tokenizer.
         target: Folder to make or replace.
-        texts: Files that go with it, by name: what a judge has to know of how it was trained.
-        dtype: Dtype of the weights on disk.
+        write: Writes the model into a folder.
 
     Raises:
         CheckpointError: The disk is full or read-only.
     """
     with _disk_errors(target, "checkpoints are untouched"), writing_folder(target) as folder:
-        _write_model(model, tokenizer, folder, texts, dtype)
+        write(folder)
 
 
 def save(
     folder: Path,
+    write: Callable[[Path], None],
     model: PreTrainedModel,
-    tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
     state: TrainState,
-    texts: Mapping[str, str],
     keep: int,
 ) -> Path:
     """Write ``folder/step-NNNNNN`` and remove the oldest beyond `keep`.
+
+    Args:
+        folder: Of the run's checkpoints.
+        write: Writes the weights that are trained, and what goes with them, into a folder.
+        model: The model, for its parameters' names.
+        optimizer: Its optimiser.
+        scheduler: The optimiser's schedule.
+        state: Where the run is.
+        keep: Checkpoints that stay.
 
     Raises:
         CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
     """
     target = folder / f"step-{state.step:06d}"
     with _disk_errors(target, "repair the disk or free space; " + kept(folder)), writing_folder(target) as temporary:
-        _write_model(model, tokenizer, temporary, texts, model.dtype)
+        write(temporary)
         save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
         state.scheduler = {"last_epoch": scheduler.last_epoch}
         (temporary / _STATE).write_text(json.dumps(asdict(state), indent=2, allow_nan=False), encoding="utf-8")
@@ -247,24 +249,3 @@ def _disk_errors(target: Path, advice: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # the latter on a full disk
         raise CheckpointError(f"{target} could not be written: {error}; {advice}") from error
-
-
-def _write_model(
-    model: PreTrainedModel, tokenizer: Any, folder: Path, texts: Mapping[str, str], dtype: torch.dtype
-) -> None:
-    if dtype != model.dtype:
-        # A copy of the tensors, not of the module: training goes on in float32. A tied head is listed once.
-        tensors = [*model.named_parameters(), *((k, v) for k, v in model.named_buffers() if k in model.state_dict())]
-        state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in tensors}
-        with no_foreign_bars():
-            model.save_pretrained(folder, state_dict=state)
-        # save_pretrained() writes the module's dtype, and the tensors on disk have another.
-        config = folder / "config.json"
-        text = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
-        config.write_text(json.dumps(text, indent=2), encoding="utf-8")
-    else:
-        with no_foreign_bars():
-            model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")

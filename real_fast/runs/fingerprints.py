@@ -62,11 +62,13 @@ def settings_of(config: Any, prefix: str = "", inherited: str = "") -> dict[str,
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), prefix + field.name
         resume = inherited or field.metadata.get("resume", "")
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
         if dataclasses.is_dataclass(value):
             found |= settings_of(value, f"{key}.", resume)
+            if default is None:  # a section that need not be there: that it is decides as much as what it says
+                found[key] = Setting(True, None, resume or "same")
         else:
-            made = field.default_factory
-            default = field.default if made is dataclasses.MISSING else made()
             found[key] = Setting(value, default, resume or "same")
     return found
 

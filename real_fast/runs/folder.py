@@ -125,19 +125,20 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def check_space(self, parameters: int, keep: int, reference: bool = False) -> None:
+    def check_space(self, parameters: int, keep: int, reference: bool = False, merged: int = 0) -> None:
         """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
 
         Args:
-            parameters: Of the model.
+            parameters: That are trained.
             keep: Checkpoints to keep.
-            reference: Whether a copy of the start weights comes beside them.
+            reference: Whether a copy of them as they start comes beside them.
+            merged: Parameters of the whole model, where adapters are trained and it is written too.
 
         Raises:
             OutputError: Too little free space.
         """
         written = sum(f.stat().st_size for f in self.checkpoints.rglob("*") if f.is_file())
-        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 * (1 + reference) - written
+        need = parameters * 4 * 3 * (keep + 1) + parameters * 4 * (1 + reference) + merged * 4 - written
         free = shutil.disk_usage(self.path).free
         if free < need:
             raise OutputError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from real_fast.data.sampler import PromptSampler
 from real_fast.methods.base import Method
 from real_fast.model.policy import Policy
-from real_fast.rollout.engine import RolloutEngine
+from real_fast.rollout.engine import RolloutEngine, publish
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.peak_memory import PeakMemory
 from real_fast.training.timer import Timer
@@ -84,7 +84,7 @@ class GroupSource:
         """Wake the engine and hand it the weights, if it does not have them."""
         if self.stale:
             with self.timer("sync"):
-                self.engine.sync(policy.named_tensors())
+                publish(self.engine, policy.model)
             self.wakes += self.asleep
             self.stale = self.asleep = False
 

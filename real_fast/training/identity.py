@@ -12,7 +12,7 @@ from typing import Any
 
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset
-from real_fast.model.load import resolve_model
+from real_fast.model.load import base_folder, resolve_model
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.runs import fingerprints
 from real_fast.runs.fingerprints import Fingerprints, settings_of
@@ -39,7 +39,8 @@ def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: Prom
     """
     settings = {key: setting.value for key, setting in settings_of(config).items()}
     folder = resolve_model(config.initial_weights)
-    model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = base_folder(folder)
+    model = json.loads((base / "config.json").read_text(encoding="utf-8"))
     vocabulary = [sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))]
     contents = {
         **_of_rows("training rows", data.train),
@@ -51,6 +52,8 @@ def fingerprints_of(config: Config, data: Dataset, tokenizer: Any, builder: Prom
         "the model's config.json": _digest([_json({k: v for k, v in model.items() if k not in _VOLATILE})]),
         "the start weights": _digest(_samples(folder)),
     }
+    if base != folder:
+        contents["the weights of the adapters' model"] = _digest(_samples(base))
     return Fingerprints(json.loads(json.dumps(settings)), contents)
 
 

@@ -1,14 +1,16 @@
-"""What a run writes of its model: checkpoints, and final/ as a normal Hugging Face folder."""
+"""What a run writes of its model: checkpoints, and final/ as a normal Hugging Face folder, or one of adapters."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from real_fast.config import Config
 from real_fast.model.precision import dtype_of, resolve
+from real_fast.model.write import write_model
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.fingerprints import Fingerprints
@@ -61,23 +63,25 @@ class Saver:
 
     def checkpoint(self, state: TrainState) -> None:
         """Everything that the next step depends on. Raises :class:`CheckpointError`."""
-        u = self.updater
+        u, model = self.updater, self.updater.policy.model
         if not u.world.is_main:
             return
         texts = self.texts | {fingerprints.FILE: self.identity.text()}
         checkpoint.save(
             self.folder.checkpoints,
-            u.policy.model,
-            self.tokenizer,
+            partial(write_model, model, self.tokenizer, texts=texts, dtype=model.dtype),
+            model,
             u.optimizer,
             u.scheduler,
             state,
-            texts,
             self.config.save.keep,
         )
 
     def final(self) -> None:
-        """The judge, in the precision that it was trained in. Raises :class:`CheckpointError`."""
+        """The judge, in the precision that it was trained in, or its adapters. Raises :class:`CheckpointError`."""
+        model, merge = self.updater.policy.model, self.config.save.merge
         dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.device))
-        target = self.folder.path / "final"
-        checkpoint.save_model(self.updater.policy.model, self.tokenizer, target, self.texts, dtype)
+        write = partial(write_model, model, self.tokenizer, texts=self.texts, dtype=dtype)
+        if merge:
+            checkpoint.save_model(self.folder.path / "adapter", write)
+        checkpoint.save_model(self.folder.path / "final", partial(write, merge=merge))

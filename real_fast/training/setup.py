@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from real_fast.attention.interface import pick_backend
 from real_fast.attention.support import check_span
-from real_fast.config import Config
+from real_fast.config import Config, LoraConfig
 from real_fast.config.debug import EVAL_ROWS
 from real_fast.data.dataset import Dataset, first_of_each, load_train_eval, write_rejected
 from real_fast.data.sampler import PromptSampler
@@ -20,10 +21,13 @@ from real_fast.distributed.world import OneProcess, World
 from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
-from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
+from real_fast.model import lora, nf4
+from real_fast.model.folder import ADAPTER_CONFIG, is_adapter, read_json
+from real_fast.model.load import base_folder, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
-from real_fast.model.precision import dtype_of, resolve
+from real_fast.model.precision import dtype_of, resolve, rounded_weights
+from real_fast.model.smollm2 import SMOLLM2
 from real_fast.planning.share import with_engine_share
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
@@ -108,6 +112,10 @@ def build(config: Config) -> Parts:
     method_class = check_config(config)
     trackers.check_installed(config)
     adamw(config.optim.name)
+    if config.train.lora is not None:
+        lora.import_peft()
+    if config.train.quantization == "nf4":
+        nf4.quantization(torch.float32)  # raises where what it needs is missing
     world, state = OneProcess(), TrainState()
     timer = Timer(state.seconds)
     with timer("load"):
@@ -133,10 +141,12 @@ def build(config: Config) -> Parts:
         order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)
-        policy = load_policy(config, str(resume_from or config.initial_weights))
+        policy = load_policy(config, resume_from)
         model = policy.model
         stop_at(model, scale.end_id)
-        folder.check_space(model.num_parameters(), config.save.keep, method.keeps_ref_policy)
+        whole = model.num_parameters() if config.save.merge else 0
+        trained = model.num_parameters(only_trainable=True)
+        folder.check_space(trained, config.save.keep, method.keeps_ref_policy, whole)
         if policy.attention:
             check_span(model, longest)
         optimizer = build_optimizer(model, config.optim)
@@ -147,7 +157,7 @@ def build(config: Config) -> Parts:
             method.resume(policy, folder.path)
         room = torch.cuda.mem_get_info(policy.device)[1] if policy.device.type == "cuda" else None
         settings = with_engine_share(config, model.config, room)
-        engine = make_engine(settings, model, tokenizer, scale, resolve_model(config.initial_weights))
+        engine = make_engine(settings, model, tokenizer, scale, base_folder(resolve_model(config.initial_weights)))
     updater = Updater(
         policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
     )
@@ -178,13 +188,20 @@ def build(config: Config) -> Parts:
     )
 
 
-def load_policy(config: Config, source: str) -> Policy:
+def load_policy(config: Config, resume_from: Path | None) -> Policy:
     """The model in ``train.weights``, its products in ``train.precision``, ready for shared prompts where they are on.
 
-    With ``optim.offload: all`` its weights are in the host's memory, and on the device while an update lasts.
+    With ``optim.offload: all`` its weights are in the host's memory, and on the device while an update lasts. With
+    ``train.lora`` the adapters are in float32, and the other weights are kept in what they are computed in.
+
+    Args:
+        config: The settings.
+        resume_from: A checkpoint; None for the start weights.
 
     Raises:
-        ConfigError: bf16 weights with products in fp32, or with a learning rate that they would round away.
+        ConfigError: bf16 weights with products in fp32, or with a learning rate that they would round away;
+            ``train.lora`` that does not fit the model.
+        ModelError: The model cannot be loaded or trained.
     """
     device, train, everything = pick_device(config.train.device), config.train, config.optim.offload == "all"
     precision = resolve(train.precision, device)
@@ -192,16 +209,53 @@ def load_policy(config: Config, source: str) -> Policy:
         raise ConfigError("train.weights is bf16 and train.precision fp32: set one to the other's")
     if config.optim.offload != "none" and device.type == "cpu":
         logger.warning("optim.offload is %s, and the model computes in the host's memory anyhow", config.optim.offload)
-    home = torch.device("cpu") if everything else device
-    model = load_model(source, home, dtype_of(train.weights), config.trust_remote_code)
-    check_trainable(model)
+    dtype = dtype_of(precision)
+    if train.lora is None:
+        home = torch.device("cpu") if everything else device
+        source = str(resume_from or config.initial_weights)
+        model = load_model(source, home, dtype_of(train.weights), config.trust_remote_code)
+        if lora.is_adapted(model):  # a run behind one that trained adapters
+            lora.merge(model)
+        check_trainable(model)
+    else:
+        half = dtype if dtype != torch.float32 else None
+        model = _with_adapters(config, train.lora, resume_from, half, device)
     check_rates(model, {"optim.lr": config.optim.lr} | ({"warmup.lr": config.warmup.lr} if config.warmup.steps else {}))
     if train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    dtype = dtype_of(precision)
     half = dtype if dtype != model.dtype else None
     fused = train.head_gradient == "fused" or (train.head_gradient == "auto" and device.type == "cuda")
     fused = fused and train.weights == "fp32"
     work = WorkingWeights(model, device, half, everything, fused) if half or everything or fused else None
+    if train.lora is not None:  # what is trained is small, and the rest is kept as it is computed with
+        work = None
     attention = pick_backend(train.attention, device, dtype)
     return Policy(model, half, attention if train.shared_prompt else None, work)
+
+
+def _with_adapters(
+    config: Config, settings: LoraConfig, resume_from: Path | None, half: torch.dtype | None, device: torch.device
+) -> PreTrainedModel:
+    """The model with adapters: fresh ones, or those of a checkpoint or of the start weights."""
+    packed = nf4.quantization(half or torch.float32) if config.train.quantization == "nf4" else None
+    start = resolve_model(config.initial_weights)
+    base = base_folder(start)
+    where = device if packed else torch.device("cpu")
+    dtype: torch.dtype | Literal["auto"] = torch.float32 if half is None else "auto"
+    model = load_model(str(base), where, dtype, config.trust_remote_code, packed)
+    if not packed:
+        check_trainable(model)
+    rounded = rounded_weights(model, half, device)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(half if id(parameter) in rounded else torch.float32)
+    named = (
+        read_json(start / ADAPTER_CONFIG)["base_model_name_or_path"] if is_adapter(start) else config.initial_weights
+    )
+    local = Path(named).expanduser().is_dir() or named == SMOLLM2
+    lora.add_adapters(model, settings, str(base.resolve()) if local else named)
+    if adapters := resume_from or (start if is_adapter(start) else None):
+        lora.read_adapters(model, adapters)
+    if not packed:
+        model.to(device)  # type: ignore[arg-type]
+    return model

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from real_fast.commands import main
-from real_fast.config import Config, cli
+from real_fast.config import Config, LoraConfig, cli
 from real_fast.config.commands import COMMANDS
 from real_fast.config.keys import keys_of
 from real_fast.errors import ConfigError
@@ -234,6 +234,34 @@ def test_names_of_a_mapping_add_to_those_of_the_files_and_of_the_models_folder(t
     folder = {"prompt": {"chat_template_kwargs": {"x": 1, "y": 1}}}
     settings = cli.parse(COMMANDS["judge"], "judge", list(flags[4:]), lambda given: folder)
     assert settings.prompt.chat_template_kwargs == {"x": 1, "y": 2}
+
+
+def test_a_section_that_need_not_be_there(tmp_path, capsys):
+    """It is there as soon as a setting of it is, or it says true; null, false and none take it away again."""
+    file, later = tmp_path / "run.yaml", tmp_path / "later.yaml"
+    file.write_text("train: {lora: {r: 8, targets: [q_proj, v_proj]}}\n", encoding="utf-8")
+    later.write_text("train: {lora: {r: 4}}\n", encoding="utf-8")
+    run = ("train", "--config", str(file))
+    assert parse("train").train.lora is None
+    assert parse(*run).train.lora == LoraConfig(r=8, targets=["q_proj", "v_proj"])
+    assert parse(*run, "--train.lora.alpha", "4").train.lora == LoraConfig(8, 4.0, targets=["q_proj", "v_proj"])
+    assert parse("train", "--train.lora", "true").train.lora == LoraConfig()
+    assert parse("train", "--train.lora.targets", "q_proj", "k_proj").train.lora == LoraConfig(
+        targets=["q_proj", "k_proj"]
+    )
+    for off in ("null", "false", "none"):
+        assert parse(*run, "--train.lora", off).train.lora is None
+    assert parse(*run, "--config", str(later)).train.lora == LoraConfig(r=4, targets=["q_proj", "v_proj"])
+    file.write_text("train: {lora: null}\n", encoding="utf-8")
+    assert parse(*run).train.lora is None and parse(*run, "--config", str(later)).train.lora == LoraConfig(r=4)
+    for config in (parse(*run), parse(*run, "--train.lora", "{}")):
+        cli.dump(config, tmp_path / "written.yaml")
+        assert cli.load(tmp_path / "written.yaml") == config
+    assert "train.lora is 16: it is a section" in mistake(capsys, "train", "--train.lora", "16")
+    assert mistake(capsys, "train", "--lora_alpha", "16").endswith(
+        "did you mean --train.lora.alpha? (--help lists the settings)"
+    )
+    assert "--train.lora.r N" in shown(capsys, "train", "--help", "train")
 
 
 def test_a_setting_has_one_name_and_every_command_knows_the_others(capsys):

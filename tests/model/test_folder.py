@@ -264,12 +264,14 @@ def test_the_folder_of_a_run_says_where_its_model_is(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_adapter_is_no_model(folder: Path, whole: bool) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+def test_an_adapter_beside_a_model_or_without_weights(folder: Path, whole: bool) -> None:
+    config = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     if not whole:
         (folder / "config.json").unlink()
         (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"adapter .*org/base.*merge_and_unload"):
+    said = "a whole model's weights too" if whole else r"no adapter_model\.safetensors"
+    with pytest.raises(ModelError, match=rf"adapter .*org/base.*{said}"):
         load_tokenizer(str(folder))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from real_fast.config import OptimConfig
 from real_fast.errors import CheckpointError
+from real_fast.model.write import write_model
 from real_fast.runs import checkpoint
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.optim import build_optimizer, build_scheduler, clip_and_step
@@ -37,9 +39,8 @@ def train(model, optimizer, scheduler, steps, start=0):
 
 def save(folder, parts, step, keep=2):
     model, optimizer, scheduler = parts
-    return checkpoint.save(
-        folder, model, NoTokenizer(), optimizer, scheduler, TrainState(step=step), {"a.json": "1"}, keep
-    )
+    write = partial(write_model, model, NoTokenizer(), texts={"a.json": "1"}, dtype=model.dtype)
+    return checkpoint.save(folder, write, model, optimizer, scheduler, TrainState(step=step), keep)
 
 
 @pytest.mark.parametrize("optim", [{}, {"name": "adamw8bit", "offload": "moments"}])
@@ -106,7 +107,8 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tiny_llama, tmp_path):
     with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "out", parts, 1)
     with pytest.raises(CheckpointError, match="could not be written"):
-        checkpoint.save_model(parts[0], NoTokenizer(), tmp_path / "out" / "final", {}, torch.float32)
+        write = partial(write_model, parts[0], NoTokenizer(), texts={}, dtype=torch.float32)
+        checkpoint.save_model(tmp_path / "out" / "final", write)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
@@ -122,7 +124,9 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_final_folder_is_a_normal_model_in_bf16(tiny_llama, tmp_path, tied):
     model = tiny_llama(tied=tied)
-    checkpoint.save_model(model, NoTokenizer(), tmp_path / "final", {"real_fast.json": "{}"}, torch.bfloat16)
+    texts = {"real_fast.json": "{}"}
+    write = partial(write_model, model, NoTokenizer(), texts=texts, dtype=torch.bfloat16)
+    checkpoint.save_model(tmp_path / "final", write)
     stored = load_file(tmp_path / "final" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16} and ("lm_head.weight" in stored) == (not tied)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")

@@ -94,7 +94,7 @@ def test_a_wake_that_brings_old_weights_back_ends_the_run_at_once(golden_model, 
 
 def test_the_first_wakes_are_followed_by_a_comparison():
     engine = SimpleNamespace(sleep=lambda: True, sync=lambda _: None)
-    policy = SimpleNamespace(named_tensors=lambda: [])
+    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
     groups = GroupSource(SimpleNamespace(uses_rollouts=True), None, engine, Timer({}), None, 20)
     compared = []
     for step in range(1, 10):
@@ -108,8 +108,8 @@ def test_the_first_wakes_are_followed_by_a_comparison():
 
 def test_an_engine_that_cannot_sleep_is_synced_when_weights_have_changed():
     synced = []
-    engine = SimpleNamespace(sleep=lambda: False, sync=synced.append)
-    policy = SimpleNamespace(named_tensors=lambda: "weights")
+    engine = SimpleNamespace(sleep=lambda: False, sync=lambda tensors: synced.append([name for name, _ in tensors]))
+    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
     memory = SimpleNamespace(mark=lambda _: None)
     groups = GroupSource(SimpleNamespace(uses_rollouts=True), None, engine, Timer({}), memory, 20)
     for changed in (False, True, False):
@@ -117,5 +117,5 @@ def test_an_engine_that_cannot_sleep_is_synced_when_weights_have_changed():
             groups.publish()
         with groups.awake(policy):
             pass
-    assert synced == ["weights"] and groups.wakes == 0
+    assert synced == [["weight", "bias"]] and groups.wakes == 0
     assert groups.compares(20) and not groups.compares(1)

@@ -131,7 +131,7 @@ def test_bf16_weights_are_refused_at_the_rates_of_rl(golden_model):
         config.train.weights, config.train.precision, config.train.shared_prompt = "bf16", "bf16", False
         for key, value in changes.items():
             setattr(config.optim if key == "lr" else config.train, key, value)
-        return load_policy(config, config.model)
+        return load_policy(config, None)
 
     with pytest.raises(ConfigError, match=r"train\.weights is bf16 and optim\.lr is 1e-06"):
         policy()

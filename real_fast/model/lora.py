@@ -187,7 +187,9 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def merged_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_tensors(
+    model: Any, dtype: torch.dtype | None = None, adapters_too: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight under its Transformers name, the adapters' product added to it, made out of place one at a time.
 
     W + alpha / r * B A is computed in float32 and rounded once; the model is left as it is. A tied head comes once.
@@ -196,6 +198,7 @@ def merged_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tup
     Args:
         model: A model, with adapters or without.
         dtype: Of floating-point tensors; None for each weight's own (float32 of those in 4 bits).
+        adapters_too: Without, the weights are those under the adapters.
     """
     adapted = is_adapted(model)
     layers, adapters = (dict(_layers(model)), _adapters(model)) if adapted else ({}, {})
@@ -207,7 +210,7 @@ def merged_tensors(model: Any, dtype: torch.dtype | None = None) -> Iterator[tup
         layer = layers.get(owner.removesuffix(".base_layer"))
         if layer is not None:
             name = f"{owner.removesuffix('.base_layer')}.{last}"
-        if layer is not None and last == "weight":
+        if layer is not None and last == "weight" and adapters_too:
             whole = torch.promote_types(tensor.dtype, torch.float32)
             tensor = (tensor.to(whole) + layer.get_delta_weight(_NAME).to(whole)).to(dtype or tensor.dtype)
         yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor

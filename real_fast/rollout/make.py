@@ -17,7 +17,7 @@ from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
 from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
 from real_fast.model.load import base_folder, load_model, model_folder, pick_device
-from real_fast.model.lora import rank_of
+from real_fast.model.lora import merged_tensors, rank_of
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
 from real_fast.rollout.assemble import eos_ids
@@ -47,11 +47,12 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
             they need more positions than the model has.
     """
     if _takes_vllm(config, pick_device(config.train.device).type):
-        # vLLM has no adapters over the 4 bits that the trainer unpacks: it gets what they make together.
-        rank = rank_of(model) if config.train.quantization == "none" else None
-        sleeps = _sleeps(config.rollout.sleep)
-        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps, rank)
+        packed, sleeps = config.train.quantization == "nf4", _sleeps(config.rollout.sleep)
+        nf4 = packed and _on_gpu()
+        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps, rank_of(model), nf4)
         try:
+            if packed and not nf4:  # unpacked once, the base is what the trainer computes with
+                engine.sync(merged_tensors(model, adapters_too=False))
             publish(engine, model)
         except ValueError as error:
             engine.close()
@@ -136,6 +137,12 @@ def _sleeps(wanted: Literal["auto", "always", "never"]) -> bool:
     return able and wanted != "never"
 
 
+def _on_gpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.device_type == "cuda")
+
+
 def _vllm(
     config: Config,
     tokenizer: Any,
@@ -144,6 +151,7 @@ def _vllm(
     model_config: Any,
     sleeps: bool = False,
     rank: int | None = None,
+    nf4: bool = False,
 ) -> VllmEngine:
     share = config.rollout.gpu_memory_utilization
     longest = _longest(config, model_config, scale)
@@ -161,6 +169,7 @@ def _vllm(
             trust_remote_code=config.trust_remote_code,
             sleeps=sleeps,
             lora_rank=rank,
+            nf4=nf4,
         )
     # Too little memory, an architecture or a quantisation that it does not know, weights that it has no place for.
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError, AssertionError, OSError) as error:

@@ -78,6 +78,7 @@ class VllmEngine:
         trust_remote_code: Run Python code that comes with the model.
         sleeps: Whether :meth:`sleep` gives the memory back, which vLLM must be set up for.
         lora_rank: Rank of the adapters that :meth:`sync_adapter` will bring; None for none.
+        nf4: Keep the linear layers' weights in 4 bits, as bitsandbytes makes them, which vLLM can on a GPU.
 
     Raises:
         ModelError: The folder has no safetensors that can be read.
@@ -101,6 +102,7 @@ class VllmEngine:
         trust_remote_code: bool = False,
         sleeps: bool = False,
         lora_rank: int | None = None,
+        nf4: bool = False,
     ) -> None:
         self._llm: Any = None
         self._sleeps, self._asleep = sleeps, False
@@ -147,6 +149,7 @@ class VllmEngine:
                 **(whole_prompts if on_cpu else {}),
                 **({"enable_sleep_mode": True} if sleeps else {}),
                 **(lora_settings(lora_rank) if lora_rank is not None else {}),
+                **({"quantization": "bitsandbytes"} if nf4 else {}),
             )
         # Asked of vLLM: a checkpoint with a head of its own is not tied, whatever its config.json says.
         [self._tied] = self._llm.collective_rpc(repack_tied_heads)
@@ -230,8 +233,8 @@ class VllmEngine:
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the trainer's weights to vLLM (a tied head may be left out) and drop what is cached under the old ones.
 
-        An engine that sleeps is woken first. Where it raises, the engine holds a part of the new weights, until another
-        sync.
+        An engine that sleeps is woken first. Adapters that came before are gone. Where it raises, the engine holds a
+        part of the new weights, until another sync.
 
         Raises:
             ValueError: A name that is not in the model folder's safetensors, or a weight of it that was left out.
@@ -249,6 +252,7 @@ class VllmEngine:
                 yield name, tensor.detach().to(self.dtype)
 
         with self._woken(), process_state_kept(), torch.no_grad():
+            self._drop_adapter()
             self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs()})
             self._engine.collective_rpc(repack_tied_heads)
         missing = sorted(self._names - left_out - given)
@@ -274,13 +278,16 @@ class VllmEngine:
             save(folder)
             self._version += 1
             adapter = LoRARequest(f"version-{self._version}", self._version, str(folder))
-            if self._adapter is not None:
-                self._engine.llm_engine.remove_lora(self._adapter.lora_int_id)
-                self._adapter = None
+            self._drop_adapter()
             if not self._engine.llm_engine.add_lora(adapter):
                 raise ValueError("vLLM did not take the adapter over")
             self._adapter = adapter
         self._forget()
+
+    def _drop_adapter(self) -> None:
+        if self._adapter is not None:
+            self._engine.llm_engine.remove_lora(self._adapter.lora_int_id)
+            self._adapter = None
 
     def sleep(self) -> bool:
         """Give weights and cache back to the device until the next sync, where the engine was made to sleep.

@@ -13,6 +13,7 @@ import torch
 
 from real_fast.config import RolloutConfig
 from real_fast.errors import EngineMismatchError
+from real_fast.model.lora import adapters_off, merged_tensors
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
 from real_fast.rollout.vllm_engine import VllmEngine
 from real_fast.score.scale import ScoreScale
@@ -90,3 +91,21 @@ def test_every_version_is_the_trainers_and_the_base_stays(adapted: tuple[VllmEng
         names.add(engine._adapter.lora_name)
         assert not Path(engine._adapter.lora_path).exists()
     assert len(names) == 3 and base_of(engine) == before
+
+
+def test_another_base_is_synced_under_adapters(adapted: tuple[VllmEngine, Any]) -> None:
+    """As one in 4 bits is, whose weights are not those of its folder."""
+    engine, trainer = adapted
+    model, noise = trainer.base_model.model, torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "down_proj.base_layer" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=noise))
+    engine.sync_adapters(model)
+    with pytest.raises(EngineMismatchError):
+        gap(engine, trainer).raise_if_above(RolloutConfig(), 1, engine.dtype)
+    engine.sync(merged_tensors(model, adapters_too=False))
+    with adapters_off(model):
+        gap(engine, trainer).raise_if_above(RolloutConfig(), 2, engine.dtype)
+    engine.sync_adapters(model)
+    gap(engine, trainer).raise_if_above(RolloutConfig(), 3, engine.dtype)

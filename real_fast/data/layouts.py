@@ -87,6 +87,7 @@ def common(
         _prometheus_eval(out)
     if isinstance(reward := plain(out.get("reward_model")), Mapping) and isinstance(plain(out.get("prompt")), list):
         _verl(out, reward, phrase, scores)
+        return out
     chats = {name: plain(out.pop(name)) for name in _CHATS if _is_chat(out.get(name))}
     out.pop("messages", None)
     if chats:
@@ -173,7 +174,10 @@ def _prometheus_eval(out: dict[Any, Any]) -> None:
 
 
 def _verl(out: dict[Any, Any], reward: Mapping[str, Any], phrase: str, scores: Sequence[str]) -> None:
-    """verl's record: the label is the ground truth, and the feedback stands in extra_info."""
+    """verl's record: the prompt is the judge's as it is, the label the ground truth, the feedback in extra_info."""
+    out.pop("messages", None)
+    if messages := [_message(turn) for turn in plain(out.pop("prompt"))]:
+        _ready_made(out, messages)
     out.pop("orig_score", None)
     out["score"] = reward.get("ground_truth")
     extra = plain(out.get("extra_info"))
@@ -217,9 +221,14 @@ def _chat(out: dict[Any, Any], name: str, turns: list[Any], phrase: str, scores:
         return
     if not messages or messages[-1]["role"] != "user":
         raise RowError(f"{name} has no message of the user's at its end: there is nothing to answer")
+    _ready_made(out, messages)
+
+
+def _ready_made(out: dict[Any, Any], messages: list[dict[str, str]]) -> None:
+    """A prompt of a judge's; responses to one instruction, which it asks about, belong together."""
     out["messages"] = messages
-    if not _has(out, "instruction"):  # responses to one instruction belong together
-        asked = messages[-1]["content"]
+    if not _has(out, "instruction"):
+        asked = next((m["content"] for m in reversed(messages) if m["role"] == "user"), messages[-1]["content"])
         out["instruction"] = _sections(asked)["instruction"] if _has_sections(asked) else asked
 
 

@@ -192,6 +192,13 @@ def test_alpaca_and_questions_with_answers(one: Any) -> None:
     assert texts(both) == texts(one(GOOD))
 
 
+def test_verls_prompt_is_the_judges_whatever_it_ends_with(one: Any) -> None:
+    begun = {"role": "assistant", "content": "Feedback:"}
+    verl = {"prompt": [USER, begun], "reward_model": {"ground_truth": "4"}, "response": "of a rollout"}
+    row = one(verl)
+    assert (row.messages, row.instruction, row.response, row.label) == ([USER, begun], USER["content"], "", 4)
+
+
 # People's own names
 
 

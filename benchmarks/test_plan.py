@@ -23,7 +23,7 @@ def test_memory_of_the_update(variant: str) -> None:
     environment = dict(os.environ)
     if variant == "in use":
         environment["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
-    command = [sys.executable, "-m", "benchmarks.plan_check"]
+    command = [sys.executable, "-m", "benchmarks.plan_check", "--one", "bf16", "smollm2-135m"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -33,4 +33,4 @@ def test_memory_of_the_update(variant: str) -> None:
     values = {"planned_bytes": (found["planned"], "B"), "peak_bytes": (found["peak"], "B"), "ratio": (ratio, "1")}
     append("plan", "SmolLM2-135M", variant, f"tokens={found['tokens']} rows={found['rows']}", values)
     if variant == "in use":
-        assert 0.85 < ratio < 1.15, values
+        assert 0.9 < ratio < 1.1, values

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from real_fast.commands import run
 from real_fast.config.commands import PlanConfig
 from real_fast.errors import ConfigError
-from real_fast.planning.plan import make_plan, report
+from real_fast.planning.plan import make_plan, report, settled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +23,7 @@ def work(config: PlanConfig) -> int:
     """What the command does. Returns the exit status, as :func:`main` says."""
     if not config.model:
         raise ConfigError("model is not set: give --model or put it into the config file")
+    config = settled(config)
     plan = make_plan(config)
     print(report(config, plan))
     return 0 if plan.need.fits else 1

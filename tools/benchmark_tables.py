@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from benchmarks.head import NAMES as HEADS
+from benchmarks.plan_check import AGAIN, WAYS
 from benchmarks.record import read
 from benchmarks.report import CONTENDERS, NAMES, Key, newest, parameters, speedups
 from benchmarks.report_head import LABELS, OURS, Metrics
@@ -26,6 +27,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-head": head_table(newest(lines, "head")),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
         "kernels": kernel_table(results / "kernels.csv"),
+        "plan-check": plan_table(lines),
     }
 
 
@@ -80,6 +82,28 @@ def sweep_table(lines: Lines) -> str:
             cells += [f"{row['over_reference']:.1f} ×", f"{row['predicted_by_flops']:.1f} ×"]
             cells.append(f"{row['over_trl']:.1f} ×" if "over_trl" in row else "-")
             out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def plan_table(lines: Lines) -> str:
+    """Peak of an update by way to train, a column of ratios per model: the plan over what was measured."""
+    found: dict[str, Metrics] = {}
+    where: dict[str, str] = {}
+    for (machine, model, case), ways in newest(lines, "plan").items():
+        ways = {way: v for way, v in ways.items() if way.removesuffix(AGAIN) in WAYS}
+        if ways:
+            found[model], where[model] = ways, f"{model} ({case}; {machine})"
+    if not found:
+        return "No measurement is kept yet."
+    out = [f"| trained | {' | '.join(f'{where[model]}: measured | plan | ratio' for model in found)} |"]
+    out.append("|---" * (1 + 3 * len(found)) + "|")
+    for way in [way + again for way in WAYS for again in ("", AGAIN)]:
+        cells = [way]
+        for ways in found.values():
+            v = ways.get(way)
+            measured = [f"{v[name] / 2**30:.2f} GiB" for name in ("peak_bytes", "planned_bytes")] if v else ["-", "-"]
+            cells += [*measured, f"{v['ratio']:.2f}" if v else "-"]
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 

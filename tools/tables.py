@@ -1,4 +1,4 @@
-"""Write every generated table of README.md and docs/: ``python -m tools.tables`` (``make tables``).
+"""Write every generated table of README.md and docs/, and the plans in configs/: ``make tables``.
 
 A page says where a table goes by two comments on lines of their own, ``<!-- NAME:start -->`` and ``<!-- NAME:end -->``.
 What stands between them is made from committed results alone: docs/results/, benchmarks/results/ and experiments/.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import read
-from tools import benchmark_tables, experiment_tables, memory_tables, run_tables
+from tools import benchmark_tables, experiment_tables, memory_tables, plan_headers, run_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "tools.tables"
@@ -50,12 +50,13 @@ def markers(text: str, page: str) -> list[str]:
 
 
 def tables(root: Path) -> dict[str, str]:
-    """Every table by its marker's name, from what is committed. Images have paths from the root: ``](/docs/...``."""
+    """Every table by its marker's name, from what is committed. Links have paths from the root: ``](/docs/...``."""
     return {
         **run_tables.tables(root / "docs" / "results"),
         **benchmark_tables.tables(root / "benchmarks" / "results", root),
         **memory_tables.tables(root / "benchmarks" / "results"),
         **experiment_tables.tables(root / "experiments"),
+        "one-gpu": plan_headers.table(root / "configs"),
     }
 
 
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case _:
                 print(__doc__, file=sys.stderr)
                 return 2
-        changed = write(ROOT)
+        changed = [*write(ROOT), *plan_headers.write(ROOT / "configs")]
     except (MarkerError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2

@@ -194,14 +194,17 @@ class PlanConfig(Config):
 
     Args:
         model: A folder with a config.json, such a file, a model on the hub, or "smollm2-135m".
+        card: What it runs on, for the seconds and, where gpu_memory is not given, for the memory: rtx-4090, rtx-3090,
+            a10, l4, rtx-5090, a100-40gb, l40s, h100, a100-80gb, h200 or b200.
         gpus: Devices that weights, gradients and optimiser state are sharded over.
-        gpu_memory: Memory of one device in GiB.
+        gpu_memory: Memory of one device in GiB; 0 for the card's, or 80.
         prompt_tokens: P, tokens of a prompt; 0 for the longest that prompt.max_tokens allows.
         response_tokens: R, tokens of a response; 0 for the longest that rollout.max_tokens allows.
     """
 
+    card: str = ""
     gpus: int = above(0, 1)
-    gpu_memory: float = above(0, 80.0)
+    gpu_memory: float = at_least(0, 0.0)
     prompt_tokens: int = at_least(0, 0)
     response_tokens: int = at_least(0, 0)
 
@@ -324,15 +327,16 @@ COMMANDS = {
         "Will a run fit, and how much work is it? From the model's shape alone, in seconds.",
         "--config FILE [--gpu_memory GIB] [--SETTING VALUE ...]",
         (
-            *("model", "gpu_memory", "gpus", "prompt_tokens", "response_tokens", "method"),
+            *("model", "card", "gpu_memory", "gpus", "prompt_tokens", "response_tokens", "method"),
             *("prompt.max_tokens", "rollout.engine", "rollout.prompts_per_step", "rollout.group_size"),
             *("rollout.max_tokens", "rollout.gpu_memory_utilization", "train.micro_batch_tokens"),
             *("train.precision", "train.shared_prompt", "train.activation_checkpointing", "objective.kl_coef"),
+            *("train.lora.r", "train.quantization", "optim.name", "optim.offload", "rollout.sleep", "train.steps"),
         ),
         _OF_OTHERS,
         unused=(
             *("output", "init_from", "seed", "resume", "overwrite", "report_to", "run_name", "log_level", "debug"),
-            *("profile", "data.", "warmup.", "optim.", "eval.", "save."),
+            *("profile", "data.", "warmup.", "eval.", "save."),
         ),
     ),
 }

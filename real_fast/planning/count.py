@@ -7,6 +7,7 @@ plan that needs PyTorch and Transformers.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from real_fast.attention.interface import NAME, prepare, prepared_mask
 from real_fast.attention.layout import Layout
 from real_fast.attention.support import known_reason
+from real_fast.config import LoraConfig
+from real_fast.model.lora import add_adapters
 
 
 def empty_model(config: Any) -> PreTrainedModel:
@@ -26,26 +29,41 @@ def empty_model(config: Any) -> PreTrainedModel:
     return model
 
 
-def sizes(config: Any, precision: str) -> dict[str, Any]:
-    """The fields of :class:`real_fast.planning.memory.ModelSizes`."""
+def sizes(config: Any) -> dict[str, Any]:
+    """What :meth:`real_fast.planning.memory.ModelSizes.read` takes.
+
+    Activations with adapters are counted where peft can be imported.
+    """
     model = empty_model(config)
     text = model.config.get_text_config()
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    one, two = (_kept(config, layers, precision) for layers in (1, 2))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings().weight
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    targets: dict[str, int] = {}
+    for name, module in linear.items():
+        last = name.rpartition(".")[2]
+        targets[last] = targets.get(last, 0) + module.in_features + module.out_features
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     single, double = (sum(p.numel() for p in empty_model(_with_layers(config, n)).parameters()) for n in (1, 2))
+    kept = {precision: _kept(config, precision) for precision in ("bf16", "fp32")}
+    kept["bf16 weights"] = _kept(config, "bf16", torch.bfloat16)
+    if importlib.util.find_spec("peft") is not None:
+        for precision in ("bf16", "fp32"):
+            low, high = (_kept(config, precision, rank=rank) for rank in (8, 16))
+            rank = (high["layer"] - low["layer"]) / 8
+            kept[f"{precision} adapters"] = low | {"layer": low["layer"] - 8 * rank, "rank": rank}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "layer": double - single,
-        "head": head.numel(),
-        "tied": head is embedding,
+        "head": head.weight.numel(),
+        "tied": head.weight is embedding,
         "layers": text.num_hidden_layers,
-        "layer_bytes": two - one,
-        "other_bytes": one - (two - one),
-        "boundary_bytes": 4.0 * text.hidden_size,
+        "targets": targets,
+        "linear": sum(m.weight.numel() for m in linear.values()),
+        "largest": max(m.weight.numel() for m in linear.values()),
         "kv_width": 2 * heads * size,
         "hidden": text.hidden_size,
+        "kept": kept,
     }
 
 
@@ -76,19 +94,29 @@ def _with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def _kept(config: Any, layers: int, precision: str) -> float:
-    """Bytes per token that autograd keeps of the body's forward pass with so many layers.
+def _kept(config: Any, precision: str, weights: torch.dtype = torch.float32, rank: int = 0) -> dict[str, float]:
+    """The fields of :class:`real_fast.planning.memory.Kept`: what autograd keeps of the body's forward pass.
 
     The difference between two lengths: what does not grow with the tokens, such as autocast's copies of weights, is
     counted elsewhere.
     """
-    few, many = (_kept_at(config, layers, precision, tokens) for tokens in (128, 256))
-    return (many - few) / 128
+
+    def per_token(layers: int) -> float:
+        few, many = (_kept_at(config, layers, precision, weights, rank, tokens) for tokens in (128, 256))
+        return (many - few) / 128
+
+    one, two = per_token(1), per_token(2)
+    boundary = weights.itemsize * config.get_text_config().hidden_size
+    return {"layer": two - one, "other": one - (two - one), "boundary": float(boundary)}
 
 
-def _kept_at(config: Any, layers: int, precision: str, tokens: int) -> int:
+def _kept_at(config: Any, layers: int, precision: str, weights: torch.dtype, rank: int, tokens: int) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=weights)
+    if rank:
+        add_adapters(model, LoraConfig(r=rank), "")
     with FakeTensorMode():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=torch.float32)
+        _stand_in(model)
         inputs: dict[str, Any] = {}
         if known_reason(model) is None:
             model.set_attn_implementation(NAME)
@@ -97,13 +125,13 @@ def _kept_at(config: Any, layers: int, precision: str, tokens: int) -> int:
                 "shared_prompt": prepare(row, "sdpa", torch.device("cpu")),
                 "attention_mask": prepared_mask(torch.device("cpu")),
             }
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
         seen: dict[int, int] = {}
         kept: list[torch.Tensor] = []  # alive to the end, or another tensor could take over a storage's address
 
         def pack(x: torch.Tensor) -> torch.Tensor:
             storage = x.untyped_storage()
-            if storage._cdata not in weights:
+            if storage._cdata not in known:
                 seen[storage._cdata] = storage.nbytes()
             kept.append(x)
             return x
@@ -118,3 +146,17 @@ def _kept_at(config: Any, layers: int, precision: str, tokens: int) -> int:
                 input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, **inputs
             ).last_hidden_state.sum()
     return sum(seen.values())
+
+
+def _stand_in(model: nn.Module) -> None:
+    """Fake tensors on the CPU in the place of a meta model's, where autocast is to work. In a fake mode."""
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made = done.setdefault(id(parameter), nn.Parameter(empty, requires_grad=parameter.requires_grad))
+                module._parameters[name] = made
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)

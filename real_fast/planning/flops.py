@@ -70,10 +70,11 @@ class ModelFlops:
         recompute: bool = False,
         kl: bool = False,
         iterations: int = 1,
+        adapters: int = 0,
     ) -> UpdateFlops:
         """One update over groups of rollouts, as :meth:`update_of` has it."""
         lengths = [(len(g.prompt_ids), [(len(r.context_ids), len(r.sampled_ids)) for r in g.rollouts]) for g in groups]
-        return self.update_of(lengths, shared_prompt, recompute, kl, iterations)
+        return self.update_of(lengths, shared_prompt, recompute, kl, iterations, adapters)
 
     def update_of(
         self,
@@ -82,6 +83,7 @@ class ModelFlops:
         recompute: bool = False,
         kl: bool = False,
         iterations: int = 1,
+        adapters: int = 0,
     ) -> UpdateFlops:
         """One update over groups of rollouts.
 
@@ -91,6 +93,8 @@ class ModelFlops:
             recompute: Activation checkpointing on both sides: one more forward pass of the body.
             kl: The KL to a reference on both sides: one forward pass without gradients, body and head.
             iterations: Optimiser steps on the same rollouts.
+            adapters: On both sides, parameters of adapters, which alone are trained: nothing is multiplied for the
+                gradient of the other weights. 0 where all are.
         """
         alone, shared, rows, tokens = [], [], 0, 0
         for p, rollouts in groups:
@@ -100,14 +104,18 @@ class ModelFlops:
                 shared.append((r, p))
                 rows += sampled + 1
                 tokens += p + r
-        passes = 3 + recompute  # forward, and twice as much backward
-        separate = self.forward(alone)
-        once = self.forward(shared) if shared_prompt else separate
+        # Forward, and twice as much backward: for the gradient of what went in, and for the weights'.
+        backward = 1 if adapters else 2
+        passes = 1 + backward + recompute
+        separate = self.forward(alone) + 2.0 * adapters * tokens
+        once = self.forward(shared) + 2.0 * adapters * sum(n for n, _ in shared) if shared_prompt else separate
+        of_adapters = 2.0 * adapters * (sum(n for n, _ in shared) if shared_prompt else tokens)
         # Where a row's coefficient depends on its log-probability, the backward pass computes its logits again.
-        products = 4 if kl or iterations > 1 else 3
-        ours = iterations * (passes * once + products * 2.0 * self.head * rows)
+        products = 1 + backward + (kl or iterations > 1)
+        ours = iterations * (passes * once + of_adapters + products * 2.0 * self.head * rows)
         # The forward pass for the scores is made once for all iterations.
-        reference = (iterations * passes + 1) * separate + (iterations * 3 + 1) * 2.0 * self.head * tokens
+        reference = (iterations * passes + 1) * separate + iterations * 2.0 * adapters * tokens
+        reference += (iterations * (1 + backward) + 1) * 2.0 * self.head * tokens
         if kl:
             ours += once + 2.0 * self.head * rows
             reference += separate + 2.0 * self.head * tokens

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 # As in real_kernels.head, which brings PyTorch along; a test holds them equal.
 CHUNK_BYTES = 256 * 2**20
 TRITON_CHUNK_BYTES = 2**30
+
+# Bytes of a weight in nf4: 4 bits, and a scale of 8 bits for 64 of them, and one of 32 bits for 256 of those.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes of both moments in 8 bits: blocks of 256 share a scale in float32.
+MOMENTS_8BIT = 2 * (1 + 4 / 256)
+# Bytes per number of the largest tensor that an 8-bit step holds for a moment: on a CPU, where it runs operation by
+# operation (measured by benchmarks.plan_check), and compiled on a GPU (assumed: both moments in float32).
+STEP_8BIT = {"cpu": 54.0, "cuda": 8.0}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Activations that wait for the backward pass, bytes per token.
+
+    Attributes:
+        layer: Of one layer.
+        other: Outside the layers.
+        boundary: A layer's input, which is all that activation checkpointing keeps of a layer.
+        rank: Of one layer's adapters, per rank.
+    """
+
+    layer: float
+    other: float
+    boundary: float
+    rank: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -18,14 +43,16 @@ class ModelSizes:
     Attributes:
         parameters: All of them, a tied head once.
         layer: Those of one layer (all layers are taken to be alike).
-        head: Those of the lm_head.
+        head: Those of the lm_head, as many as of the embedding.
         tied: Whether the head is the embedding.
         layers: Number of layers.
-        layer_bytes: Activations that one layer keeps for the backward pass, bytes per token.
-        other_bytes: Activations outside the layers, bytes per token.
-        boundary_bytes: A layer's input, which is all that activation checkpointing keeps of a layer, bytes per token.
+        targets: Of the body's linear layers by their last name, inputs and outputs of all of them together: an adapter
+            of rank r has r times as many parameters.
+        linear: Weights of the body's linear layers, biases not counted.
+        largest: Weights of the largest of them.
         kv_width: Key and value numbers of one token in one layer.
         hidden: Width of the hidden states.
+        kept: Activations by :attr:`Training.mode`.
     """
 
     parameters: int
@@ -33,23 +60,66 @@ class ModelSizes:
     head: int
     tied: bool
     layers: int
-    layer_bytes: float
-    other_bytes: float
-    boundary_bytes: float
+    targets: Mapping[str, int]
+    linear: int
+    largest: int
     kv_width: int
     hidden: int
+    kept: Mapping[str, Kept]
 
     @classmethod
-    def of(cls, config: Any, precision: str = "bf16") -> ModelSizes:
+    def of(cls, config: Any) -> ModelSizes:
         """Count by building the model without weights and running it on fake tensors.
 
         Args:
             config: A Transformers config of a causal language model.
-            precision: "bf16" (autocast over fp32 weights) or "fp32".
         """
         from real_fast.planning import count
 
-        return cls(**count.sizes(config, precision))
+        return cls.read(count.sizes(config))
+
+    @classmethod
+    def read(cls, counted: Mapping[str, Any]) -> ModelSizes:
+        """From what :func:`real_fast.planning.count.sizes` gives, or JSON of it."""
+        return cls(**{**counted, "kept": {mode: Kept(**kept) for mode, kept in counted["kept"].items()}})
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of the settings decides the memory of weights, gradients and optimiser.
+
+    Attributes:
+        precision: Of matrix products.
+        weights: What trained weights are kept in.
+        rank: r of adapters; 0 trains all weights.
+        targets: The linear layers that have one; empty for all.
+        nf4: Whether the weights under adapters are in 4 bits.
+        optimizer: As ``optim.name``.
+        offload: As ``optim.offload``.
+        fused_head: Whether a GPU adds the head's gradient to the float32 one itself.
+        device: What it runs on: a CPU computes the head in float32, and adds up its gradient by autograd.
+    """
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    weights: Literal["fp32", "bf16"] = "fp32"
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+    nf4: bool = False
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    offload: Literal["none", "moments", "all"] = "none"
+    fused_head: bool = True
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def mode(self) -> str:
+        """Under which activations are counted."""
+        if self.rank:
+            return f"{self.precision} adapters"
+        return "bf16 weights" if self.weights == "bf16" else self.precision
+
+    def adapters(self, sizes: ModelSizes) -> int:
+        """Parameters of the adapters."""
+        return self.rank * sum(n for name, n in sizes.targets.items() if not self.targets or name in self.targets)
 
 
 @dataclass(frozen=True)
@@ -57,13 +127,14 @@ class UpdateMemory:
     """Bytes on one device during the update.
 
     Attributes:
-        weights: Master weights.
+        weights: Trained weights, or those under adapters and the adapters.
         gradients: Their gradients.
         moments: AdamW's two moments.
-        copies: 16-bit copies of weights that autocast (or gathering a sharded layer) makes.
+        copies: 16-bit copies of weights that the update (or gathering a sharded layer) makes.
         activations: What the forward pass keeps for the backward pass.
         head: A chunk of logits, the head's gradient, the hidden states' gradient.
         reference: The frozen copy of the weights that the KL is measured from.
+        step: What the optimiser's step takes for a moment, when copies, activations and head are gone.
     """
 
     weights: float
@@ -73,63 +144,126 @@ class UpdateMemory:
     activations: float
     head: float
     reference: float = 0.0
+    step: float = 0.0
+
+    @property
+    def held(self) -> float:
+        """What is there all along, while feedback is sampled too."""
+        return self.weights + self.moments + self.reference
 
     @property
     def total(self) -> float:
-        """All of it."""
-        held = self.weights + self.gradients + self.moments + self.reference
-        return held + self.copies + self.activations + self.head
+        """The peak."""
+        return self.held + self.gradients + max(self.copies + self.activations + self.head, self.step)
 
 
 def update_memory(
     sizes: ModelSizes,
     tokens: int,
+    training: Training = Training(),
     *,
     head_rows: int,
-    precision: str = "bf16",
     checkpointing: bool = False,
     gpus: int = 1,
     repeated_keys: int = 0,
     kl: bool = False,
 ) -> UpdateMemory:
-    """Peak of an update: in the forward pass of a micro-batch that is not the update's first.
+    """Peak of an update: in the forward pass of a micro-batch that is not the update's first, or in the step.
 
     Args:
         sizes: The model's.
         tokens: Tokens of a micro-batch.
+        training: What is trained, and how.
         head_rows: Rows of it that go through the head.
-        precision: "bf16" or "fp32".
         checkpointing: Activation checkpointing: layer inputs are kept, and one layer's activations at a time.
         gpus: Weights, gradients and moments are sharded over so many, and layers gathered one ahead.
         repeated_keys: Keys that a varlen kernel sees beyond the micro-batch's own tokens.
-        kl: Whether the KL is in the loss; a copy for measuring alone waits in the host's memory.
+        kl: Whether the KL is in the loss; a copy for measuring alone waits on the host, and adapters need none.
     """
-    half = precision == "bf16"
-    p = sizes.parameters
+    t, p = training, sizes.parameters
+    half, adapters = t.precision == "bf16", training.adapters(sizes)
     width = 2.0 if half else 4.0
-    gathered = width * (2 * sizes.layer + sizes.head)
-    copies = gathered if gpus > 1 else width * p * half
-    layer = sizes.layer_bytes * tokens + width * sizes.kv_width * repeated_keys
-    kept = sizes.layers * sizes.boundary_bytes * tokens + layer if checkpointing else sizes.layers * layer
-    vocabulary = sizes.head / sizes.hidden
-    if half:  # Triton's kernels: kept logits in 16 bits, 2 % more for what each tile leaves per row
-        logits = 2.0 * vocabulary * head_rows
-        # Several chunks sum dW in float32 before it is rounded; one writes it at once, and the backward pass scales it.
-        gradients = (6.0 if logits > TRITON_CHUNK_BYTES else 4.0) * sizes.head
-        chunk = 1.02 * min(TRITON_CHUNK_BYTES, logits)
-    else:
-        gradients, chunk = 4.0 * sizes.head, min(CHUNK_BYTES, 4.0 * vocabulary * head_rows)
-    head = chunk + gradients + 2 * 4.0 * sizes.hidden * head_rows
+    own = 2.0 if t.weights == "bf16" and not t.rank else 4.0
+    trained = adapters or p
+    weights = own * trained + (_under_adapters(sizes, t) if t.rank else 0.0)
+    on_host = t.offload == "all" and not t.rank
+    # The head's gradient is added up on the device, whatever the others are.
+    gradients = 4.0 * sizes.head * (t.device == "cuda") if on_host else own * trained
+    per_weight = MOMENTS_8BIT if t.optimizer == "adamw8bit" else 2 * own
+    copies = _copies(sizes, t, adapters)
+    if gpus > 1:
+        copies = width * (2 * sizes.layer + sizes.head)
+    kept = sizes.kept[t.mode]
+    layer = (kept.layer + kept.rank * t.rank) * tokens + width * sizes.kv_width * repeated_keys
+    activations = sizes.layers * kept.boundary * tokens + layer if checkpointing else sizes.layers * layer
     return UpdateMemory(
-        weights=4.0 * p / gpus,
-        gradients=4.0 * p / gpus,
-        moments=8.0 * p / gpus,
+        weights=0.0 if on_host else weights / gpus,
+        gradients=gradients / gpus,
+        moments=(t.offload == "none") * per_weight * trained / gpus,
         copies=copies,
-        activations=kept + sizes.other_bytes * tokens,
-        head=head,
-        # Linear layers in 16 bits; the embedding in float32, see real_fast.reference.
-        reference=kl * (width * p + (4.0 - width) * sizes.head) / gpus,
+        activations=activations + kept.other * tokens,
+        head=_head(sizes, t, head_rows),
+        # Linear layers in 16 bits; the embedding in float32, see real_fast.model.ref_policy.
+        reference=(kl and not t.rank) * (width * p + (4.0 - width) * sizes.head) / gpus,
+        step=_step(sizes, t, per_weight, trained),
     )
+
+
+def host_memory(sizes: ModelSizes, t: Training) -> float:
+    """Bytes of ``optim.offload`` in the host's memory."""
+    own = 2.0 if t.weights == "bf16" and not t.rank else 4.0
+    per_weight = MOMENTS_8BIT if t.optimizer == "adamw8bit" else 2 * own
+    trained = t.adapters(sizes) or sizes.parameters
+    return trained * ((t.offload != "none") * per_weight + (t.offload == "all" and not t.rank) * 2 * own)
+
+
+def _under_adapters(sizes: ModelSizes, t: Training) -> float:
+    """Bytes of the frozen weights: in what they compute in; norms, the embedding and a tied head in float32."""
+    linear = NF4 if t.nf4 else 2.0 if t.precision == "bf16" else 4.0
+    head = 0 if sizes.tied else sizes.head
+    of_head = 2.0 if t.precision == "bf16" and t.device == "cuda" else 4.0
+    return linear * sizes.linear + of_head * head + 4.0 * (sizes.parameters - sizes.linear - head)
+
+
+def _copies(sizes: ModelSizes, t: Training, adapters: int) -> float:
+    """Bytes of what an update computes with in place of the weights, see real_fast.model.masters."""
+    half, on_gpu = t.precision == "bf16", t.device == "cuda"
+    if t.rank:
+        # A tied weight is copied for the loss, since it is in float32; nf4 is unpacked a layer at a time.
+        head = 2.0 * sizes.head * (sizes.tied and half and on_gpu)
+        return 2.0 * adapters * half + head + 2.0 * sizes.largest * t.nf4
+    head = 2.0 * sizes.head if half and on_gpu else 0.0
+    if t.offload == "all":
+        others = sizes.parameters - sizes.linear - (0 if sizes.tied else sizes.head)
+        whole = 0.0 if head or sizes.tied else 4.0 * sizes.head
+        return (2.0 if half else 4.0) * sizes.linear + 4.0 * others + head + whole
+    return (2.0 * sizes.linear + head) * (half and t.weights == "fp32")
+
+
+def _head(sizes: ModelSizes, t: Training, rows: int) -> float:
+    """Bytes that the head takes for so many rows."""
+    vocabulary = sizes.head / sizes.hidden
+    if t.precision == "bf16" and t.device == "cuda":
+        # Triton's kernels: kept logits in 16 bits, 2 % more for what each tile leaves per row.
+        logits = 2.0 * vocabulary * rows
+        chunk = 1.02 * min(TRITON_CHUNK_BYTES, logits)
+        # Added to the float32 gradient itself. Else several chunks sum dW in float32 before it is rounded, and one
+        # writes it at once, and the backward pass scales it.
+        alone = not t.rank and not (t.fused_head and t.weights == "fp32")
+        gradient = (6.0 if logits > TRITON_CHUNK_BYTES else 4.0) * sizes.head * alone
+    else:
+        chunk = min(CHUNK_BYTES, 4.0 * vocabulary * rows)
+        gradient = 0.0 if t.rank or t.device == "cuda" else 4.0 * sizes.head
+    return chunk + gradient + 2 * 4.0 * sizes.hidden * rows
+
+
+def _step(sizes: ModelSizes, t: Training, per_weight: float, trained: float) -> float:
+    """Bytes that the optimiser's step takes for the largest trained tensor."""
+    if t.offload == "all":
+        return 0.0
+    largest = min(trained, sizes.head if not t.rank else t.rank * max(sizes.targets.values()) / sizes.layers)
+    moved = per_weight * largest * (t.offload == "moments" and t.device == "cuda")
+    return float(moved + (STEP_8BIT[t.device] * largest if t.optimizer == "adamw8bit" else 0.0))
 
 
 def largest(fits: Callable[[int], bool], limit: int = 2**20) -> int:

@@ -1,17 +1,20 @@
-"""What one device must hold with given settings, and whether it does."""
+"""What one device must hold, while it updates and while feedback is sampled, and whether it can."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from real_fast.config.commands import PlanConfig
-from real_fast.planning.memory import ModelSizes, UpdateMemory, update_memory
-from real_fast.planning.share import engine_share
+from real_fast.config.commands import GPU_SHARE, PlanConfig
+from real_fast.planning.memory import NF4, ModelSizes, Training, UpdateMemory, host_memory, update_memory
 
 GIB = 2**30
 
 # The CUDA context, libraries' workspaces and what the allocator cannot use.
 RESERVE = 2 * GIB
+# What vLLM takes beside weights and cache (a prefill's activations, graphs, logits), and what it keeps while it sleeps.
+# Assumed, not measured.
+ENGINE_WORK, ASLEEP = 1.5 * GIB, 1.0 * GIB
 
 # Tokens of "So the overall score is " where no tokenizer is at hand.
 PHRASE_TOKENS = 6
@@ -23,30 +26,46 @@ class Need:
 
     Attributes:
         memory: The update's parts, bytes.
-        engine: What the rollout engine holds during the update, bytes.
+        engine: What the rollout engine holds while it samples, bytes.
+        beside: What it holds during the update, bytes.
+        share: vLLM's share of the device's memory; 0 for Transformers.
         sequences: Sequences of full length that the engine can decode at a time.
         wanted: Sequences that it must be able to decode at a time.
         group: Tokens of one group, which a micro-batch must hold.
         tokens: Tokens of a micro-batch.
         room: The device's memory, bytes.
+        host: What waits in the host's memory, bytes.
     """
 
     memory: UpdateMemory
     engine: float
+    beside: float
+    share: float
     sequences: int
     wanted: int
     group: int
     tokens: int
     room: float
+    host: float
+
+    @property
+    def update(self) -> float:
+        """Bytes on a device during the update."""
+        return self.memory.total + self.beside + RESERVE
+
+    @property
+    def rollouts(self) -> float:
+        """Bytes on a device while feedback is sampled."""
+        return self.memory.held + self.engine + RESERVE
 
     @property
     def total(self) -> float:
-        """Bytes on a device during the update, the rollout engine included."""
-        return self.memory.total + self.engine + RESERVE
+        """The larger of the two."""
+        return max(self.update, self.rollouts)
 
     @property
     def fits(self) -> bool:
-        """Whether update and engine fit, a group fits into a micro-batch, and the engine can decode."""
+        """Whether both fit, a group fits into a micro-batch, and the engine can decode."""
         return self.total <= self.room and self.sequences >= self.wanted and self.group <= self.tokens
 
 
@@ -56,49 +75,86 @@ def lengths(config: PlanConfig) -> tuple[int, int]:
     return p, config.response_tokens or config.rollout.max_tokens + PHRASE_TOKENS
 
 
-def precision_of(config: PlanConfig) -> str:
-    """The number format of matrix products on a GPU, which the plan is for."""
-    return "fp32" if config.train.precision == "fp32" else "bf16"
+def training_of(config: PlanConfig) -> Training:
+    """What of the settings decides the memory of weights, gradients and optimiser, on a GPU, which the plan is for."""
+    train, lora = config.train, config.train.lora
+    targets = [] if lora is None or lora.targets == "all-linear" else lora.targets
+    targets = [targets] if isinstance(targets, str) else targets
+    return Training(
+        precision="fp32" if train.precision == "fp32" else "bf16",
+        weights=train.weights,
+        rank=lora.r if lora is not None else 0,
+        targets=tuple(name.rpartition(".")[2] for name in targets),
+        nf4=lora is not None and train.quantization == "nf4",
+        optimizer=config.optim.name,
+        offload=config.optim.offload,
+        fused_head=train.head_gradient != "autograd",
+    )
 
 
 def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
     """What a device must hold.
 
     Args:
-        config: The run and the machine.
-        sizes: The model's, counted in the config's precision.
+        config: The run and the machine, whose ``gpu_memory`` is set.
+        sizes: The model's.
         kl: Whether the KL is in the loss.
     """
-    (p, r), k, train = lengths(config), config.rollout.group_size, config.train
+    (p, r), k, train, rollout = lengths(config), config.rollout.group_size, config.train, config.rollout
     group = p + k * r if train.shared_prompt else k * (p + r)
-    groups = max(train.micro_batch_tokens // group, 1)
+    groups = max(min(train.micro_batch_tokens // group, rollout.prompts_per_step), 1)
+    training = training_of(config)
     memory = update_memory(
         sizes,
-        train.micro_batch_tokens,
+        # No more than there is of it, and one group where even that is too much.
+        max(min(train.micro_batch_tokens, rollout.prompts_per_step * group), group),
+        training,
         head_rows=groups * k * r,
-        precision=precision_of(config),
         checkpointing=train.activation_checkpointing,
         gpus=config.gpus,
         repeated_keys=groups * k * p if train.shared_prompt else 0,
         kl=kl,
     )
     room = config.gpu_memory * GIB
-    weights, per_sequence = 2.0 * sizes.parameters, 2.0 * sizes.kv_width * sizes.layers * (p + r)
-    if config.rollout.engine == "transformers":
-        # Its 16-bit weights and its cache live only while it samples, when the update's activations do not. It takes
-        # max_num_seqs sequences at a time, whatever the memory.
-        free = room - RESERVE - 16.0 * sizes.parameters / config.gpus - weights
-        at_a_time = min(config.rollout.max_num_seqs, k * config.rollout.prompts_per_step)
-        return Need(memory, 0.0, max(0, int(free / per_sequence)), at_a_time, group, train.micro_batch_tokens, room)
-    held = engine_share(config.rollout) * room
+    weights, per_sequence = engine_weights(sizes, training) / config.gpus, _cache(sizes, p + r) / config.gpus
+    host = host_memory(sizes, training) / config.gpus
+    at_a_time = min(rollout.max_num_seqs, k * rollout.prompts_per_step)
+    if rollout.engine == "transformers":
+        # It samples with the trainer's model, of float32 weights with a 16-bit copy, and takes max_num_seqs sequences
+        # at a time, whatever the memory.
+        copy = weights if training.precision == "bf16" and not training.rank else 0.0
+        able = max(0, int((room - RESERVE - memory.held - copy) / per_sequence))
+        engine = copy + at_a_time * per_sequence
+        return Need(memory, engine, 0.0, 0.0, able, at_a_time, group, train.micro_batch_tokens, room, host)
+    sleeps = rollout.sleep != "never"
+    if rollout.gpu_memory_utilization == "auto":
+        useful = weights + ENGINE_WORK + at_a_time * per_sequence
+        free = room - RESERVE - (memory.held if sleeps else memory.total)
+        share = max(0, math.floor(100 * min(useful / room + 0.01, free / room, GPU_SHARE) + 1e-9)) / 100
+    else:
+        share = float(rollout.gpu_memory_utilization)
     # Sharded over the devices, each sequence's cache is as well. vLLM decodes as many as its cache holds.
-    sequences = max(0, int((held - weights / config.gpus) * config.gpus / per_sequence))
-    return Need(memory, held, sequences, 1, group, train.micro_batch_tokens, room)
+    sequences = max(0, int((share * room - weights - ENGINE_WORK) / per_sequence))
+    beside = ASLEEP if sleeps else share * room
+    host += weights * (sleeps and training.rank > 0)  # a base under adapters waits there while vLLM sleeps
+    return Need(memory, share * room, beside, share, sequences, 1, group, train.micro_batch_tokens, room, host)
+
+
+def engine_weights(sizes: ModelSizes, training: Training) -> float:
+    """Bytes of the rollout engine's weights: in the trainer's precision, or its 4 bits under adapters."""
+    width = 2.0 if training.precision == "bf16" else 4.0
+    linear = NF4 if training.nf4 else width
+    return linear * sizes.linear + width * (sizes.parameters - sizes.linear)
 
 
 def smallest_share(config: PlanConfig, sizes: ModelSizes) -> float:
     """The smallest rollout.gpu_memory_utilization, in hundredths, with which vLLM decodes one group at a time."""
     p, r = lengths(config)
-    cache = 2.0 * sizes.kv_width * sizes.layers * (p + r) * config.rollout.group_size / config.gpus
-    held = 2.0 * sizes.parameters / config.gpus + cache
-    return float(-(-held * 100 // (config.gpu_memory * GIB))) / 100
+    cache = _cache(sizes, p + r) * config.rollout.group_size
+    held = (engine_weights(sizes, training_of(config)) + cache) / config.gpus + ENGINE_WORK
+    return math.ceil(held * 100 / (config.gpu_memory * GIB)) / 100
+
+
+def _cache(sizes: ModelSizes, tokens: int) -> float:
+    """Bytes of keys and values, in 16 bits."""
+    return 2.0 * sizes.kv_width * sizes.layers * tokens

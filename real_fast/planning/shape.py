@@ -36,17 +36,16 @@ class Shape:
 
 
 def known_models() -> dict[str, Any]:
-    """The models of models.json by name, each with "config", "sizes" per precision, and "flops"."""
+    """The models of models.json by name, each with "config", "sizes" and "flops"."""
     found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return found
 
 
-def shape_of(name: str, precision: str, trust_remote_code: bool = False) -> Shape:
+def shape_of(name: str, trust_remote_code: bool = False) -> Shape:
     """The shape of a model.
 
     Args:
         name: A folder with a config.json, such a file, a model of models.json, or one on the hub.
-        precision: "bf16" or "fp32".
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -55,13 +54,19 @@ def shape_of(name: str, precision: str, trust_remote_code: bool = False) -> Shap
     path, known = Path(name).expanduser(), known_models()
     if not path.exists() and (found := known.get(name)):
         source = "its published dimensions, which come with real-fast"
-        return Shape(ModelSizes(**found["sizes"][precision]), ModelFlops(**found["flops"]), source)
+        return Shape(ModelSizes.read(found["sizes"]), ModelFlops(**found["flops"]), source)
     config = _read_config(name, path, known, trust_remote_code)
+    source = f"{path if path.is_file() else path / 'config.json'}" if path.exists() else "the hub"
+    return counted(name, config, source)
+
+
+def counted(name: str, config: Any, source: str) -> Shape:
+    """The shape of a Transformers config, counted. Raises :class:`ModelError` for one whose work is not counted."""
     try:
-        sizes, flops = ModelSizes.of(config, precision), ModelFlops.of(config)
+        flops = ModelFlops.of(config)  # it refuses more than the other, at once
+        return Shape(ModelSizes.of(config), flops, source)
     except (ValueError, AttributeError) as error:
         raise ModelError(f"model {name} cannot be planned: {error}") from error
-    return Shape(sizes, flops, f"{path if path.is_file() else path / 'config.json'}" if path.exists() else "the hub")
 
 
 def _read_config(name: str, path: Path, known: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -86,7 +91,7 @@ def main() -> int:
     table = known_models()
     for model in table.values():
         config = AutoConfig.for_model(**model["config"])
-        model["sizes"] = {precision: asdict(ModelSizes.of(config, precision)) for precision in ("bf16", "fp32")}
+        model["sizes"] = asdict(ModelSizes.of(config))
         model["flops"] = asdict(ModelFlops.of(config))
     TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError, ConfigError, ModelError
 from real_fast.methods.base import Method
 from real_fast.model.judge_settings import trained_settings
+from real_fast.planning.fit import Sequences, check_fits
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
@@ -128,6 +130,34 @@ def check_rows_fit(
         advice = "shorten the feedback, or set warmup.steps to 0"
         longest = max(longest, check_supervised_fits(with_feedback, True, 1, train, encode_feedback, scale, advice))
     return longest
+
+
+def check_memory(
+    rows: Sequence[JudgeRow], method: Method, config: Config, longest: int, model_config: Any, gpu: tuple[int, int]
+) -> float | None:
+    """Refuse a run that a GPU cannot hold.
+
+    Args:
+        rows: Its training rows.
+        method: Its method.
+        config: Its settings.
+        longest: Tokens of the longest sequence, from :func:`check_rows_fit`.
+        model_config: The Transformers config of its model.
+        gpu: Bytes of the GPU that are free, and all.
+
+    Returns:
+        The share of the GPU that is left for vLLM; None where the model cannot be counted.
+
+    Raises:
+        ConfigError: The message names the smallest change with which it fits.
+    """
+    prompt, rollout, supervised = max(len(row.prompt_ids) for row in rows), config.rollout, config.supervised
+    if method.uses_rollouts:
+        sequences = Sequences(prompt, longest - prompt, rollout.group_size, rollout.prompts_per_step)
+    else:
+        each, prompts = supervised.feedbacks_per_prompt, supervised.prompts_per_step
+        sequences = Sequences(prompt, max(longest - prompt, 1), each, prompts, sampled=False)
+    return check_fits(config, model_config, sequences, *gpu)
 
 
 def longest_with_rollout(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig) -> int:

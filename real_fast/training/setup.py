@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from real_fast.attention.interface import pick_backend
 from real_fast.attention.support import check_span
@@ -28,7 +28,7 @@ from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve, rounded_weights
 from real_fast.model.smollm2 import SMOLLM2
-from real_fast.planning.share import with_engine_share
+from real_fast.planning.fit import with_share
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.make import make_engine
@@ -43,11 +43,18 @@ from real_fast.training.groups import GroupSource
 from real_fast.training.identity import check_same_run, fingerprints_of
 from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.peak_memory import PeakMemory
-from real_fast.training.preflight import check_rates, check_rows_fit, check_trainable, warn_if_asked_otherwise
+from real_fast.training.preflight import (
+    check_memory,
+    check_rates,
+    check_rows_fit,
+    check_trainable,
+    warn_if_asked_otherwise,
+)
 from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
 from real_fast.training.warmup import SftOrder, sft_order
+from real_fast.utils.machine import gpu_memory
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +145,11 @@ def build(config: Config) -> Parts:
         if resume_from:
             check_same_run(resume_from, identity, config)
         longest = check_rows_fit(data.train, method, config, encode_feedback, scale)
+        base = base_folder(resolve_model(config.initial_weights))
+        share = None
+        if gpu := gpu_memory(pick_device(config.train.device)):
+            model_config = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
+            share = check_memory(data.train, method, config, longest, model_config, gpu)
         order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)
@@ -155,9 +167,7 @@ def build(config: Config) -> Parts:
             state = checkpoint.load(resume_from, model, optimizer, scheduler)
             timer.run = state.seconds
             method.resume(policy, folder.path)
-        room = torch.cuda.mem_get_info(policy.device)[1] if policy.device.type == "cuda" else None
-        settings = with_engine_share(config, model.config, room)
-        engine = make_engine(settings, model, tokenizer, scale, base_folder(resolve_model(config.initial_weights)))
+        engine = make_engine(with_share(config, share), model, tokenizer, scale, base)
     updater = Updater(
         policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
     )

@@ -27,6 +27,15 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def gpu_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU that are free for this process, and all; None on a CPU, whose memory is not the run's alone."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, of an earlier stage
+    return free + kept, total
+
+
 def cpu_name() -> str:
     """The processor's name, as Linux or Python tells it."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()

@@ -25,6 +25,8 @@ WHERE = {
     "kernels": "docs/kernels.md",
     "measured": "docs/measured.md",
     "experiment": "docs/methods.md",
+    "plan-check": "docs/planning.md",
+    "one-gpu": "docs/one-gpu.md",
 } | dict.fromkeys(
     ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
     "docs/experiment.md",

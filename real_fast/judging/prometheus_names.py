@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from real_fast.errors import ConfigError
+from real_fast.judging.arguments import known_arguments
 from real_fast.judging.grade import Grade, Rubric, raise_if_ungraded, request
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
@@ -43,6 +44,7 @@ class PrometheusNames(ABC):
     @abstractmethod
     def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]: ...
 
+    @known_arguments
     def single_absolute_grade(
         self,
         instruction: str,
@@ -70,6 +72,7 @@ class PrometheusNames(ABC):
             warnings.warn(said, stacklevel=2)
         return grade.feedback, grade.score
 
+    @known_arguments
     def absolute_grade(
         self,
         *,
@@ -101,6 +104,7 @@ class PrometheusNames(ABC):
                 warnings.warn(f"response {place}: {grade.warning}", stacklevel=2)
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
+    @known_arguments
     def single_relative_grade(
         self,
         instruction: str,
@@ -121,6 +125,7 @@ class PrometheusNames(ABC):
         a, b = (raise_if_ungraded(grade) for grade in self._grade(pair, replace(self._with(params), alone=True)))
         return self._relative(a, b, 0)
 
+    @known_arguments
     def relative_grade(
         self,
         *,

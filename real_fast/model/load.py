@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import smollm2
-from real_fast.model.folder import check_folder, read_json
+from real_fast.model.folder import check_as_written, check_folder, read_json
 from real_fast.model.head import plain_head
 from real_fast.model.weights import check_finite, first_line, load_whole, raise_if_quantised
 
@@ -85,9 +85,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer, and look at its model's folder: what is wrong with it shows before anything slow starts.
 
     Raises:
-        ModelError: As :func:`model_folder` does, or no tokenizer that can be loaded.
+        ModelError: As :func:`model_folder` does; no tokenizer that can be loaded; a small file that is not as
+            real-fast train wrote it.
     """
     path = model_folder(name, trust_remote_code)
+    check_as_written(path, weights=False)
     if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         raise ModelError(f"{path} holds no tokenizer (tokenizer.json): copy it there from the folder of the base model")
     try:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from real_fast.config import Config
 from real_fast.errors import ConfigError
+from real_fast.model.folder import check_as_written
 from real_fast.model.load import load_model, model_folder, pick_device
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
@@ -64,10 +65,11 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
 
     Raises:
         ConfigError: As :func:`make_engine` does.
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or is not as real-fast train wrote it.
     """
     logger.info("loading %s", config.model)
     device, path = pick_device(config.train.device), model_folder(config.model, config.trust_remote_code)
+    check_as_written(path, weights=True)
     if _takes_vllm(config, device.type):
         # vLLM reads the weights itself, and not all that is wrong with them stops it.
         check_files(path, config.trust_remote_code)
@@ -137,7 +139,7 @@ def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale)
 
 def _longest(config: Config, model_config: Any, scale: ScoreScale) -> int:
     """Tokens of the longest sequence: prompt, sampled text, appended phrase and score."""
-    parts = (config.prompt.max_tokens, config.rollout.max_tokens, len(scale.phrase_ids) + 1)
+    parts = (config.prompt.max_tokens, config.rollout.max_tokens, scale.most_appended + 1)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sum(parts) > limit:
         raise ConfigError(

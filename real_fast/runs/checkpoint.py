@@ -29,6 +29,7 @@ _STATE = "trainer_state.json"
 _OPTIMIZER = "optimizer.safetensors"
 _TENSORS = "model.safetensors"
 _DAMAGED = ".damaged"
+_SHARD = "5GB"  # files are read, written and checked side by side
 
 
 @dataclass
@@ -39,6 +40,7 @@ class TrainState:
         step: REAL updates done.
         rows_seen: Training rows used up, which is the data's position.
         skipped_steps: Optimiser steps left out because the gradient was not finite.
+        idle_updates: The last so many updates (or steps of the warm-up) in a row trained nothing.
         num_tokens: Tokens of the sequences trained on so far, prompts included.
         sampled_tokens: Tokens sampled so far.
         seconds: Time by phase so far.
@@ -48,6 +50,7 @@ class TrainState:
     step: int = 0
     rows_seen: int = 0
     skipped_steps: int = 0
+    idle_updates: int = 0
     num_tokens: int = 0
     sampled_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -260,14 +263,14 @@ def _write_model(
         tensors = [*model.named_parameters(), *((k, v) for k, v in model.named_buffers() if k in model.state_dict())]
         state = {k: v.detach().to(dtype) if v.is_floating_point() else v for k, v in tensors}
         with no_foreign_bars():
-            model.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
         # save_pretrained() writes the module's dtype, and the tensors on disk have another.
         config = folder / "config.json"
         text = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
         config.write_text(json.dumps(text, indent=2), encoding="utf-8")
     else:
         with no_foreign_bars():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=_SHARD)
     tokenizer.save_pretrained(folder)
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")

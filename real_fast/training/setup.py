@@ -19,6 +19,7 @@ from real_fast.data.sources import describe
 from real_fast.distributed.world import OneProcess, World
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
+from real_fast.model.folder import check_as_written
 from real_fast.model.load import load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve
@@ -110,7 +111,9 @@ def build(config: Config) -> Parts:
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
-        scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
+        if not resume_from:  # a checkpoint has been checked, whole
+            check_as_written(resolve_model(config.initial_weights), weights=True)
+        scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
         builder = PromptBuilder(config.prompt, tokenizer, scale)
         warn_if_asked_otherwise(config, builder.source)
         encode_feedback = builder.guard.encode_feedback
@@ -130,7 +133,7 @@ def build(config: Config) -> Parts:
         policy = load_policy(config, str(resume_from or config.initial_weights))
         model = policy.model
         stop_at(model, scale.end_id)
-        folder.check_space(model.num_parameters(), config.save.keep, method.keeps_ref_policy)
+        folder.check_space(model.num_parameters(), config.save.keep, method.keeps_ref_policy, resume_from)
         if policy.attention:
             check_span(model, longest)
         optimizer = build_optimizer(model, config.optim)

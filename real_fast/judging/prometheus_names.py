@@ -69,7 +69,7 @@ class PrometheusNames(ABC):
         row = request(*map(_single, (instruction, response, rubric, reference_answer)))
         grade = raise_if_ungraded(self._grade([row], self._with(params))[0])
         if said := grade.error or grade.warning:
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(said, stacklevel=3)
         return grade.feedback, grade.score
 
     @known_arguments
@@ -99,9 +99,9 @@ class PrometheusNames(ABC):
         grades = self._grade(rows, self._with(params))
         for place, grade in enumerate(grades):
             if grade.error:
-                warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=2)
+                warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=3)
             elif grade.warning:
-                warnings.warn(f"response {place}: {grade.warning}", stacklevel=2)
+                warnings.warn(f"response {place}: {grade.warning}", stacklevel=3)
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
     @known_arguments

@@ -568,7 +568,7 @@ def test_the_command_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pyt
     real, sft = table[2], table[3]
     assert "re\\|al" in real and "reference" in real and "**" in real
     assert "87 of 90" in sft and "p = 0.0" in sft and "**" not in sft
-    assert "other rows or labels of b.jsonl" in printed and "empty holds no finished evaluation" in printed
+    assert "of its 90 rows these were asked fewer" in printed and "empty holds no finished evaluation" in printed
     with (output / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * len(WITH_INTERVALS)

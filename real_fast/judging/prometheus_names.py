@@ -169,7 +169,7 @@ class PrometheusNames(ABC):
     def _relative(self, a: Grade, b: Grade, pair: int) -> tuple[str | None, Verdict | None]:
         for name, grade in (("A", a), ("B", b)):
             if said := grade.error or grade.warning:
-                warnings.warn(f"response {name} of pair {pair}: {said}", stacklevel=3)
+                warnings.warn(f"response {name} of pair {pair}: {said}", stacklevel=4)
         if a.score is None or b.score is None:
             return None, None
         texts = [
@@ -186,7 +186,7 @@ class PrometheusNames(ABC):
             warnings.warn(
                 f"params has {key}: {given.pop(key)}, which is not applied: it would change the probabilities that the "
                 "score is read from, a digit of the prompt's losing some. Leave it out to be rid of this warning",
-                stacklevel=3,
+                stacklevel=4,
             )
         if unknown := sorted(set(given) - set(_PARAMS)):
             raise ConfigError(

@@ -16,7 +16,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
 def train(model, tokenizer, rows, steps, lr=3e-3, prompts=4, k=4, max_new_tokens=24):
     """Train `model` in place; returns (loss, mean reward, mean squared error of ŷ) for each step."""
     scale = ScoreScale.from_tokenizer(tokenizer, SCORES, PHRASE)
-    finder, eos = PhraseFinder(tokenizer, scale), eos_ids(tokenizer, model.generation_config)
+    finder, eos = PhraseFinder(tokenizer, scale), eos_ids(tokenizer, scale, model.generation_config)
     ids, values, head = scale.ids_tensor(model.device), scale.values_tensor(model.device), plain_head(model)
     optimizer, history = torch.optim.AdamW(model.parameters(), lr=lr), []
     for step in range(steps):

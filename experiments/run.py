@@ -134,7 +134,7 @@ def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Pat
     prompt: PromptConfig = cli.from_namespace(PromptConfig, given)
     prompt.max_tokens = max_tokens or prompt.max_tokens
     scale_config: ScaleConfig = cli.from_namespace(ScaleConfig, common.get("scale", {}))
-    scale = ScoreScale.from_tokenizer(tokenizer, scale_config.values, scale_config.phrase, scale_config.labels)
+    scale = ScoreScale.from_config(tokenizer, scale_config, prompt)
     data.prepare(experiment.data, source, target, prompt, PromptBuilder(prompt, tokenizer, scale), scale)
 
 

@@ -50,14 +50,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """``real-fast COMMAND ...``. Returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else "--help"
+    if name in ("--help", "-h", "help") and arguments and arguments[0] in COMMANDS:
+        name, arguments = arguments[0], ["--help", *arguments[1:]]
     if name in COMMANDS:
         return run(name, arguments)
+    return run_command("real-fast", lambda: _about(name), "stopped")
+
+
+def _about(name: str) -> int:
+    """What there is, or the version, or that there is no such command."""
     if name == "--version":
         print(cli.versions())
         return 0
     if name in ("--help", "-h", "help"):
-        if arguments and arguments[0] in COMMANDS:
-            return run(arguments[0], ["--help", *arguments[1:]])
         print("usage: real-fast COMMAND [--help] [--version] ...\n")
         print("\n".join(f"  {command:<10} {row.about}" for command, row in COMMANDS.items()))
         print("\nreal-fast COMMAND --help explains a command. With nothing else: real-fast train --config quickstart")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from real_fast.utils.interrupt import second_signal_ends
+from real_fast.utils.unread import nobody_reads
 
 
 class UserError(Exception):
@@ -92,13 +93,18 @@ def run_command(
         known: Further errors that are the user's or the machine's.
 
     Returns:
-        The command's exit status, 2 for a mistake of the user's or of the machine's, 130 for Ctrl-C.
+        The command's exit status, 2 for a mistake of the user's or of the machine's, 130 for Ctrl-C, and 1, without a
+        word, where whoever read what it prints has stopped reading (``| head``).
     """
     expected: tuple[type[Exception], ...] = (UserError, FloatingPointError, OSError, *known)
     try:
         with second_signal_ends(interrupted):
-            return command()
+            status = command()
+            print(end="", flush=True)  # not at the interpreter's end, which prints an error whatever it is
+            return status
     except expected as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return 1
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

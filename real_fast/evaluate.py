@@ -63,7 +63,7 @@ def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     folder = Path(config.output).expanduser()
     prepare_output(folder, config.overwrite)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
-    scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
+    scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
     builder = PromptBuilder(config.prompt, tokenizer, scale)
     rejected: list[Rejected] = []
     limit, data = config.prompt.max_tokens, full.data

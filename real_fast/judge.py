@@ -167,8 +167,7 @@ def work(config: JudgeConfig) -> int:
     try:
         with results_alone() as out, ExitStack() as judges, _source(config.data) as source:
             done = run(config, source, out, lambda: judges.enter_context(load_judge(config)))
-    except BrokenPipeError:
-        print("stopped: nobody reads the results any more", file=sys.stderr)
+    except BrokenPipeError:  # nobody reads the results any more
         return 1
     except UserError:
         raise

@@ -79,6 +79,7 @@ class Trainer:
                     self.save()
                 if stopping:
                     raise self.stop.reason
+        self.updater.idle.check_run(state.step or config.warmup.steps)
         self.evaluate("after")
 
     def due(self, every: int) -> bool:

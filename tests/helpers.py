@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from safetensors.torch import load_file
 
@@ -90,7 +92,7 @@ def flags(model, output, *more):
         rows = model / f"{name}.jsonl"
         if not rows.is_file():
             write_jsonl(rows, generate(*size, seed=0, which=name))
-        settings = settings.replace(name.upper(), str(rows))
+        settings = settings.replace(name.upper(), json.dumps(str(rows)))  # whatever the folder is called
     config.write_text(settings, encoding="utf-8")
     return ["--config", str(config), "--model", str(model), "--output", str(output), *more]
 

@@ -246,7 +246,7 @@ def test_generated_answers_without_a_score_are_masked_out_and_counted(tiny_judge
     """A random model never writes the phrase: nothing is graded, nothing is made up, and nothing breaks."""
     output = tmp_path / "run"
     more = ["--rollout.answer", "generated", "--train.steps", "2", "--warmup.steps", "0", "--optim.weight_decay", "0"]
-    assert main(flags(tiny_judge, output, *more)) == 0
+    assert main(flags(tiny_judge, output, *more, "--train.give_up_after", "0")) == 0
     real = [m for m in read_jsonl(output / "metrics.jsonl") if m["phase"] == "real"]
     assert [m["score/no_score"] for m in real] == [9, 9] and [m["loss"] for m in real] == [0, 0]
     assert all(m["reward"] is None and m["grad_norm"] == 0 for m in real)

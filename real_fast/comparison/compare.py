@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from real_fast.comparison.bootstrap import Estimate, mean_samples, mean_values, with_intervals
-from real_fast.comparison.find import Evaluation, in_order_of
+from real_fast.comparison.find import Evaluation, among
 from real_fast.comparison.table import BenchmarkTable, ResultRow, reference_of
 
 AVERAGE = "average"
@@ -26,11 +26,13 @@ def compare(
     the same resample. Evaluations of one method and benchmark are runs with other seeds: a statistic is the mean of
     theirs, and each resample also draws from the runs. Numbers are those of the rows that all methods scored, but for
     methods with far fewer scores than the others (:data:`real_fast.comparison.table.MIN_COVERAGE`): these stand on
-    their own rows, marked, and are neither reference nor best. A difference's interval is the percentiles', its
-    p-value twice the share of resamples on the side of 0 that has fewer, each side counted once more than seen.
+    their own rows, marked, and are never best, nor reference but as the `baseline`. A difference's interval is the
+    percentiles', its p-value twice the share of resamples on the side of 0 that has fewer, each side counted once more
+    than seen.
 
     Args:
-        evaluations: Of one benchmark with other rows or labels than the first, an evaluation is compared apart.
+        evaluations: Of one benchmark, one that has a part of another's rows is compared with it, and has no score on
+            the rest; one with other rows or labels than the first is compared apart.
         baseline: Method that the others are compared with; None takes the one with the highest Pearson correlation.
         bootstrap: Resamples.
         seed: Of the resampling.
@@ -62,24 +64,40 @@ def compare(
 
 
 def _tables(evaluations: Sequence[Evaluation]) -> tuple[dict[str, list[Evaluation]], list[str]]:
-    """Evaluations of the very same rows by benchmark; those of other rows under a name of their own, with a note."""
+    """Evaluations of the same rows, or of a part of them, by benchmark; those of others under a name of their own."""
+    groups: list[dict[int, Evaluation]] = []  # each begins with the one that has all of its rows; by place
+    for place, e in sorted(enumerate(evaluations), key=lambda pair: -len(pair[1].rows)):
+        for group in groups:
+            whole = next(iter(group.values()))
+            if whole.benchmark == e.benchmark and (same := among(whole, e)) is not None:
+                group[place] = same
+                break
+        else:
+            groups.append({place: e})
     tables: dict[str, list[Evaluation]] = {}
     notes = []
-    for e in evaluations:
-        name, number = e.benchmark, 1
-        same: Evaluation | None = e
-        while name in tables and (same := in_order_of(tables[name][0], e)) is None:
+    for group in sorted(groups, key=min):
+        first = evaluations[min(group)]
+        name, number = first.benchmark, 1
+        while name in tables:
             number += 1
-            name, same = f"{e.benchmark} [rows {number}]", e
-        if name not in tables and number > 1:
-            first = tables[e.benchmark][0]
-            both = {r["id"] for r in first.rows} & {r["id"] for r in e.rows}
+            name = f"{first.benchmark} [rows {number}]"
+        tables[name] = [e for _, e in sorted(group.items())]
+        rows = len(tables[name][0].rows)
+        if number > 1:
+            other = tables[first.benchmark][0]
+            both = {r["id"] for r in other.rows} & {r["id"] for r in tables[name][0].rows}
             notes.append(
-                f"{e.method} ({e.source}) has other rows or labels of {e.benchmark} than {first.method}: {len(e.rows)} "
-                f"and {len(first.rows)} rows, {len(both)} ids in common; it is shown as {name!r} and compared apart"
+                f"{first.method} ({first.source}) has other rows or labels of {first.benchmark} than {other.method}: "
+                f"{rows} and {len(other.rows)} rows, {len(both)} ids in common; it is shown as {name!r} and compared "
+                "apart"
             )
-        assert same is not None
-        tables.setdefault(name, []).append(same)
+        asked = {evaluations[place].method: len(evaluations[place].rows) for place in sorted(group)}
+        if parts := [f"{method} {some}" for method, some in asked.items() if some < rows]:
+            notes.append(
+                f"{name}: of its {rows} rows these were asked fewer (max_rows, say), and have no score on the others: "
+                + ", ".join(parts)
+            )
     return tables, notes
 
 

@@ -186,16 +186,25 @@ def _with_benchmarks(found: list[Evaluation]) -> list[Evaluation]:
 
 
 def in_order_of(first: Evaluation, e: Evaluation) -> Evaluation | None:
-    """`e` with its rows in the order of `first`, or None where these are not the very same rows with the same labels.
+    """`e` with its rows in the order of `first`, or None where these are not the very same rows and labels."""
+    return among(first, e) if len(first.rows) == len(e.rows) else None
 
-    Rows are known by what they hold, whatever ids a file gave them; by their ids where an evaluation has no keys.
+
+def among(whole: Evaluation, e: Evaluation) -> Evaluation | None:
+    """`e` on the rows of `whole`, in their order: rows that it was not asked have no prediction.
+
+    None where it has rows that `whole` has not, or other labels. Rows are known by what they hold, whatever ids a file
+    gave them; by their ids where an evaluation has no keys.
     """
-    keys = ("key",) if _keyed(first, e) else ("id", "prompt_id")
+    keys = ("key",) if _keyed(whole, e) else ("id", "prompt_id")
     left: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in reversed(e.rows):
         left.setdefault(_identity(row, keys), []).append(row)
-    rows = [there.pop() for row in first.rows if (there := left.get(_identity(row, keys)))]
-    return replace(e, rows=rows) if len(rows) == len(first.rows) == len(e.rows) else None
+    rows = []
+    for row in whole.rows:
+        there = left.get(_identity(row, keys))
+        rows.append(there.pop() if there else {**row, "prediction": None})
+    return None if any(left.values()) else replace(e, rows=rows)
 
 
 def _keyed(*evaluations: Evaluation) -> bool:

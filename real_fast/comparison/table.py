@@ -142,12 +142,17 @@ class BenchmarkTable:
     def notes(self, reference: str | None) -> list[str]:
         """What the numbers do not show of rows and seeds."""
         found = []
-        few = [
-            f"{m} ({_percent(np.isfinite(self.predicted[m]).mean())})" for m in self.methods if m not in self.covered
-        ]
-        if few:
+        few = {m: _percent(np.isfinite(self.predicted[m]).mean()) for m in self.methods if m not in self.covered}
+        if reference in few:  # as the baseline that was asked for
             found.append(
-                f"{self.name}: few rows have a score by {', '.join(few)}, so its numbers are of other rows than the "
+                f"{self.name}: the baseline {reference} has a score for {few.pop(str(reference))} of the rows alone, "
+                "so it cannot be best, and every difference from it is of the rows that it and the other method both "
+                "scored, perhaps the easier ones: take another baseline, or evaluate it on all rows"
+            )
+        if few:
+            each = ", ".join(f"{method} ({share})" for method, share in few.items())
+            found.append(
+                f"{self.name}: few rows have a score by {each}, so its numbers are of other rows than the "
                 "others'; it is neither reference nor best"
             )
         if len(self.covered) > 1 and (used := self.used(self.covered[0])) < len(self.label):

@@ -41,7 +41,7 @@ def markdown(lines: Sequence[ResultRow], notes: Sequence[str], bootstrap: int, b
         + ". Rows without a score count in no statistic; methods are compared on the rows that all of them scored."
         + (
             f" {MARK}: scored fewer than {MIN_COVERAGE:.0%} as many rows as the method with the most, so its numbers "
-            "are of other, perhaps easier rows, and it is neither reference nor best."
+            "are of other, perhaps easier rows; it is never best, and reference only where it is the --baseline."
             if not all(line.covered for line in lines)
             else ""
         )

@@ -51,7 +51,7 @@ def parse(
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     if shown is not None:
-        print(shown)
+        print(shown, flush=True)
         sys.exit(0)
     return settings
 

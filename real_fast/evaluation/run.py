@@ -15,7 +15,7 @@ from real_fast.evaluation.metrics import calibration, summarize
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.protocol import ProtocolName, probabilities, read, sampling
 from real_fast.score.scale import ScoreScale
-from real_fast.types import JudgeRow, Rollout
+from real_fast.types import JudgeRow, Rollout, SamplingParams
 from real_fast.utils.seeds import call_seed
 
 _SEQUENCES_PER_CALL = 64
@@ -71,49 +71,52 @@ def evaluate(
         if not row.prompt_ids:
             raise ValueError(f"row {row.id!r} has no prompt_ids: build its prompt first")
     names = list(dict.fromkeys(row.benchmark for row in rows))
-    arguments = (scale, config, rollout, seed, progress, renormalize)
-    if names == [""]:
-        return _evaluate(engine, rows, *arguments)
-    return together({n: _evaluate(engine, [r for r in rows if r.benchmark == n], *arguments) for n in names})
+    found: dict[str, EvalResult] = {}
+    for name in names:
+        some = [row for row in rows if row.benchmark == name]
+        start = time.perf_counter()
+        rollouts = _sample(engine, some, config.n, lambda at: sampling(config, rollout, call_seed(seed, at)), progress)
+        seconds = time.perf_counter() - start
+        predictions = [
+            _predict(row, group, scale, config.protocol, renormalize) for row, group in zip(some, rollouts, strict=True)
+        ]
+        summary = {
+            "protocol": config.protocol,
+            **_summary(predictions, scale, config.bootstrap, seed),
+            **_of_sampling([r for group in rollouts for r in group], seconds),
+        }
+        found[name] = EvalResult(predictions, summary)
+    return found[""] if names == [""] else together(found)
 
 
-def _evaluate(
+def _sample(
     engine: RolloutEngine,
     rows: Sequence[JudgeRow],
-    scale: ScoreScale,
-    config: EvalConfig,
-    rollout: RolloutConfig,
-    seed: int,
+    n: int,
+    params: Callable[[int], SamplingParams],
     progress: Callable[[int], object] | None,
-    renormalize: bool,
-) -> EvalResult:
-    """One benchmark: see :func:`evaluate`."""
+) -> list[list[Rollout]]:
+    """`n` rollouts of every row, some rows at a time; `params` says how, given the place of the first of them."""
     rollouts: list[list[Rollout]] = []
-    start = time.perf_counter()
-    step = max(1, _SEQUENCES_PER_CALL // config.n)
+    step = max(1, _SEQUENCES_PER_CALL // n)
     for at in range(0, len(rows), step):
         some = rows[at : at + step]
-        params = sampling(config, rollout, call_seed(seed, at))
-        rollouts.extend(engine.generate([row.prompt_ids for row in some], params))
+        rollouts.extend(engine.generate([row.prompt_ids for row in some], params(at)))
         if progress is not None:
             progress(len(some))
-    seconds = time.perf_counter() - start
+    return rollouts
 
-    predictions = [
-        _predict(row, group, scale, config.protocol, renormalize) for row, group in zip(rows, rollouts, strict=True)
-    ]
-    flat = [r for group in rollouts for r in group]
-    tokens = sum(len(r.sampled_ids) for r in flat)
-    summary = {
-        "protocol": config.protocol,
-        **_summary(predictions, scale, config.bootstrap, seed),
-        "mean_length": tokens / len(flat),
-        "truncated": sum(r.finish == "length" for r in flat) / len(flat),
-        "not_finite": sum(r.has_score and probabilities(r) is None for r in flat),
+
+def _of_sampling(rollouts: Sequence[Rollout], seconds: float) -> dict[str, Any]:
+    """What a summary says of how its feedback was sampled."""
+    tokens = sum(len(r.sampled_ids) for r in rollouts)
+    return {
+        "mean_length": tokens / len(rollouts),
+        "truncated": sum(r.finish == "length" for r in rollouts) / len(rollouts),
+        "not_finite": sum(r.has_score and probabilities(r) is None for r in rollouts),
         "tokens_per_second": tokens / max(seconds, 1e-9),
         "seconds": seconds,
     }
-    return EvalResult(predictions, summary)
 
 
 def _predict(

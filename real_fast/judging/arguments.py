@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import wraps
+from inspect import iscoroutinefunction, signature
 from numbers import Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 from real_fast.config import Config, EvalConfig, ObjectiveConfig, PromptConfig, RolloutConfig, ScaleConfig, TrainConfig
 from real_fast.config.validation import check_value
@@ -24,6 +28,52 @@ _SETTINGS: dict[str, tuple[type, str]] = {
     "trust_remote_code": (Config, "trust_remote_code"),
 }
 _OPTIONAL = ("protocol", "renormalize")  # None: the folder's
+# Settings that stand within an argument.
+_WITHIN = {"rollout": RolloutConfig, "prompt": PromptConfig, "scale": ScaleConfig}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def known_arguments(call: Callable[P, R]) -> Callable[P, R]:
+    """Let a function say which keyword arguments it has where it is given another; raises :class:`ConfigError`."""
+    known = [name for name in signature(call).parameters if name != "self"]
+    what = call.__qualname__.partition(".")[0] if call.__name__ == "__init__" else call.__name__
+
+    @wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_unknown(what, kwargs, known)
+        return call(*args, **kwargs)
+
+    @wraps(call)
+    async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+        refuse_unknown(what, kwargs, known)
+        return await cast(Any, call(*args, **kwargs))
+
+    return cast(Callable[P, R], awaited) if iscoroutinefunction(call) else checked
+
+
+def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse arguments that `what` does not have: which there are, and what was probably meant.
+
+    Raises:
+        ConfigError: One of `given` is not `known`.
+    """
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        within = [
+            f"{argument}={kind.__name__}({name}=...)" if argument == "scale" else f"{argument}={{{name!r}: ...}}"
+            for argument, kind in _WITHIN.items()
+            if argument in known and name in {field.name for field in fields(kind)}
+        ]
+        meant = within or get_close_matches(name, known, n=1)
+        raise ConfigError(
+            f"{what} has no argument {name!r}"
+            + (f": did you mean {' or '.join(meant)}?" if meant else ".")
+            + f" It takes {', '.join(known)}"
+        )
 
 
 def check_arguments(*, scale: Any, prompt: Any, rollout: Any, **settings: Any) -> None:

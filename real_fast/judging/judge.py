@@ -14,7 +14,7 @@ from real_fast.config import Config, EvalConfig, PromptConfig, RolloutConfig, Sc
 from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
-from real_fast.judging.arguments import check_arguments, check_model
+from real_fast.judging.arguments import check_arguments, check_model, known_arguments
 from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
 from real_fast.judging.prometheus_names import PrometheusNames
 from real_fast.judging.sharing import Alone, judge_made
@@ -61,12 +61,13 @@ class Judge(PrometheusNames):
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        ConfigError: An argument that is none of the allowed values, or settings that cannot work.
+        ConfigError: An argument that it does not have, or is none of the allowed values; settings that cannot work.
         ModelError: No such model, or one that cannot be loaded.
         PromptError: A template that cannot build a prompt.
         ScaleError: A scale that the tokenizer does not write in one token per score.
     """
 
+    @known_arguments
     def __init__(
         self,
         model: Any,
@@ -123,9 +124,7 @@ class Judge(PrometheusNames):
             raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
         with Alone(tokenizer).held():  # another judge, or thread, may be encoding with it
-            self.scale = ScoreScale.from_tokenizer(
-                tokenizer, config.scale.values, config.scale.phrase, config.scale.labels
-            )
+            self.scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
             self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._engine: RolloutEngine | None
         if loaded:
@@ -136,6 +135,7 @@ class Judge(PrometheusNames):
         self._process = os.getpid()
         self._waiting = Waiting(self._grade_each, self._at_once(n))
 
+    @known_arguments
     def grade(
         self,
         instruction: str,
@@ -160,6 +160,7 @@ class Judge(PrometheusNames):
         """
         return raise_if_ungraded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
 
+    @known_arguments
     def grade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
         """Grade many responses, one :class:`Grade` per row, in order.
 
@@ -175,6 +176,7 @@ class Judge(PrometheusNames):
         """
         return self._grade(rows, self._sampling(seed))
 
+    @known_arguments
     async def agrade(
         self,
         instruction: str,
@@ -194,6 +196,7 @@ class Judge(PrometheusNames):
         row = request(instruction, response, rubric, reference_answer)
         return raise_if_ungraded(await asyncio.wrap_future(self._waiting.row(row, seed)))
 
+    @known_arguments
     async def agrade_batch(self, rows: Sequence[Any], seed: int = 0) -> list[Grade]:
         """:meth:`grade_batch` in a thread."""
         self._check_process()

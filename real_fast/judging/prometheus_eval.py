@@ -11,6 +11,7 @@ from typing import Any
 
 from real_fast.config import ScaleConfig
 from real_fast.errors import ConfigError
+from real_fast.judging.arguments import refuse_unknown
 from real_fast.judging.grade import Grade
 from real_fast.judging.judge import Judge
 from real_fast.judging.prometheus_names import PrometheusNames
@@ -54,8 +55,7 @@ class VLLM:
         if "gpu_memory_utilization" in settings:
             rollout["gpu_memory_utilization"] = settings.pop("gpu_memory_utilization")
         known = sorted(set(signature(Judge).parameters) - {"model"})
-        if unknown := sorted(set(settings) - set(known)):
-            raise ConfigError(f"VLLM has {unknown[0]!r}: a judge takes {', '.join(known)}, gpu_memory_utilization")
+        refuse_unknown("VLLM", settings, [*known, "gpu_memory_utilization"])
         self.model, self.settings = model, {**settings, "rollout": rollout}
 
     def judge(self) -> Judge:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from real_fast.errors import ConfigError
+from real_fast.judging.arguments import known_arguments
 from real_fast.judging.grade import Grade, Rubric, raise_if_ungraded, request
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
@@ -43,6 +44,7 @@ class PrometheusNames(ABC):
     @abstractmethod
     def _grade(self, rows: Sequence[Any], params: SamplingParams) -> list[Grade]: ...
 
+    @known_arguments
     def single_absolute_grade(
         self,
         instruction: str,
@@ -67,9 +69,10 @@ class PrometheusNames(ABC):
         row = request(*map(_single, (instruction, response, rubric, reference_answer)))
         grade = raise_if_ungraded(self._grade([row], self._with(params))[0])
         if said := grade.error or grade.warning:
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(said, stacklevel=3)
         return grade.feedback, grade.score
 
+    @known_arguments
     def absolute_grade(
         self,
         *,
@@ -96,11 +99,12 @@ class PrometheusNames(ABC):
         grades = self._grade(rows, self._with(params))
         for place, grade in enumerate(grades):
             if grade.error:
-                warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=2)
+                warnings.warn(f"response {place} has no score: {grade.error}", stacklevel=3)
             elif grade.warning:
-                warnings.warn(f"response {place}: {grade.warning}", stacklevel=2)
+                warnings.warn(f"response {place}: {grade.warning}", stacklevel=3)
         return [grade.feedback for grade in grades], [grade.score for grade in grades]
 
+    @known_arguments
     def single_relative_grade(
         self,
         instruction: str,
@@ -121,6 +125,7 @@ class PrometheusNames(ABC):
         a, b = (raise_if_ungraded(grade) for grade in self._grade(pair, replace(self._with(params), alone=True)))
         return self._relative(a, b, 0)
 
+    @known_arguments
     def relative_grade(
         self,
         *,
@@ -164,7 +169,7 @@ class PrometheusNames(ABC):
     def _relative(self, a: Grade, b: Grade, pair: int) -> tuple[str | None, Verdict | None]:
         for name, grade in (("A", a), ("B", b)):
             if said := grade.error or grade.warning:
-                warnings.warn(f"response {name} of pair {pair}: {said}", stacklevel=3)
+                warnings.warn(f"response {name} of pair {pair}: {said}", stacklevel=4)
         if a.score is None or b.score is None:
             return None, None
         texts = [
@@ -181,7 +186,7 @@ class PrometheusNames(ABC):
             warnings.warn(
                 f"params has {key}: {given.pop(key)}, which is not applied: it would change the probabilities that the "
                 "score is read from, a digit of the prompt's losing some. Leave it out to be rid of this warning",
-                stacklevel=3,
+                stacklevel=4,
             )
         if unknown := sorted(set(given) - set(_PARAMS)):
             raise ConfigError(

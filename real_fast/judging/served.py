@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from real_fast.config import EvalConfig, PromptConfig, RolloutConfig, ScaleConfig
+from real_fast.config import EvalConfig, PromptConfig, RolloutConfig
 from real_fast.data.rows import parse_texts
 from real_fast.errors import GradeError
-from real_fast.judging.arguments import check_arguments
+from real_fast.judging.arguments import check_arguments, known_arguments
 from real_fast.judging.grade import Grade, verdict
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
@@ -40,6 +40,7 @@ class ServedJudge:
         ConfigError: An argument or setting that cannot be. Beside it, what loading a tokenizer and a template raises.
     """
 
+    @known_arguments
     def __init__(
         self,
         model: str | PathLike[str],
@@ -55,8 +56,7 @@ class ServedJudge:
         self.config = config = judge_config(str(model), scale, prompt, rollout, None, "real", evaluation)
         config.validate()
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(str(model))
-        settings: ScaleConfig = config.scale
-        self.scale = ScoreScale.from_tokenizer(tokenizer, settings.values, settings.phrase, settings.labels)
+        self.scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
         self._builder = PromptBuilder(config.prompt, tokenizer, self.scale)
         self._written = [tokenizer.decode([i]) for i in self.scale.score_ids]
         ready_made = JudgeTexts("", "", "", "", [{"role": "user", "content": "a"}])  # no template may need more of it

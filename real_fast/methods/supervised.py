@@ -102,7 +102,7 @@ def supervised_group(
         return None if scale.end_id is None else (scale.score_ids[nearest], scale.end_id)
 
     if not indices:
-        phrase = list(scale.phrase_ids)
+        phrase = [*encode_feedback([""])[0], *scale.phrase_ids]
         alone = Rollout([], [], phrase, len(phrase), "phrase", [0.0] * k, None, ending=ending(row.label))
         return Group(place, row.prompt_ids, row.label, [alone], row_id=row.id)
     encoded = [[*ids, *scale.phrase_ids] for ids in encode_feedback([row.feedbacks[i] for i in indices])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from real_fast.errors import ModelError
+from real_fast.runs.sealed import CHECKSUMS, damage
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -86,6 +88,31 @@ def _check_adapter(folder: Path) -> None:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{what} and no {ADAPTER_WEIGHTS}: {_instead(folder)}")
     _names_in(folder / ADAPTER_WEIGHTS)
+
+
+def check_as_written(folder: Path, weights: bool) -> None:
+    """Refuse a folder of which a file is not as real-fast train wrote it; one without its checksums passes.
+
+    Args:
+        folder: Of a model.
+        weights: Read the weights too, as fast as the disk and SHA-256 are (1.5 GB a second and core, files side by
+            side); else the small files alone.
+
+    Raises:
+        ModelError: The message names every file that was damaged or changed, and what to do in either case.
+    """
+    sums = folder / CHECKSUMS
+    if not sums.is_file():
+        return
+    found = read_json(sums).values()
+    if not all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in found):
+        return  # another program's
+    if problem := damage(folder, skip="optimizer.safetensors" if weights else "*.safetensors"):
+        raise ModelError(
+            f"{folder} has changed since it was written: {problem}. If nobody meant to change it, it is damaged: copy "
+            f"it again from where it was made, or take an earlier checkpoint. If you changed it, remove {sums}, and "
+            "nothing in this folder is compared any more"
+        )
 
 
 def _check_config(path: Path, trust_remote_code: bool) -> None:

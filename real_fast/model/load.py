@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from real_fast.errors import ConfigError, ModelError, WheelMissing
 from real_fast.model import lora, nf4, smollm2
-from real_fast.model.folder import ADAPTER_CONFIG, check_folder, is_adapter, read_json
+from real_fast.model.folder import ADAPTER_CONFIG, check_as_written, check_folder, is_adapter, read_json
 from real_fast.model.head import plain_head
 from real_fast.model.weights import check_finite, first_line, load_whole, raise_if_quantised
 
@@ -109,9 +109,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer, and look at its model's folder: what is wrong with it shows before anything slow starts.
 
     Raises:
-        ModelError: As :func:`model_folder` does, or no tokenizer that can be loaded.
+        ModelError: As :func:`model_folder` does; no tokenizer that can be loaded; a small file that is not as
+            real-fast train wrote it.
     """
     path = model_folder(name, trust_remote_code)
+    check_as_written(path, weights=False)
     base = base_folder(path)
     if is_adapter(path) and not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         path = base

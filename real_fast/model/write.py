@@ -12,6 +12,8 @@ import torch
 from real_fast.model.lora import is_adapted, merged_tensors, save_adapters
 from real_fast.runs.progress import no_foreign_bars
 
+_SHARD = "5GB"  # files are read, written and checked side by side
+
 
 def write_model(
     model: Any, tokenizer: Any, folder: Path, texts: Mapping[str, str], dtype: torch.dtype, merge: bool = False
@@ -33,7 +35,7 @@ def write_model(
         _write_cast(model, folder, dtype)
     else:
         with no_foreign_bars():
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, max_shard_size=_SHARD)
     tokenizer.save_pretrained(folder)
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
@@ -45,7 +47,7 @@ def _write_cast(model: Any, folder: Path, dtype: torch.dtype) -> None:
     state = dict(merged_tensors(model, dtype))
     state |= {name: b.to(dtype) if b.is_floating_point() else b for name, b in model.named_buffers() if name in kept}
     with no_foreign_bars():
-        model.save_pretrained(folder, state_dict=state)
+        model.save_pretrained(folder, state_dict=state, max_shard_size=_SHARD)
     # save_pretrained() writes the module's dtype, and the tensors on disk have another.
     config = folder / "config.json"
     text = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}

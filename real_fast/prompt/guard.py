@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from real_fast.errors import PromptError
 from real_fast.prompt.markup import END_THINK, THINK, find_markup
+from real_fast.score.ending import thought_closings
 
 _ADDED = '"added_tokens":'
 Marked = NewType("Marked", str)  # a text with borders around what is data; a text without them would all be trusted
@@ -45,6 +46,7 @@ class Guard:
         self.tokenizer = tokenizer
         self.control = control_tokens(tokenizer)
         self.markup = find_markup(tokenizer, chat_template_kwargs, list(self.control))
+        self._closing = dict(thought_closings(tokenizer))[END_THINK] if self.markup.opens_thinking else ()
         # Nobody's data holds these: private characters, drawn anew, which no filter of a template changes.
         secret = "".join(chr(0xE000 + secrets.randbelow(0x1900)) for _ in range(5))
         self._open, self._close, self._joint = (secret + mark for mark in "\ue000\ue001\ue002")
@@ -105,18 +107,25 @@ class Guard:
 
         A feedback may begin with a reasoning model's own ``<think>...</think>``, whose two tags are then the model's
         tokens (where the generation prompt has opened the block, the first ``</think>`` closes it). All else is data.
+        A feedback that leaves that block open stands behind it: what closes it comes first, or the answer would be a
+        thought.
 
         Raises:
             PromptError: As of :meth:`encode`.
         """
-        return self.encode([Marked(self._answer(text.strip())) for text in feedbacks])
+        answers = [self._answer(text.strip()) for text in feedbacks]
+        encoded = self.encode([Marked(text) for text, _ in answers])
+        return [
+            [*self._closing, *ids] if left_open else ids for ids, (_, left_open) in zip(encoded, answers, strict=True)
+        ]
 
-    def _answer(self, text: str) -> str:
+    def _answer(self, text: str) -> tuple[str, bool]:
+        """A feedback with borders around its data, and whether it leaves the generation prompt's thought open."""
         opening = THINK if text.startswith(THINK) else ""
         thought, closing, rest = text[len(opening) :].partition(END_THINK)
         if not closing or not (opening or self.markup.opens_thinking):
-            return self.data(text)
-        return f"{opening}{self.data(thought)}{closing}{self.data(rest)}"
+            return self.data(text), self.markup.opens_thinking
+        return f"{opening}{self.data(thought)}{closing}{self.data(rest)}", False
 
     def _in(self, text: str) -> list[str]:
         return self._tokens.findall(text)

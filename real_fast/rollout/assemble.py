@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from real_fast.score.ending import end_of_turn
 from real_fast.score.phrase import Parsed
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 
 
-def eos_ids(tokenizer: Any, generation_config: Any | None) -> frozenset[int]:
-    """Ids that end a generation: the tokenizer's, its template's end of a turn, and the generation config's.
+def eos_ids(tokenizer: Any, scale: ScoreScale, generation_config: Any | None) -> frozenset[int]:
+    """Ids that end a generation: the tokenizer's, the one that ends an answer, and the generation config's.
 
     The last is an int, a list of ints, or None.
     """
-    found = [tokenizer.eos_token_id, end_of_turn(tokenizer), getattr(generation_config, "eos_token_id", None)]
+    found = [tokenizer.eos_token_id, scale.end_id, getattr(generation_config, "eos_token_id", None)]
     return frozenset(
         int(i) for ids in found if ids is not None for i in (ids if isinstance(ids, list | tuple) else [ids])
     )
@@ -41,7 +40,7 @@ def check_prompts(
     """
     if sampling.n < 1 or sampling.max_tokens < 1:
         raise ValueError(f"n is {sampling.n} and max_tokens {sampling.max_tokens}: both must be at least 1")
-    behind = sampling.max_tokens + len(scale.phrase_ids) + 1
+    behind = sampling.max_tokens + scale.most_appended + 1
     for place, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {place} has no tokens")
@@ -54,7 +53,7 @@ def check_prompts(
         if limit is not None and len(prompt) + behind > limit:
             raise ValueError(
                 f"prompt {place} has {len(prompt)} tokens, and a sequence may have {limit}: with {sampling.max_tokens} "
-                f"sampled tokens, {len(scale.phrase_ids)} of the phrase and the score, {limit - behind} are left for a "
+                f"sampled tokens, {scale.most_appended} of the phrase and the score, {limit - behind} are left for a "
                 "prompt. Lower prompt.max_tokens or rollout.max_tokens"
             )
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 from real_fast.config import Config
 from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
-from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_as_written, read_json
 from real_fast.model.load import base_folder, load_model, model_folder, pick_device
 from real_fast.model.lora import merged_tensors, rank_of
 from real_fast.model.precision import dtype_of, resolve
@@ -75,10 +75,11 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
 
     Raises:
         ConfigError: As :func:`make_engine` does.
-        ModelError: The model cannot be loaded.
+        ModelError: The model cannot be loaded, or is not as real-fast train wrote it.
     """
     logger.info("loading %s", config.model)
     device, path = pick_device(config.train.device), model_folder(config.model, config.trust_remote_code)
+    check_as_written(path, weights=True)
     if _takes_vllm(config, device.type):
         # vLLM reads the weights itself, and not all that is wrong with them stops it.
         base = base_folder(path)
@@ -95,7 +96,7 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
                 f"vLLM cannot take over the adapters in {path} ({_said(error)}): set rollout.engine to transformers"
             ) from error
         if (path / "generation_config.json").is_file():
-            engine.eos_ids = eos_ids(tokenizer, GenerationConfig.from_pretrained(path))
+            engine.eos_ids = eos_ids(tokenizer, scale, GenerationConfig.from_pretrained(path))
         return engine
     model = load_model(config.model, device, _dtype(config), config.trust_remote_code)
     return _transformers(config, model, tokenizer, scale)
@@ -199,7 +200,7 @@ def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale)
 
 def _longest(config: Config, model_config: Any, scale: ScoreScale) -> int:
     """Tokens of the longest sequence: prompt, sampled text, appended phrase and score."""
-    parts = (config.prompt.max_tokens, config.rollout.max_tokens, len(scale.phrase_ids) + 1)
+    parts = (config.prompt.max_tokens, config.rollout.max_tokens, scale.most_appended + 1)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and sum(parts) > limit:
         raise ConfigError(

@@ -88,7 +88,7 @@ class TransformersEngine:
         self.dtype = model.dtype if dtype is None else dtype
         self._weights: dict[str, torch.Tensor] = {}
         self.finder = PhraseFinder(tokenizer, scale)
-        self.eos_ids = eos_ids(tokenizer, getattr(model, "generation_config", None))
+        self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
         # A token spells a byte or more: the newest phrase and what was sampled behind it lie within this many tokens.

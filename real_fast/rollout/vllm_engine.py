@@ -123,7 +123,7 @@ class VllmEngine:
         self.dtype = dtype
         self.max_model_len = max_model_len
         self.finder = PhraseFinder(tokenizer, scale)
-        self.eos_ids = eos_ids(tokenizer, generation or config.get_text_config())
+        self.eos_ids = eos_ids(tokenizer, scale, generation or config.get_text_config())
         self._vocabulary = int(config.get_text_config().vocab_size)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1

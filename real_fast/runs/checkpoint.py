@@ -39,6 +39,7 @@ class TrainState:
         step: REAL updates done.
         rows_seen: Training rows used up, which is the data's position.
         skipped_steps: Optimiser steps left out because the gradient was not finite.
+        idle_updates: The last so many updates (or steps of the warm-up) in a row trained nothing.
         num_tokens: Tokens of the sequences trained on so far, prompts included.
         sampled_tokens: Tokens sampled so far.
         seconds: Time by phase so far.
@@ -48,6 +49,7 @@ class TrainState:
     step: int = 0
     rows_seen: int = 0
     skipped_steps: int = 0
+    idle_updates: int = 0
     num_tokens: int = 0
     sampled_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

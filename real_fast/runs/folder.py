@@ -125,19 +125,25 @@ class RunFolder:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def check_space(self, parameters: int, keep: int, reference: bool = False, merged: int = 0) -> None:
+    def check_space(
+        self, parameters: int, keep: int, reference: bool, resume_from: Path | None, merged: int = 0
+    ) -> None:
         """Refuse to start where the checkpoints will not fit (weights and two moments in float32 each).
 
         Args:
             parameters: That are trained.
             keep: Checkpoints to keep.
             reference: Whether a copy of them as they start comes beside them.
+            resume_from: The checkpoint that the run goes on from. It and those before it make room for later ones;
+                what is damaged, or of a run that is moved aside, does not.
             merged: Parameters of the whole model, where adapters are trained and it is written too.
 
         Raises:
             OutputError: Too little free space.
         """
-        written = sum(f.stat().st_size for f in self.checkpoints.rglob("*") if f.is_file())
+        rotated = checkpoint.complete(self.checkpoints)
+        replaced = rotated[: rotated.index(resume_from) + 1] if resume_from else []
+        written = sum(f.stat().st_size for path in replaced for f in path.rglob("*") if f.is_file())
         need = parameters * 4 * 3 * (keep + 1) + parameters * 4 * (1 + reference) + merged * 4 - written
         free = shutil.disk_usage(self.path).free
         if free < need:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -38,11 +39,11 @@ def writing_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def damage(folder: Path) -> str | None:
+def damage(folder: Path, skip: str = "") -> str | None:
     """What is wrong with a folder that :func:`writing_folder` made, for people; None where nothing is.
 
-    Files that came later are not looked at. In a folder without checksums, of an earlier version, a safetensors file
-    that is cut off is found, and a changed bit is not.
+    Files that came later are not looked at, and neither are those whose names match the pattern `skip`. In a folder
+    without checksums, of an earlier version, a safetensors file that is cut off is found, and a changed bit is not.
     """
     try:
         if not (folder / CHECKSUMS).is_file():
@@ -50,7 +51,8 @@ def damage(folder: Path) -> str | None:
                 with safe_open(file, framework="pt"):
                     pass
             return None
-        want: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        all_sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        want = {path: found for path, found in all_sums.items() if not fnmatch(path, skip)}
         if missing := sorted(path for path in want if not (folder / path).is_file()):
             return f"{', '.join(missing)} is missing"
         found = _checksums(folder, want)

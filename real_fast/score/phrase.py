@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from real_fast.score.scale import ScoreScale
-from real_fast.score.verdict import Place, Written, phrases_outside, thought_left_open, written_behind
+from real_fast.score.verdict import Place, Written, phrases_outside, thought_cut_off, thought_left_open, written_behind
 from real_fast.types import AnswerMode, Finish
 
 
@@ -37,6 +37,10 @@ class PhraseFinder:
     def thought(self, prompt_ids: Sequence[int]) -> str:
         """What closes the thought that a prompt leaves open, as templates of reasoning models do; empty for none."""
         return thought_left_open(self.decode(prompt_ids[-8:]))
+
+    def closing(self, text: str, thought: str) -> tuple[int, ...]:
+        """Tokens that close the thought in which `text` was cut off, so that what is appended is an answer."""
+        return dict(self.scale.closings).get(thought_cut_off(text, self.phrase, thought), ())
 
     def end(self, ids: Sequence[int]) -> int | None:
         """Number of tokens up to and including the one that completes the first verdict's phrase, or None.
@@ -145,7 +149,8 @@ def parse_sample(
         eos_ids: Ids that end a generation.
         finder: Finds the phrase.
         answer: See :class:`SamplingParams`. With "generated" the last phrase with a score behind it is the verdict, and
-            with "forced" and "cut" the first phrase: an answer ends there, whatever was sampled behind it.
+            with "forced" and "cut" the first phrase: an answer ends there, whatever was sampled behind it. Where there
+            is none, one is appended, and what closes a thought in front of it.
         thought: What :meth:`PhraseFinder.thought` says of the prompt.
 
     Returns:
@@ -154,7 +159,8 @@ def parse_sample(
     """
     scale = finder.scale
     if answer == "none":
-        return Parsed(0, list(scale.phrase_ids), len(scale.phrase_ids), "phrase", True, None)
+        appended = [*finder.closing("", thought), *scale.phrase_ids]
+        return Parsed(0, appended, len(appended), "phrase", True, None)
     stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
     body = list(ids[:stop])
     num_actions = len(ids) if stop is None else stop + 1
@@ -170,7 +176,7 @@ def parse_sample(
         if at is None or at >= len(body) or body[at] != scale.score_ids[score]:  # in tokens that are not the scale's
             return Parsed(num_actions, body, 0, finish, False, None, scale.values[score])
         return Parsed(at, body[:at], 0, "phrase", True, at, scale.values[score])
-    value = None
+    value, closing = None, () if found else finder.closing(text, thought)
     if found:
         place, written = found[0]
         finish, feedback = "phrase", text[: place.at]
@@ -184,7 +190,7 @@ def parse_sample(
     else:
         kept = num_actions = finder.feedback(body, text)
         own = 0
-    context = [*body[:kept], *scale.phrase_ids[own:]]
+    context = [*body[:kept], *closing, *scale.phrase_ids[own:]]
     there = len(context) < len(ids) and list(ids[: len(context)]) == context
     n_forced = len(context) - kept
     return Parsed(num_actions, context, n_forced, finish, True, len(context) if there else None, value)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-# How reasoning models mark what is not their answer yet.
-_THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+from real_fast.score.ending import THOUGHTS
+
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "„": "“", "«": "»", "‘": "’"}
 
 
@@ -43,7 +43,7 @@ class Written:
 
 def thought_left_open(prompt: str) -> str:
     """The tag that closes the thought which a prompt's last characters open ("<think>\\n"); empty for none."""
-    return next((close for tag, close in _THOUGHTS.items() if prompt.rstrip().endswith(tag)), "")
+    return next((close for tag, close in THOUGHTS.items() if prompt.rstrip().endswith(tag)), "")
 
 
 def may_close(text: str) -> bool:
@@ -65,12 +65,27 @@ def phrases_outside(text: str, phrase: str, thought: str = "") -> tuple[list[Pla
     Returns:
         The places, and a thought's closing tag, a line break for what is quoted, or "" where nothing is open.
     """
+    found, closing, _ = _scan(text, phrase, thought)
+    return found, closing if closing in ("", *THOUGHTS.values()) else "\n"
+
+
+def thought_cut_off(text: str, phrase: str, thought: str = "") -> str:
+    """What closes the thought that `text` ends in, where nothing written behind it would be an answer; empty for none.
+
+    Arguments as of :func:`phrases_outside`.
+    """
+    _, closing, certain = _scan(text, phrase, thought)
+    return closing if certain and closing in THOUGHTS.values() else ""
+
+
+def _scan(text: str, phrase: str, thought: str) -> tuple[list[Place], str, bool]:
+    """The places, the mark that closes what is open, and whether what is open counts if it is never closed."""
     found: list[Place] = []
     waiting: list[int] = []
     closing, certain = thought, bool(thought)  # certain: inside, whether it is closed or not
     for match in _marks(phrase).finditer(text):
         mark, at = match[0], match.start()
-        in_line = bool(closing) and closing not in _THOUGHTS.values()
+        in_line = bool(closing) and closing not in THOUGHTS.values()
         if mark == phrase:
             if closing:
                 waiting.append(at)
@@ -84,21 +99,21 @@ def phrases_outside(text: str, phrase: str, thought: str = "") -> tuple[list[Pla
         elif closing:
             if mark == closing and (mark not in "'’" or not text[at + 1 : at + 2].isalnum()):
                 waiting, closing, certain = [], "", False
-        elif mark in _THOUGHTS:
-            closing, certain = _THOUGHTS[mark], not text[:at].strip()
-        elif mark.endswith(">") and mark not in _THOUGHTS.values():
+        elif mark in THOUGHTS:
+            closing, certain = THOUGHTS[mark], not text[:at].strip()
+        elif mark.endswith(">") and mark not in THOUGHTS.values():
             closing, certain = "\n", True
         elif mark in _QUOTES and not text[at - 1 : at].isalnum() and not text[at + 1 : at + 2].isspace():
             closing, certain = _QUOTES[mark], False
     if not certain:
         found += [Place(at, False) for at in waiting]
-    return found, closing if closing in ("", *_THOUGHTS.values()) else "\n"
+    return found, closing, certain
 
 
 @cache
 def _marks(phrase: str) -> re.Pattern[str]:
     """Whatever :func:`phrases_outside` stops at; the phrase first, since it may begin with a mark itself."""
-    marks = [*_THOUGHTS, *_THOUGHTS.values(), *sorted({*_QUOTES, *_QUOTES.values()}), "\n"]
+    marks = [*THOUGHTS, *THOUGHTS.values(), *sorted({*_QUOTES, *_QUOTES.values()}), "\n"]
     return re.compile("|".join([re.escape(phrase), *map(re.escape, marks), r"^[ \t]{0,3}>"]), re.M)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from real_fast.errors import NothingTrainedError
+from real_fast.runs.checkpoint import TrainState
 
 logger = logging.getLogger(__name__)
 _NO_SCORE = (
@@ -12,6 +13,7 @@ _NO_SCORE = (
     "warmup.steps, or set rollout.answer to forced"
 )
 _NOT_FINITE = "the gradient was not finite: lower optim.lr, or set train.precision to fp32"
+_BEFORE = "as metrics.jsonl says (score/no_score, skipped_steps)"
 
 
 class Idle:
@@ -19,12 +21,14 @@ class Idle:
 
     Args:
         limit: So many are too many; 0 for no limit.
+        state: Has the count, which a resumed run goes on with.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, state: TrainState) -> None:
         self.limit = limit
-        self.count = 0
+        self.state = state
         self._scored = self._stepped = True
+        self._why = _BEFORE
 
     def begin(self, scored: bool) -> None:
         """An update begins; `scored` says whether any of its rollouts has a score."""
@@ -37,14 +41,29 @@ class Idle:
     def end(self) -> NothingTrainedError | None:
         """The update is done. Warn of the first of a row; an error where there were too many, for the run to end."""
         if self._scored and self._stepped:
-            self.count = 0
+            self.state.idle_updates = 0
             return None
-        self.count += 1
-        why = _NOT_FINITE if self._scored else _NO_SCORE
-        if self.count == 1:
-            logger.warning("an update trained nothing, since %s", why)
-        if self.limit and self.count >= self.limit:
+        self.state.idle_updates += 1
+        count, self._why = self.state.idle_updates, _NOT_FINITE if self._scored else _NO_SCORE
+        if count == 1:
+            logger.warning("an update trained nothing, since %s", self._why)
+        if self.limit and count >= self.limit:
             return NothingTrainedError(
-                f"{self.count} updates in a row trained nothing (train.give_up_after), since {why}"
+                f"{count} updates in a row trained nothing (train.give_up_after), since {self._why}"
             )
         return None
+
+    def check_run(self, updates: int) -> None:
+        """Refuse to call a run of fewer updates than the limit finished where none of them trained anything.
+
+        Args:
+            updates: All that the run has made, before it was resumed too.
+
+        Raises:
+            NothingTrainedError: None did, and there is a limit.
+        """
+        if self.limit and 0 < updates <= self.state.idle_updates:
+            raise NothingTrainedError(
+                f"none of the {updates} updates trained anything, since {self._why}. No final/ is written; --resume "
+                "--train.give_up_after 0 writes it all the same"
+            )

@@ -162,7 +162,7 @@ def check_memory(
 
 def longest_with_rollout(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig) -> int:
     """Tokens of the longest prompt with the longest possible rollout behind it."""
-    return max(len(row.prompt_ids) for row in rows) + rollout.max_tokens + len(scale.phrase_ids)
+    return max(len(row.prompt_ids) for row in rows) + rollout.max_tokens + scale.most_appended
 
 
 def check_rollouts_fit(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig, train: TrainConfig) -> None:
@@ -171,7 +171,7 @@ def check_rollouts_fit(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: Rol
     Raises:
         BatchError: The longest prompt with its K longest possible rollouts exceeds ``train.micro_batch_tokens``.
     """
-    response = rollout.max_tokens + len(scale.phrase_ids)
+    response = rollout.max_tokens + scale.most_appended
     prompt = longest_with_rollout(rows, scale, rollout) - response
     k, budget = rollout.group_size, train.micro_batch_tokens
     need = prompt + k * response if train.shared_prompt else k * (prompt + response)
@@ -226,5 +226,5 @@ def _answer_lengths(feedbacks: Sequence[str], encode_feedback: EncodeFeedback, s
     """Tokens of each answer, phrase and score included; of these alone where there is no feedback."""
     behind = len(scale.phrase_ids) + 1
     if not feedbacks:
-        return [behind]
+        return [len(encode_feedback([""])[0]) + behind]
     return [len(ids) + behind for ids in encode_feedback(feedbacks)]

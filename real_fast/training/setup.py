@@ -22,7 +22,7 @@ from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
 from real_fast.model import lora, nf4
-from real_fast.model.folder import ADAPTER_CONFIG, is_adapter, read_json
+from real_fast.model.folder import ADAPTER_CONFIG, check_as_written, is_adapter, read_json
 from real_fast.model.load import base_folder, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
@@ -131,7 +131,9 @@ def build(config: Config) -> Parts:
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
-        scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase, config.scale.labels)
+        if not resume_from:  # a checkpoint has been checked, whole
+            check_as_written(resolve_model(config.initial_weights), weights=True)
+        scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
         builder = PromptBuilder(config.prompt, tokenizer, scale)
         warn_if_asked_otherwise(config, builder.source)
         encode_feedback = builder.guard.encode_feedback
@@ -158,7 +160,7 @@ def build(config: Config) -> Parts:
         stop_at(model, scale.end_id)
         whole = model.num_parameters() if config.save.merge else 0
         trained = model.num_parameters(only_trainable=True)
-        folder.check_space(trained, config.save.keep, method.keeps_ref_policy, whole)
+        folder.check_space(trained, config.save.keep, method.keeps_ref_policy, resume_from, whole)
         if policy.attention:
             check_span(model, longest)
         optimizer = build_optimizer(model, config.optim)

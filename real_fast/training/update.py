@@ -36,7 +36,7 @@ class Updater:
         pad_id: Token id for padding.
         world: The run's processes.
         timer: Times packing and the optimiser.
-        state: Counts skipped steps.
+        state: Counts skipped steps, and updates that trained nothing.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Updater:
         self.state = state
         self._first: dict[str, Any] = {}
         self._batches = self._begun = 0
-        self.idle = Idle(train.give_up_after)
+        self.idle = Idle(train.give_up_after, state)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """The groups of an update, spread over micro-batches on the policy's device."""

@@ -177,8 +177,49 @@ def test_the_average_crowns_no_judge_that_answers_few_rows() -> None:
     assert lines[2].compared_to == "a" and lines[2].estimates["pearson"].value == pytest.approx(1.0)
 
 
+def test_a_baseline_that_answers_few_rows_is_named_as_such() -> None:
+    few = evaluation("few", answered(predictions(0.3, 1), range(40)))
+    others = [evaluation("good", predictions(0.3, 1)), evaluation("none", answered(predictions(0.3, 1), range(3)))]
+    lines, notes = compare([few, *others], baseline="few", bootstrap=20)
+    assert by(lines, "good").compared_to == "few" and by(lines, "good").paired_rows == 40
+    assert notes[0].startswith(
+        "b.jsonl: the baseline few has a score for 44.4 % of the rows alone, so it cannot be best"
+    )
+    assert "take another baseline" in notes[0]
+    assert "few rows have a score by none (3.33 %)" in notes[1] and notes[1].endswith("neither reference nor best")
+    assert "reference only where it is the --baseline" in markdown(lines, notes, 20, "few")
+
+
+@pytest.mark.parametrize("order", [("part", "a", "b"), ("a", "part", "b"), ("b", "a", "part")])
+def test_a_part_of_a_benchmark_is_compared_on_the_rows_in_common(order: tuple[str, ...]) -> None:
+    """As --max_rows makes it: one table, whichever comes first, and no rows of the others are lost."""
+    a, b = predictions(0.3, 1), predictions(0.6, 2)
+    rows = {"a": a, "b": b, "part": predictions(0.4, 3)[30:60]}
+    lines, notes = compare([evaluation(name, rows[name]) for name in order], bootstrap=20)
+    assert [line.method for line in lines] == list(order) and {line.benchmark for line in lines} == {"b.jsonl"}
+    alone, _ = compare([evaluation("a", a), evaluation("b", b)], bootstrap=20)
+    assert [by(lines, m).estimates for m in "ab"] == [by(alone, m).estimates for m in "ab"]
+    part = by(lines, "part")
+    assert (part.rows, part.no_score, part.used_rows, part.paired_rows, part.covered) == (90, 60, 30, 30, False)
+    label = [row["label"] for row in a[30:60]]
+    want = [correlations([row["prediction"] for row in some], label)["pearson"] for some in (rows["part"], a[30:60])]
+    assert part.estimates["pearson"].value == pytest.approx(want[0])
+    assert part.differences["pearson"].value == pytest.approx(want[0] - want[1])
+    assert notes[0] == (
+        "b.jsonl: of its 90 rows these were asked fewer (max_rows, say), and have no score on the others: part 30"
+    )
+
+
+def test_two_parts_of_a_benchmark_meet_in_the_whole() -> None:
+    first, second = evaluation("first", predictions(0.3, 1)[:45]), evaluation("second", predictions(0.3, 2)[45:])
+    lines, _ = compare([first, second], bootstrap=5)
+    assert [line.benchmark for line in lines] == ["b.jsonl", "b.jsonl [rows 2]"]  # with no row in common
+    lines, _ = compare([first, second, evaluation("whole", predictions(0.3, 3))], bootstrap=5)
+    assert {line.benchmark for line in lines} == {"b.jsonl"} and by(lines, "second").paired_rows == 45
+
+
 def test_other_rows_are_compared_apart_and_said_so() -> None:
-    short = predictions(0.3, 1)[:60]
+    short = [*predictions(0.3, 1)[:60], *predictions(0.3, 1, data=1)[60:63]]
     relabelled = [{**row, "label": 3.0 if i == 0 else row["label"]} for i, row in enumerate(predictions(0.3, 2))]
     some = [evaluation(m, rows) for m, rows in {"a": predictions(1.0, 3), "b": short, "c": relabelled}.items()]
     lines, notes = compare([*some, evaluation("d", predictions(0.4, 4))], bootstrap=20)
@@ -186,7 +227,7 @@ def test_other_rows_are_compared_apart_and_said_so() -> None:
         "a": "b.jsonl", "d": "b.jsonl", "b": "b.jsonl [rows 2]", "c": "b.jsonl [rows 3]",
     }  # fmt: skip
     assert by(lines, "a").compared_to == "d" and by(lines, "b", "b.jsonl [rows 2]").compared_to is None
-    assert len(notes) == 2 and "60 and 90 rows, 60 ids in common" in notes[0] and notes[1].startswith("c (")
+    assert len(notes) == 2 and "63 and 90 rows, 60 ids in common" in notes[0] and notes[1].startswith("c (")
 
 
 def test_the_average_over_benchmarks() -> None:
@@ -194,7 +235,8 @@ def test_the_average_over_benchmarks() -> None:
         return [evaluation(method, predictions(noise, seed, data=d), f"b{d}.jsonl") for d in (0, 1)]
 
     only = evaluation("only", predictions(0.1, 9, data=1), "b1.jsonl")
-    apart = evaluation("apart", predictions(0.1, 9, data=1)[:60], "b1.jsonl")  # takes nobody's average away
+    other = [*predictions(0.1, 9, data=1)[:60], *predictions(0.1, 9)[60:]]
+    apart = evaluation("apart", other, "b1.jsonl")  # takes nobody's average away
     lines, notes = compare([*one("a", 1.5, 1), *one("b", 0.2, 3), only, apart], bootstrap=300)
     average = [line for line in lines if line.benchmark == AVERAGE]
     assert [line.method for line in average] == ["a", "b"]
@@ -526,7 +568,7 @@ def test_the_command_writes_a_table_a_csv_and_a_plot(tmp_path: Path, capsys: pyt
     real, sft = table[2], table[3]
     assert "re\\|al" in real and "reference" in real and "**" in real
     assert "87 of 90" in sft and "p = 0.0" in sft and "**" not in sft
-    assert "other rows or labels of b.jsonl" in printed and "empty holds no finished evaluation" in printed
+    assert "of its 90 rows these were asked fewer" in printed and "empty holds no finished evaluation" in printed
     with (output / "comparison.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * len(WITH_INTERVALS)

@@ -494,9 +494,9 @@ def test_loading_takes_time_in_proportion(loader: Loader) -> None:
     same = [GOOD | {"id": "x"}] * 3000
     deep = GOOD | {"rubric": "[" * 100_000 + "{" * 100_000 + '\\"' * 50_000, "id": "deep"}
     blank = GOOD | {"feedback": "Good. [RESULT]" + "\n" * 100_000 + "x", "id": "blank"}
-    start = time.perf_counter()
+    start = time.process_time()
     rows = loader.source(loader.write(*same, deep, blank), max_tokens=10**9)
-    assert time.perf_counter() - start < 10  # 3,000 equal ids alone took 9 million tries
+    assert time.process_time() - start < 10  # 3,000 equal ids alone took 9 million tries
     assert len({r.id for r in rows}) == len(rows) == 3002
 
 

@@ -303,10 +303,17 @@ def test_several_at_a_time_each_behind_its_start(tmp_path: Path, monkeypatch: py
     methods = {"sft": {"method": "sft"}, "real": {"init_from": "sft"}, "other": {"method": "sft"}}
     experiment = Experiment([0, 1], Data([], []), TINY["common"], methods)
     events: list[tuple[int, str]] = []
+    full = threading.Event()
+
+    def most_at_once() -> int:
+        return max(accumulate(change for change, _ in events))
 
     def one(_experiment: Any, folder: Path, method: str, seed: int, _processes: Any) -> tuple[int, Path]:
         events.append((1, f"{method}-{seed}"))
-        time.sleep(0.3)
+        if most_at_once() == min(jobs, 4):
+            full.set()
+        full.wait(20)
+        time.sleep(0.1)  # for more than there should be
         events.append((-1, f"{method}-{seed}"))
         return 0, folder / "log"
 
@@ -316,7 +323,7 @@ def test_several_at_a_time_each_behind_its_start(tmp_path: Path, monkeypatch: py
     for seed in (0, 1):
         assert events.index((-1, f"sft-{seed}")) < events.index((1, f"real-{seed}"))
     # Of six runs, four can start at once.
-    assert max(accumulate(change for change, _ in events)) == min(jobs, 4)
+    assert most_at_once() == min(jobs, 4)
 
 
 # Says that it has started; where Ctrl-C comes, it takes a moment, as a run that finishes its step.

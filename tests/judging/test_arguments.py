@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from transformers import AutoModelForSequenceClassification
 from real_fast import Judge
 from real_fast.config import PromptConfig, RolloutConfig, ScaleConfig
 from real_fast.errors import ConfigError
-from tests.judging.fakes import FakeEngine
+from real_fast.judging.prometheus_eval import VLLM
+from tests.judging.fakes import FakeEngine, rollout
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,38 @@ def test_what_cannot_be_is_refused_by_name(folder: Path, argument: str, value: A
     with pytest.raises(ConfigError) as refused:
         Judge(folder, **{argument: value})
     assert str(refused.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        (
+            "max_tokens",
+            "did you mean rollout={'max_tokens': ...} or prompt={'max_tokens': ...}? It takes model, scale, ",
+        ),
+        ("phrase", "did you mean scale=ScaleConfig(phrase=...)? It takes "),
+        ("temprature", "did you mean temperature? It takes "),
+        ("self_consistency", ". It takes model, scale, engine, n, temperature, protocol, prompt, rollout, "),
+    ],
+)
+def test_an_argument_that_there_is_not_is_refused_by_name(folder: Path, argument: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        Judge(folder, **{argument: 8})
+    assert str(refused.value).startswith(f"Judge has no argument {argument!r}") and says in str(refused.value)
+    with pytest.raises(ConfigError) as refused:
+        VLLM("m", **{argument: 8})
+    assert str(refused.value).startswith(f"VLLM has no argument {argument!r}")
+
+
+def test_so_are_those_of_its_calls(with_engine: Callable[..., Judge]) -> None:
+    judge: Any = with_engine(FakeEngine([rollout([0.2] * 5)]))
+    with pytest.raises(ConfigError, match=r"^grade has no argument 'rubrics': did you mean rubric\? It takes instr"):
+        judge.grade("Name a fruit.", "An apple.", rubrics="Is it one?")
+    with pytest.raises(ConfigError, match=r"agrade_batch has no argument 'n'. It takes rows, seed$"):
+        asyncio.run(judge.agrade_batch([], n=2))
+    with pytest.raises(ConfigError, match=r"^absolute_grade has no argument 'response': did you mean responses\?"):
+        judge.absolute_grade(instructions=[], response=[])
+    assert inspect.iscoroutinefunction(judge.agrade) and "reference_answer" in inspect.signature(judge.grade).parameters
 
 
 @pytest.mark.parametrize("model", [None, "", 7])

@@ -12,14 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from real_fast import Judge, evaluate, train
 from real_fast.errors import ModelError
-from real_fast.model.folder import check_folder, model_alone, weight_files, weight_names
+from real_fast.model.folder import check_as_written, check_folder, model_alone, weight_files, weight_names
 from real_fast.model.load import load_model, load_tokenizer
 from real_fast.model.weights import check_files
+from real_fast.runs.sealed import writing_folder
 from real_fast.training.preflight import check_trainable
 
 CPU = torch.device("cpu")
 Weights = dict[str, torch.Tensor]
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 ATTENTION = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -49,6 +52,78 @@ def refused(folder: Path) -> str:
     assert str(trainer.value) == str(vllm.value)
     assert "Traceback" not in str(trainer.value) and "\n" not in str(trainer.value)
     return str(trainer.value)
+
+
+def flip(file: Path) -> None:
+    """Change a bit at the end: of the last weight, or of the last character."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def edited(file: Path) -> None:
+    """As somebody does who wants another phrase."""
+    file.write_text(file.read_text().replace("score", "grade"), encoding="utf-8")
+
+
+@pytest.fixture
+def written(folder: Path) -> Path:
+    """A judge's folder as real-fast train writes it."""
+    settings = {"scale": {"phrase": "So the overall score is "}, "prompt": {"template": "short"}}
+    with writing_folder(folder.parent / "final") as target:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+        (target / "real_fast.json").write_text(json.dumps(settings), encoding="utf-8")
+        (target / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+        (target / "optimizer.safetensors").write_bytes(b"of a checkpoint")
+    return folder.parent / "final"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.safetensors", flip),
+        ("tokenizer.json", lambda file: file.write_text(file.read_text() + " ", encoding="utf-8")),
+        ("real_fast.json", edited),
+        ("chat_template.jinja", Path.unlink),
+        ("chat_template.jinja", flip),
+        ("checksums.json", lambda file: file.write_text(file.read_text()[:-20], encoding="utf-8")),
+    ],
+)
+def test_a_folder_that_is_not_as_it_was_written_names_the_file(
+    written: Path, tmp_path: Path, name: str, change: Callable[[Path], object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_tokenizer(str(written))
+    change(written / name)
+    told = []
+    with pytest.raises(ModelError) as refused:
+        Judge(written, engine="transformers")
+    told.append(str(refused.value))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "response": "b", "rubric": "c", "score": 3}\n', encoding="utf-8")
+    output = ["--output", str(tmp_path / "out"), "--rollout.engine", "transformers"]
+    assert evaluate.main(["--model", str(written), "--data", str(rows), *output]) == 2
+    told.append(capsys.readouterr().err)
+    more = ["--data.train", "synthetic:train", "--init_from", str(written), "--model", "m"]
+    assert train.main([*output, *more, "--data.max_train", "20", "--rollout.prompts_per_step", "1"]) == 2
+    told.append(capsys.readouterr().err)
+    for message in told:
+        assert name in message and str(written) in message, message
+        if name != "checksums.json":
+            assert f"If you changed it, remove {written / 'checksums.json'}" in message
+            assert message.count("not as it was written" if (written / name).exists() else "is missing") == 1
+    if name in ("real_fast.json", "tokenizer.json"):  # on purpose
+        (written / "checksums.json").unlink()
+        load_tokenizer(str(written))
+
+
+def test_what_is_of_no_model_or_of_another_program_is_not_looked_at(written: Path) -> None:
+    (written / "optimizer.safetensors").unlink()  # of a checkpoint, whose weights alone are taken
+    (written / "README.md").write_text("mine", encoding="utf-8")
+    check_as_written(written, weights=True)
+    flip(written / "model.safetensors")
+    check_as_written(written, weights=False)
+    (written / "checksums.json").write_text('{"model.safetensors": {"md5": "0"}}', encoding="utf-8")
+    check_as_written(written, weights=True)
 
 
 def rename(weights: Weights, name: Callable[[str], str]) -> None:

@@ -183,7 +183,7 @@ def test_other_methods(tiny_judge, tmp_path, method):
 def test_nothing_to_train_on_is_no_error(tiny_judge, tmp_path):
     """A random model whose generated answers have no score: no rows, no ratio, no KL."""
     output = tmp_path / "run"
-    more = ["--rollout.answer", "generated", "--train.steps", "2", "--warmup.steps", "0"]
+    more = ["--rollout.answer", "generated", "--train.steps", "2", "--warmup.steps", "0", "--train.give_up_after", "0"]
     assert main(flags(tiny_judge, output, *BOTH, *more)) == 0
     assert all(m["loss"] == 0 and m["kl"] is None and m["clip_ratio/region_mean"] is None for m in steps(output))
 

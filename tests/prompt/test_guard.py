@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from real_fast.config import PromptConfig
 from real_fast.data.dataset import load_rows
+from real_fast.methods.supervised import supervised_group
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import Guard, Marked, control_tokens
+from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
-from real_fast.types import JudgeTexts
+from real_fast.types import JudgeRow, JudgeTexts
 from tests.vocabularies import FAMILIES
 
 PHRASE = "So the overall score is "
@@ -222,3 +224,30 @@ def test_a_reasoning_models_own_think_block_is_the_models_in_feedback(vocabulary
     close = opened.control["</think>"]
     assert opened.markup.opens_thinking and opened.encode_feedback(["so </think> fine </think>"])[0].count(close) == 1
     assert not Guard(tokenizer, {"enable_thinking": False}).markup.opens_thinking
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_feedback_has_no_tokens(family: str, vocabulary: Callable[[str], Any]) -> None:
+    """The phrase then stands right behind the prompt, or behind the end of the thought that the prompt opened."""
+    ids = Guard(vocabulary(family), {}).encode_feedback(["", " \n"])
+    assert [vocabulary(family).decode(one) for one in ids] == ["\n</think>\n\n" if family == "deepseek" else ""] * 2
+    assert family == "deepseek" or ids == [[], []]
+
+
+def test_feedback_behind_a_thought_that_the_prompt_opened_closes_it_first(vocabulary: Callable[[str], Any]) -> None:
+    """A judge that learned its answer as a thought would never be heard; without feedback, the phrase neither."""
+    tokenizer = vocabulary("deepseek")
+    guard = Guard(tokenizer, {})
+    bare, own = guard.encode_feedback(["It is good.", "Is it? </think>\n\nIt is."])
+    assert tokenizer.decode(bare) == "\n</think>\n\nIt is good." and bare.count(guard.control["</think>"]) == 1
+    assert tokenizer.decode(own) == "Is it? </think>\n\nIt is."
+    scale = ScoreScale.from_tokenizer(tokenizer, [1, 2, 3, 4, 5], PHRASE)
+    row = JudgeRow("1", "1", "", "", "", "", 2.0, ["It is good."], [2.0])
+    row.prompt_ids = tokenizer.encode("Grade it.<think>\n", add_special_tokens=False)
+    finder = PhraseFinder(tokenizer, scale)
+    thought = finder.thought(row.prompt_ids)
+    for picked in ([], [0]):
+        [answer] = supervised_group(row, picked, 0, guard.encode_feedback, scale).rollouts
+        assert list(finder.places(answer.context_ids, finder.decode(answer.context_ids), thought))
+    none = parse_sample([0], frozenset(), finder, "none", thought)
+    assert none.context_ids == supervised_group(row, [], 0, guard.encode_feedback, scale).rollouts[0].context_ids

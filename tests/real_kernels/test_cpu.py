@@ -45,11 +45,11 @@ def test_the_measurement_decides(monkeypatch, seconds, fast):
 
 
 def test_it_is_quick_and_asked_once():
-    start = time.perf_counter()
+    start = time.process_time()  # others may keep the cores busy meanwhile
     threads = torch.get_num_threads()
     answer = cpu.has_fast_bf16()
     assert torch.get_num_threads() == threads
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert cpu.has_fast_bf16() is answer
 
 

@@ -175,12 +175,12 @@ def test_ids_are_kept_though_the_text_has_another_tokenization(
     assert parsed.context_ids == ids[:-1] and parsed.score_position == len(ids) - 1
 
 
-def test_eos_ids_of_both_sources(smollm2_tokenizer: Any) -> None:
+def test_eos_ids_of_both_sources(smollm2_tokenizer: Any, scale: ScoreScale) -> None:
     class Generation:
         eos_token_id = (7, 9)
 
-    assert eos_ids(smollm2_tokenizer, Generation()) == {smollm2_tokenizer.eos_token_id, 7, 9}
-    assert eos_ids(smollm2_tokenizer, None) == {smollm2_tokenizer.eos_token_id}
+    assert eos_ids(smollm2_tokenizer, scale, Generation()) == {smollm2_tokenizer.eos_token_id, 7, 9}
+    assert eos_ids(smollm2_tokenizer, scale, None) == {smollm2_tokenizer.eos_token_id}
 
 
 # Drawing a token
@@ -280,6 +280,23 @@ def test_a_score_the_model_reached_itself(tiny_llama: Tiny, smollm2_tokenizer: A
         assert rollout.finish == "phrase" and rollout.text == f"Fine. {PHRASE}"
         assert rollout.score_logprobs is not None and rollout.score_logprobs[3] == max(rollout.score_logprobs)
         assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
+
+
+def test_a_thought_that_is_cut_off_is_closed_in_front_of_the_phrase(
+    tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale
+) -> None:
+    """And the trainer computes what the engine did: same tokens, same scores, no action among what is appended."""
+    model, prompt, ids = writes(tiny_llama, smollm2_tokenizer, "<think> Maybe it was rather good")
+    engine = TransformersEngine(model, smollm2_tokenizer, scale)
+    for answer in ("forced", "cut"):
+        [[rollout]] = engine.generate([prompt], SamplingParams(n=1, max_tokens=6, temperature=0, answer=answer))
+        assert rollout.sampled_ids == ids[:6] == rollout.context_ids[:6] and rollout.finish == "length"
+        assert rollout.text.startswith("<think>") and rollout.text.endswith(f"\n</think>\n\n {PHRASE}")
+        assert rollout.n_forced == len(rollout.context_ids) - 6 > len(scale.phrase_ids)
+        assert gap(model, [prompt], [[rollout]], scale, 0).score_max < 1e-6
+    opened = [*prompt, *smollm2_tokenizer.encode("<think>\n")]
+    [[bare]] = engine.generate([opened], SamplingParams(n=1, max_tokens=1, temperature=0, answer="none"))
+    assert bare.text == f"\n</think>\n\n {PHRASE}" and gap(model, [opened], [[bare]], scale, 0).score_max < 1e-6
 
 
 def test_generation_stops_at_the_score(tiny_llama: Tiny, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
@@ -673,7 +690,7 @@ def test_without_a_trainer_vllm_alone_holds_the_weights(
     make.load_engine(settings, smollm2_tokenizer, scale)
     [engine] = made
     assert (engine["path"], engine["dtype"], engine["max_num_seqs"]) == (tmp_path, torch.bfloat16, 7)
-    assert engine["max_model_len"] == 256 + 64 + len(scale.phrase_ids) + 1
+    assert engine["max_model_len"] == 256 + 64 + scale.most_appended + 1 > 256 + 64 + len(scale.phrase_ids) + 1
 
     def broken(*_: Any, **__: Any) -> None:
         raise AssertionError("no such\nkernel")

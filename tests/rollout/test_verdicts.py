@@ -26,6 +26,7 @@ ANSWERS = [
     (PROMPT, f"<think>\nIs {PHRASE}5\n right? {PHRASE}4.\n</think>\n\nFine. {PHRASE}2\nMore", "", 2.0),
     (THINKS, f"Is {PHRASE}5.\n right?\n</think>\n\nFine. {PHRASE}2\nMore", "", 2.0),
     (THINKS, f"Is {PHRASE}5.\n right?", "", None),
+    (PROMPT, f"<think>\nIs {PHRASE}5 right?", "", None),
     (PROMPT, f'It asks for "{PHRASE}5" at its end. {PHRASE}2\nMore', "", 2.0),
     (PROMPT, f'It says "fine. {PHRASE}2\nMore, and {PHRASE}1', "", 2.0),
     (PROMPT, f"> {PHRASE}5\nThat is {PHRASE}2. More", "", 2.0),
@@ -106,6 +107,9 @@ def test_both_engines_read_the_same_verdict(
     assert ours.written_score == theirs.written_score == score
     assert (ours.context_ids, ours.sampled_ids, ours.finish) == (theirs.context_ids, theirs.sampled_ids, theirs.finish)
     assert ours.has_score == theirs.has_score == (answer != "generated" or score is not None)
+    if ours.has_score:  # what is appended is an answer, in a thought that was cut off too
+        finder = PhraseFinder(smollm2_tokenizer, scale)
+        assert list(finder.places(ours.context_ids, ours.text, finder.thought(smollm2_tokenizer.encode(prompt))))
     assert len(asked) <= 6
     if score is not None:
         before = text.rpartition(f"{PHRASE}{score:g}")[0]

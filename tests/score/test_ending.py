@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 
 from real_fast.batching.micro_batches import micro_batches
+from real_fast.config import PromptConfig, ScaleConfig
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.raft import RAFT
 from real_fast.methods.sft import SFT
@@ -19,6 +21,7 @@ from real_fast.methods.supervised import LossWeights, supervised_group, supervis
 from real_fast.model.policy import Policy
 from real_fast.rollout.assemble import eos_ids
 from real_fast.score.ending import end_of_turn, stop_at
+from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 from tests.helpers import SCALE
 
@@ -44,9 +47,23 @@ def test_a_turn_may_end_in_another_token_than_a_text(vocabulary: Callable[[str],
     )
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_of_turn(other) == end
-    assert eos_ids(other, None) == {end, tokenizer.pad_token_id}
+    assert eos_ids(other, replace(SCALE, end_id=end), None) == {end, tokenizer.pad_token_id}
     other.chat_template = None
     assert end_of_turn(other) == tokenizer.pad_token_id
+
+
+def test_an_argument_of_the_template_may_decide_how_a_turn_ends(smollm2_tokenizer: Any) -> None:
+    """Those of the run count, in the target behind a score and in what the engines stop at."""
+    tokenizer = copy.copy(smollm2_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '<file_sep>' if enable_thinking is defined and not enable_thinking else '<|im_end|>' }}\n{% endfor %}"
+    )
+    file_sep, im_end = tokenizer.convert_tokens_to_ids(["<file_sep>", "<|im_end|>"])
+    for kwargs, end in (({}, im_end), ({"enable_thinking": False}, file_sep), ({"enable_thinking": True}, im_end)):
+        scale = ScoreScale.from_config(tokenizer, ScaleConfig(), PromptConfig(chat_template_kwargs=kwargs))
+        assert scale.end_id == end and end in eos_ids(tokenizer, scale, None)
+    assert eos_ids(tokenizer, replace(scale, end_id=file_sep), None) == {tokenizer.eos_token_id, file_sep}
 
 
 @pytest.mark.parametrize("kind", [TemplateError, TypeError, ValueError, ZeroDivisionError, KeyError])

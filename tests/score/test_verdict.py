@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.score.verdict import phrases_outside, thought_left_open, written_behind
+from real_fast.types import AnswerMode
 from tests.vocabularies import FAMILIES
 
 PHRASE = "So the overall score is "
@@ -174,6 +175,43 @@ def test_the_prompt_may_open_the_thought(vocabulary: Callable[[str], Any], finde
         == thought_left_open("Grade <think> it.")
     )
     assert finder.thought([]) == ""
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "smollm2"])
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("", "<think>\nIt is good, so"),
+        ("", f"<think>\nIs {PHRASE}5 right? Yes"),
+        ("Grade it.\n<think>\n", "It is good, so"),
+        ("Grade it.\n<think>\n", ""),
+        ("", "[THINK]It is good"),
+        ("", "Good.\n<think>\nIt is never closed"),
+        ("", "It is good, so"),
+    ],
+)
+def test_what_is_appended_is_an_answer_and_no_thought(
+    family: str, prompt: str, text: str, vocabulary: Callable[[str], Any], smollm2_tokenizer: Any
+) -> None:
+    """Where a thought was cut off, by max_tokens or the end of the text, it is closed first."""
+    tokenizer = smollm2_tokenizer if family == "smollm2" else vocabulary(family)
+    scale = ScoreScale.from_tokenizer(tokenizer, [1, 2, 3, 4, 5], PHRASE)
+    finder = PhraseFinder(tokenizer, scale)
+    thought = finder.thought(tokenizer.encode(prompt, add_special_tokens=False))
+    assert thought == ("</think>" if prompt else "")
+    sampled = tokenizer.encode(text, add_special_tokens=False)
+    in_thought = bool(prompt) or text.startswith(("<think>", "[THINK]"))
+    close = "\n[/THINK]\n\n" if text.startswith("[THINK]") else "\n</think>\n\n"
+    modes: list[AnswerMode] = ["forced", "cut"] if text else ["forced", "cut", "none"]
+    for answer in modes:
+        for ids in (sampled, [*sampled, -1]):
+            parsed = parse_sample(ids, EOS, finder, answer, thought)
+            written = finder.decode(parsed.context_ids)
+            assert list(finder.places(parsed.context_ids, written, thought))
+            assert written.endswith(close + " " + PHRASE) == in_thought and parsed.has_score
+            assert parsed.n_forced == len(parsed.context_ids) - len(sampled) <= scale.most_appended
+            assert tuple(parsed.context_ids[-len(scale.phrase_ids) :]) == scale.phrase_ids
+            assert parsed.context_ids[: len(sampled)] == sampled
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,22 @@ def by_vllm(tokenizer: Any, scale: ScoreScale, prompt: str, text: str, answer: A
     engine = VllmEngine.__new__(VllmEngine)
     engine.tokenizer, engine.scale, engine.finder = tokenizer, scale, PhraseFinder(tokenizer, scale)
     engine.eos_ids, engine.max_model_len, engine._processed = frozenset({EOS}), 1000, True
-    engine._vocabulary = 49152
+    engine._vocabulary, engine._asleep = 49152, False
     script, start, asked = [*tokenizer.encode(text), EOS], len(tokenizer.encode(prompt)), []
-    step = {token: SimpleNamespace(logprob=-1.0) for token in {*script, *scale.score_ids}}
+    every = sorted({*script, *scale.score_ids})
+
+    def flat(steps: int) -> SimpleNamespace:
+        """Of each step, every token's log-probability, as vLLM's flat ones lie."""
+        starts = [i * len(every) for i in range(steps)]
+        ends = [start + len(every) for start in starts]
+        tokens, numbers = every * steps, [-1.0] * len(every) * steps
+        return SimpleNamespace(start_indices=starts, end_indices=ends, token_ids=tokens, logprobs=numbers)
 
     def run(prompts: list[list[int]], params: list[Any]) -> list[Any]:
         outputs = []
         for ids, p in zip(prompts, params, strict=True):
             if not hasattr(p, "stop"):  # the score, read behind a context
-                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=[step])]))
+                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat(1))]))
                 continue
             asked.append(p)
             rest: list[int] = []
@@ -79,12 +86,12 @@ def by_vllm(tokenizer: Any, scale: ScoreScale, prompt: str, text: str, answer: A
                 rest.append(token)
                 if token == EOS or any(s in engine.finder.decode(rest) for s in p.stop):
                     break
-            completion = SimpleNamespace(index=0, token_ids=rest, logprobs=[step] * len(rest))
+            completion = SimpleNamespace(index=0, token_ids=rest, logprobs=flat(len(rest)))
             outputs.append(SimpleNamespace(outputs=[completion]))
         return outputs
 
     engine._run = run  # type: ignore[method-assign]
-    engine._params = lambda **kwargs: SimpleNamespace(**kwargs)  # type: ignore[method-assign]
+    engine._params = lambda _, **kwargs: SimpleNamespace(**kwargs)  # type: ignore[method-assign]
     sampling = SamplingParams(n=1, max_tokens=200, temperature=0, answer=answer)
     [[rollout]] = engine.generate([tokenizer.encode(prompt)], sampling)
     return rollout, asked

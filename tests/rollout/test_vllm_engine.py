@@ -343,7 +343,7 @@ def test_what_cannot_be_done_is_refused_before_work(
     setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup.engine, "_run", lambda *_: pytest.fail("work was done before the error"))
-    limit = 300 + 64 + len(setup.scale.phrase_ids) + 1
+    limit = 300 + 64 + setup.scale.most_appended + 1
     with pytest.raises(ValueError, match=f"prompt 1 has 301 tokens, and a sequence may have {limit}"):
         setup.engine.generate([stories[0], [5] * 301], SamplingParams(n=1, max_tokens=64))
     with pytest.raises(ValueError, match=r"it is 0\.001"):
@@ -375,7 +375,7 @@ def test_a_first_pass_that_fails_is_one_sentence() -> None:
             pass
 
     engine = object.__new__(VllmEngine)
-    engine._llm, engine._has_run = Broken(), False
+    engine._llm, engine._has_run, engine._adapter = Broken(), False, None
     with pytest.raises(ConfigError, match=r"cannot compute this model here: Unsupported .* head_dim=4.*transformers"):
         engine._run([[1]], [None])
     engine._has_run = True

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ def test_the_peak_of_each_phase_counts_from_the_mark_before():
     memory.mark("")
     if peak_memory._peak_resident() is None:
         pytest.skip("this system does not count it")
-    torch.ones(2**27, dtype=torch.uint8)  # 128 MiB, freed
+    with mmap.mmap(-1, 2**27) as taken:  # 128 MiB, given back, whatever the process's allocator would keep
+        taken.write(b"1" * 2**20 * 128)
     memory.mark("rollout")
     memory.mark("update")
     found = memory.metrics(GIB // 2, asleep=False)

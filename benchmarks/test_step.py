@@ -13,6 +13,7 @@ from benchmarks.record import append
 from benchmarks.steps import VARIANTS, OurStep, ReferenceStep, agreement
 from benchmarks.workload import Workload, real_workload
 from real_fast.planning.flops import ModelFlops
+from real_fast.rollout.engine import publish
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.types import SamplingParams
 
@@ -62,7 +63,7 @@ class WithRollouts:
             self.engine.generate(self.prompts, self.sampling)
         loss = self.update.step(phases)
         with phases("sync"):
-            self.engine.sync(self.update.policy.named_tensors())
+            publish(self.engine, self.update.policy.model)
         return loss
 
 

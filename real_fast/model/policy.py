@@ -14,7 +14,6 @@ from real_fast.attention.interface import Backend, prepare, prepared_mask
 from real_fast.attention.support import check_span, enable
 from real_fast.model.head import plain_head
 from real_fast.model.load import body_of
-from real_fast.model.lora import merged_tensors
 from real_fast.model.masters import WorkingWeights
 from real_fast.types import Batch
 
@@ -110,7 +109,3 @@ class Policy(nn.Module):
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
-
-    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their Transformers names, adapters merged into them out of place; a tied head appears once."""
-        return merged_tensors(self.model)

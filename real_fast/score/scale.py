@@ -55,16 +55,17 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: str) -> to
 class ScoreScale:
     """Scores, their token ids, and the phrase in front of them.
 
-        Attributes:
-            values: K scores, ascending.
-            texts: How each is written: as a number, or by its label.
-            score_ids: K distinct token ids.
-            phrase: The text in front of a score, its trailing space included.
-            phrase_ids: The phrase's tokens after a feedback; the score distribution is read at the last of them.
-            tail_start: ``phrase_ids[tail_start:]`` are the tokens that only hold the phrase's trailing white space.
-            end_id: The token that ends an answer behind its score; None where the tokenizer has none.
-            closings: By the tag that ends a thought, the tokens that are put there in front of an appended phrase.
-    XX"""
+    Attributes:
+        values: K scores, ascending.
+        texts: How each is written: as a number, or by its label.
+        score_ids: K distinct token ids.
+        phrase: The text in front of a score, its trailing space included.
+        phrase_ids: The phrase's tokens after a feedback; the score distribution is read at the last of them.
+        tail_start: ``phrase_ids[tail_start:]`` are the tokens that only hold the phrase's trailing white space.
+        held: White space that the last visible token holds itself (":\\n" is one token in many vocabularies).
+        end_id: The token that ends an answer behind its score; None where the tokenizer has none.
+        closings: By the tag that ends a thought, the tokens that are put there in front of an appended phrase.
+    """
 
     values: tuple[float, ...]
     texts: tuple[str, ...]

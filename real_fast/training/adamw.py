@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -83,9 +82,6 @@ def _room(like: torch.Tensor, home: torch.device) -> torch.Tensor:
 @functools.cache
 def _adamw8bit() -> Any:
     """torchao's AdamW with moments in 8 bits: blocks of 256 share a scale (arXiv 2110.02861). Raises ConfigError."""
-    noise = logging.getLogger("torchao")
-    level = noise.level
-    noise.setLevel(logging.ERROR)  # of extensions for other machines that it did not find
     try:
         from torchao.optim import AdamW8bit
     except (ImportError, AttributeError) as error:
@@ -93,8 +89,6 @@ def _adamw8bit() -> Any:
             f"optim.name is adamw8bit, and torchao cannot be imported ({error}): pip install 'real-fast[torchao]', or "
             "set optim.name to adamw"
         ) from error
-    finally:
-        noise.setLevel(level)
 
     class AdamW8bitHere(AdamW8bit):
         """Compiled on a GPU; on the CPU step by step, where compiling would take a C++ compiler and minutes."""

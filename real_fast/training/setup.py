@@ -238,9 +238,9 @@ def load_policy(config: Config, resume_from: Path | None) -> Policy:
     half = dtype if dtype != model.dtype else None
     fused = train.head_gradient == "fused" or (train.head_gradient == "auto" and device.type == "cuda")
     fused = fused and train.weights == "fp32"
-    work = WorkingWeights(model, device, half, everything, fused) if half or everything or fused else None
-    if train.lora is not None:  # what is trained is small, and the rest is kept as it is computed with
-        work = None
+    work = None
+    if train.lora is None and (half or everything or fused):  # beside adapters the rest is kept as it is computed with
+        work = WorkingWeights(model, device, half, everything, fused)
     attention = pick_backend(train.attention, device, dtype)
     return Policy(model, half, attention if train.shared_prompt else None, work)
 

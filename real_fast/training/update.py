@@ -84,14 +84,14 @@ class Updater:
         """
         self._begun = self._begun % self._batches + 1
         show(f"update: micro-batch {self._begun} of {self._batches}")
-        finished = False
         try:
             self.policy.begin_step()
             yield
-            finished = True
-        finally:
-            if last or not finished:
-                self.policy.end_step()
+        except BaseException:  # no copy of the weights outlives an update that failed
+            self.policy.end_step()
+            raise
+        if last:
+            self.policy.end_step()
 
     def step(self) -> None:
         """Clip, step (or skip, and count it, where the gradient is not finite), go on in the schedule."""

@@ -279,6 +279,8 @@ class TrainConfig:
         head_gradient: How micro-batches add to the head's gradient, the largest there is: "fused", straight into its
             float32 sum; "autograd", a tensor each. "auto" is fused on a GPU.
         activation_checkpointing: Recompute activations in the backward pass.
+        compile: Compile each layer (torch.compile), once for all lengths, before the run starts: a minute or more.
+        liger: Take Liger's kernels for RMSNorm, rotary embedding and SwiGLU, on a GPU.
         device: "auto" takes CUDA where there is one.
         lora: Train adapters (LoRA) and leave the model's own weights as they are; without it, all weights are trained.
         quantization: "nf4": keep the model's own weights in 4 bits (QLoRA, arXiv 2305.14314, through bitsandbytes); for
@@ -295,6 +297,8 @@ class TrainConfig:
     weights: Literal["fp32", "bf16"] = "fp32"
     head_gradient: Literal["auto", "fused", "autograd"] = field(default="auto", metadata=FREE)
     activation_checkpointing: bool = field(default=False, metadata=FREE)
+    compile: bool = field(default=False, metadata=FREE)
+    liger: bool = field(default=False, metadata=FREE)
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
     lora: LoraConfig | None = None
     quantization: Literal["none", "nf4"] = "none"

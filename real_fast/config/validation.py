@@ -135,6 +135,10 @@ def check_config(config: Any) -> None:
             f"train.quantization is {config.train.quantization}, and weights in 4 bits cannot be trained: train "
             "adapters (train.lora), or leave it out"
         )
+    if config.train.compile and config.train.liger:
+        raise ConfigError(
+            "train.compile and train.liger are both on, and fuse the same operations in two ways: set one of them"
+        )
     if config.save.merge and config.train.quantization != "none":
         raise ConfigError(
             "save.merge is true, and train.quantization keeps the model's weights in 4 bits: final/ is then the "

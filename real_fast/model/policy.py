@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -20,11 +20,26 @@ from real_fast.types import Batch
 T = TypeVar("T")
 
 
+class FasterLayers(Protocol):
+    """Other code for a model's layers, in effect between :meth:`on` and :meth:`off`."""
+
+    name: str
+
+    def on(self) -> None:
+        """Run the other code. Where it runs already, nothing changes."""
+
+    def off(self) -> None:
+        """Run the model's own code."""
+
+    def of(self, model: PreTrainedModel) -> FasterLayers:
+        """The same for another model of this kind."""
+
+
 class Policy(nn.Module):
     """The model being trained.
 
-    The loss runs inside ``forward``, so that whatever wraps the module (FSDP2, torch.compile) sees one call and
-    gathers a sharded head where it is used.
+    The loss runs inside ``forward``, so that whatever wraps the module (FSDP2) sees one call and gathers a sharded head
+    where it is used.
 
     Args:
         model: A causal language model with a plain linear head.
@@ -32,6 +47,7 @@ class Policy(nn.Module):
         attention: Backend for packed rows with shared prompts; None for padded batches alone.
         work: What an update computes with in place of the model's weights; None for the weights themselves, which
             autocast then casts in every forward pass.
+        faster: Other code for the layers while an update lasts; None for the model's own.
 
     Raises:
         ModelError: Logits that are more than the head's weight times hidden states.
@@ -44,6 +60,7 @@ class Policy(nn.Module):
         autocast_dtype: torch.dtype | None = None,
         attention: Backend | None = None,
         work: WorkingWeights | None = None,
+        faster: FasterLayers | None = None,
     ) -> None:
         super().__init__()
         plain_head(model)
@@ -51,6 +68,7 @@ class Policy(nn.Module):
         self.autocast_dtype = autocast_dtype
         self.attention = attention
         self.work = work
+        self.faster = faster
         if attention is not None:
             enable(model, attention, self.working)
 
@@ -74,7 +92,9 @@ class Policy(nn.Module):
             self.work.take()
 
     def end_step(self) -> None:
-        """Behind its last backward pass: the model has its own weights again, and their gradients."""
+        """Behind its last backward pass: the model has its own weights and layers again, and their gradients."""
+        if self.faster is not None:
+            self.faster.off()
         if self.work is not None:
             self.work.give_back()
 
@@ -90,10 +110,14 @@ class Policy(nn.Module):
                 "attention_mask": prepared_mask(device),
                 "shared_prompt": prepare(batch.layout, self.attention, device),
             }
+        if self.faster is not None:
+            self.faster.on()  # to the step's end, since the backward pass may compute layers again
         with self.autocast():
             hidden = body_of(self.model)(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
             ).last_hidden_state
+        if self.faster is not None and not torch.is_grad_enabled():
+            self.faster.off()
         # Looked at in each call, as an adapter may have come to the head since.
         weight = plain_head(self.model).weight
         if self.work is not None and (copy := self.work.head()) is not None:

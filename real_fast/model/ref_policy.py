@@ -150,6 +150,7 @@ def frozen_copy(policy: Policy, device: torch.device) -> Policy:
             dtype = half if id(parameter) in rounded else parameter.dtype
             tensor = parameter.detach().to(device, dtype, copy=True)
             copies[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
+    copies[id(policy.work)] = copies[id(policy.faster)] = None  # it computes with the weights that it has
     found = copy.deepcopy(policy, copies).to(device).eval()
-    found.work = None  # it computes with the weights that it has
+    found.faster = policy.faster and policy.faster.of(found.model)
     return found

@@ -16,6 +16,7 @@ from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import BatchError, ConfigError, ModelError
 from real_fast.methods.base import Method
+from real_fast.model.experts import is_mixture
 from real_fast.model.judge_settings import trained_settings
 from real_fast.planning.fit import Sequences, check_fits
 from real_fast.prompt.guard import EncodeFeedback
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Share of the weights that an update has to be able to move.
 MOVING = 0.5
-# What model configs call the number of experts.
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def check_trainable(model: PreTrainedModel) -> None:
@@ -43,7 +42,7 @@ def check_trainable(model: PreTrainedModel) -> None:
             "cannot be trained: take the model that it was made from"
         )
     config = model.config.get_text_config()
-    if any((getattr(config, name, None) or 0) > 1 for name in _EXPERTS):
+    if is_mixture(model.config):
         logger.warning(
             "the model is a mixture of experts, and the router's load-balancing loss (router_aux_loss_coef in its "
             "config.json: %s) is added to no method's loss: see docs/methods.md",

@@ -21,7 +21,8 @@ from real_fast.distributed.world import OneProcess, World
 from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
-from real_fast.model import lora, nf4
+from real_fast.model import liger, lora, nf4
+from real_fast.model.compiled import CompiledLayers, check_compiler
 from real_fast.model.folder import ADAPTER_CONFIG, check_as_written, is_adapter, read_json
 from real_fast.model.load import base_folder, load_model, load_tokenizer, pick_device, resolve_model
 from real_fast.model.masters import WorkingWeights
@@ -52,6 +53,7 @@ from real_fast.training.preflight import (
 )
 from real_fast.training.saving import Saver
 from real_fast.training.timer import Timer
+from real_fast.training.trial import check_faster
 from real_fast.training.update import Updater
 from real_fast.training.warmup import SftOrder, sft_order
 from real_fast.utils.machine import gpu_memory
@@ -123,6 +125,10 @@ def build(config: Config) -> Parts:
         lora.import_peft()
     if config.train.quantization == "nf4":
         nf4.quantization(torch.float32)  # raises where what it needs is missing
+    if config.train.compile:
+        check_compiler(pick_device(config.train.device))
+    if config.train.liger:
+        liger.import_liger(pick_device(config.train.device))
     world, state = OneProcess(), TrainState()
     timer = Timer(state.seconds)
     with timer("load"):
@@ -163,6 +169,7 @@ def build(config: Config) -> Parts:
         folder.check_space(trained, config.save.keep, method.keeps_ref_policy, resume_from, whole)
         if policy.attention:
             check_span(model, longest)
+        check_faster(policy, tokenizer.pad_token_id)
         optimizer = build_optimizer(model, config.optim)
         scheduler = build_scheduler(optimizer, config.optim, config.train.steps * method.iterations)
         if resume_from:
@@ -242,7 +249,10 @@ def load_policy(config: Config, resume_from: Path | None) -> Policy:
     if train.lora is None and (half or everything or fused):  # beside adapters the rest is kept as it is computed with
         work = WorkingWeights(model, device, half, everything, fused)
     attention = pick_backend(train.attention, device, dtype)
-    return Policy(model, half, attention if train.shared_prompt else None, work)
+    policy = Policy(model, half, attention if train.shared_prompt else None, work)
+    if train.compile or train.liger:  # behind the trials of a loaded model, which run its own code
+        policy.faster = CompiledLayers(model) if train.compile else liger.LigerLayers(model)
+    return policy
 
 
 def _with_adapters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -31,6 +32,7 @@ if not torch.cuda.is_available():
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
@@ -258,3 +260,23 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]
     from tests.vocabularies import tokenizer_of
 
     return cache(lambda family: tokenizer_of(family, tmp_path_factory.mktemp("vocabulary") / family))
+
+
+@pytest.fixture
+def interpreted_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger in Triton's interpreter, which knows neither floats as arguments nor libdevice."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("a GPU is here: the tests marked gpu try the kernels themselves")
+    pytest.importorskip("liger_kernel", reason="Liger is not installed")
+    tl = importlib.import_module("triton.language")
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    convert = interpreter._implicit_cvt
+
+    def with_floats(arg: Any) -> Any:
+        if not isinstance(arg, float):
+            return convert(arg)
+        return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    norms = importlib.import_module("liger_kernel.ops.rms_norm")
+    monkeypatch.setattr(norms, "rsqrt", lambda x: tl.rsqrt(x))

@@ -7,7 +7,11 @@ plan that needs PyTorch and Transformers.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +48,7 @@ def sizes(config: Any) -> dict[str, Any]:
         targets[last] = targets.get(last, 0) + module.in_features + module.out_features
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    single, double = (sum(p.numel() for p in empty_model(_with_layers(config, n)).parameters()) for n in (1, 2))
+    single, double = (sum(p.numel() for p in empty_model(with_layers(config, n)).parameters()) for n in (1, 2))
     kept = {precision: _kept(config, precision) for precision in ("bf16", "fp32")}
     kept["bf16 weights"] = _kept(config, "bf16", torch.bfloat16)
     if importlib.util.find_spec("peft") is not None:
@@ -52,6 +56,12 @@ def sizes(config: Any) -> dict[str, Any]:
             low, high = (_kept(config, precision, rank=rank) for rank in (8, 16))
             rank = (high["layer"] - low["layer"]) / 8
             kept[f"{precision} adapters"] = low | {"layer": low["layer"] - 8 * rank, "rank": rank}
+    for mode, counted in list(kept.items()):  # an adapter's own activations are the same
+        precision, _, what = mode.partition(" ")
+        weights = torch.bfloat16 if what == "weights" else torch.float32
+        with_it = _kept(config, precision, weights, rank=8 if what == "adapters" else 0, liger=True)
+        own = {"layer": with_it["layer"] - 8 * counted["rank"], "rank": counted["rank"]} if "rank" in counted else {}
+        kept[f"{mode} liger"] = with_it | own
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "layer": double - single,
@@ -85,7 +95,8 @@ def matrices(config: Any) -> dict[str, Any]:
     }
 
 
-def _with_layers(config: Any, layers: int) -> Any:
+def with_layers(config: Any, layers: int) -> Any:
+    """The config with so many layers."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -94,7 +105,9 @@ def _with_layers(config: Any, layers: int) -> Any:
     return config
 
 
-def _kept(config: Any, precision: str, weights: torch.dtype = torch.float32, rank: int = 0) -> dict[str, float]:
+def _kept(
+    config: Any, precision: str, weights: torch.dtype = torch.float32, rank: int = 0, liger: bool = False
+) -> dict[str, float]:
     """The fields of :class:`real_fast.planning.memory.Kept`: what autograd keeps of the body's forward pass.
 
     The difference between two lengths: what does not grow with the tokens, such as autocast's copies of weights, is
@@ -102,7 +115,7 @@ def _kept(config: Any, precision: str, weights: torch.dtype = torch.float32, ran
     """
 
     def per_token(layers: int) -> float:
-        few, many = (_kept_at(config, layers, precision, weights, rank, tokens) for tokens in (128, 256))
+        few, many = (_kept_at(config, layers, precision, weights, rank, liger, tokens) for tokens in (128, 256))
         return (many - few) / 128
 
     one, two = per_token(1), per_token(2)
@@ -110,13 +123,15 @@ def _kept(config: Any, precision: str, weights: torch.dtype = torch.float32, ran
     return {"layer": two - one, "other": one - (two - one), "boundary": float(boundary)}
 
 
-def _kept_at(config: Any, layers: int, precision: str, weights: torch.dtype, rank: int, tokens: int) -> int:
+def _kept_at(
+    config: Any, layers: int, precision: str, weights: torch.dtype, rank: int, liger: bool, tokens: int
+) -> int:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=weights)
+        model = AutoModelForCausalLM.from_config(with_layers(config, layers), dtype=weights)
     if rank:
         add_adapters(model, LoraConfig(r=rank), "")
     with FakeTensorMode():
-        _stand_in(model)
+        stand_in(model)
         inputs: dict[str, Any] = {}
         if known_reason(model) is None:
             model.set_attn_implementation(NAME)
@@ -138,6 +153,7 @@ def _kept_at(config: Any, layers: int, precision: str, weights: torch.dtype, ran
 
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         with (
+            keeps_as_liger(model) if liger else nullcontext(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
         ):
@@ -148,8 +164,71 @@ def _kept_at(config: Any, layers: int, precision: str, weights: torch.dtype, ran
     return sum(seen.values())
 
 
-def _stand_in(model: nn.Module) -> None:
-    """Fake tensors on the CPU in the place of a meta model's, where autocast is to work. In a fake mode."""
+class _Norm(torch.autograd.Function):
+    """Keeps what Liger's RMSNorm does, its input and a number for each row, and passes over as many bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return ctx.saved_tensors[0] + grad
+
+
+class _SwiGlu(torch.autograd.Function):
+    """Keeps what Liger's SwiGLU does, its two inputs, and passes over as many bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate + up
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        return gate + grad, up.clone()
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps what Liger's rotary embedding does, cosines and sines. It turns queries and keys in place."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        ctx.save_for_backward(cos, sin)
+        return q.clone(), k.clone()
+
+    @staticmethod
+    def backward(ctx: Any, q: torch.Tensor, k: torch.Tensor) -> Any:
+        return q.clone(), k.clone(), None, None
+
+
+def _swiglu(module: Any, x: torch.Tensor) -> Any:
+    return module.down_proj(_SwiGlu.apply(module.gate_proj(x), module.up_proj(x)))
+
+
+@contextmanager
+def keeps_as_liger(model: nn.Module) -> Iterator[None]:
+    """The model with layers that keep and move what Liger's kernels would, and compute nothing of use."""
+    code = importlib.import_module(type(model).__module__)
+    rotary = getattr(code, "apply_rotary_pos_emb", None)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__dict__["forward"] = _Norm.apply
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            module.__dict__["forward"] = partial(_swiglu, module)
+    if rotary is not None:
+        vars(code)["apply_rotary_pos_emb"] = lambda q, k, cos, sin, *_, **__: _Rotary.apply(q, k, cos, sin)
+    try:
+        yield
+    finally:
+        if rotary is not None:
+            vars(code)["apply_rotary_pos_emb"] = rotary
+
+
+def stand_in(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of a meta model's, since autocast works there. In a fake mode."""
     done: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):

@@ -97,6 +97,7 @@ class Training:
         optimizer: As ``optim.name``.
         offload: As ``optim.offload``.
         fused_head: Whether a GPU adds the head's gradient to the float32 one itself.
+        liger: Whether Liger's kernels keep less of a layer.
         device: What it runs on: a CPU computes the head in float32, and adds up its gradient by autograd.
     """
 
@@ -108,14 +109,14 @@ class Training:
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     offload: Literal["none", "moments", "all"] = "none"
     fused_head: bool = True
+    liger: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property
     def mode(self) -> str:
         """Under which activations are counted."""
-        if self.rank:
-            return f"{self.precision} adapters"
-        return "bf16 weights" if self.weights == "bf16" else self.precision
+        adapters, weights = " adapters" * bool(self.rank), " weights" * (self.weights == "bf16" and not self.rank)
+        return self.precision + adapters + weights + " liger" * self.liger
 
     def adapters(self, sizes: ModelSizes) -> int:
         """Parameters of the adapters."""

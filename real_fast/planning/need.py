@@ -89,6 +89,7 @@ def training_of(config: PlanConfig) -> Training:
         optimizer=config.optim.name,
         offload=config.optim.offload,
         fused_head=train.head_gradient != "autograd",
+        liger=train.liger,
     )
 
 

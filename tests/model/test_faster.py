@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
-import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -56,26 +54,6 @@ def attention_is_given_back():
     yield
     AttentionInterface.register(NAME, attend)
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Liger in Triton's interpreter, which knows neither floats as arguments nor libdevice."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("a GPU is here: test_liger_on_a_gpu tests the kernels themselves")
-    pytest.importorskip("liger_kernel", reason="Liger is not installed")
-    tl = importlib.import_module("triton.language")
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    convert = interpreter._implicit_cvt
-
-    def with_floats(arg):
-        if not isinstance(arg, float):
-            return convert(arg)
-        return tl.tensor(interpreter.TensorHandle(np.array([arg], dtype=np.float32), tl.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
-    norms = importlib.import_module("liger_kernel.ops.rms_norm")
-    monkeypatch.setattr(norms, "rsqrt", lambda x: tl.rsqrt(x))
 
 
 def gradients(policy, batch):
@@ -251,7 +229,7 @@ def test_both_at_once_are_refused():
 
 
 @pytest.mark.parametrize(("kind", "shared"), [("llama", False), ("qwen3", True)])
-def test_liger_has_the_models_gradients(tiny_llama, interpreted, kind, shared):
+def test_liger_has_the_models_gradients(tiny_llama, interpreted_liger, kind, shared):
     """In fp32: the interpreter knows no arithmetic in bf16."""
     model = tiny_llama(layers=1) if kind == "llama" else Qwen3ForCausalLM(Qwen3Config(**SMALL))
     policy = Policy(model, attention="sdpa" if shared else None)
@@ -265,7 +243,7 @@ def test_liger_has_the_models_gradients(tiny_llama, interpreted, kind, shared):
     policy.faster.off()
 
 
-def test_liger_leaves_other_models_alone(tiny_llama, interpreted):
+def test_liger_leaves_other_models_alone(tiny_llama, interpreted_liger):
     """And this one too, outside an update."""
     module = sys.modules[type(tiny_llama()).__module__]
     before, model = dict(vars(module)), tiny_llama()
@@ -284,7 +262,7 @@ def test_liger_leaves_other_models_alone(tiny_llama, interpreted):
     assert vars(module) == before and [dict(vars(m)) for m in model.modules()] == own
 
 
-def test_liger_is_tried_before_work_starts(tiny_llama, interpreted, monkeypatch):
+def test_liger_is_tried_before_work_starts(tiny_llama, interpreted_liger, monkeypatch):
     policy = Policy(tiny_llama(layers=1), attention="sdpa")
     policy.faster = LigerLayers(policy.model)
     check_faster(policy, 0)

@@ -18,6 +18,7 @@ from real_fast.attention.layout import Layout
 from real_fast.attention.support import enable
 from real_fast.config import Config, LoraConfig, OptimConfig, TrainConfig
 from real_fast.config.commands import PlanConfig
+from real_fast.model.liger import LigerLayers
 from real_fast.model.lora import add_adapters
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import frozen_copy
@@ -403,3 +404,32 @@ def test_a_micro_batch_below_one_group_does_not_fit(capsys):
     assert main(["--model", "Qwen/Qwen3-0.6B", "--train.micro_batch_tokens", "1000"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert "one group takes 6192 tokens, and train.micro_batch_tokens is 1000" in last
+
+
+def test_liger_keeps_what_is_counted_for_it(tiny_llama, interpreted_liger):
+    """Bytes a token that wait for the backward pass, in fp32: the interpreter knows no bf16."""
+    model = tiny_llama(layers=2)
+    layers = LigerLayers(model)
+
+    def kept(tokens):
+        seen, alive = {}, []
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def pack(x):
+            alive.append(x)
+            if x.untyped_storage().data_ptr() not in known:
+                seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        layers.on()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.train().model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
+        layers.off()
+        return sum(seen.values())
+
+    sizes = ModelSizes.of(model.config)
+    own, counted = sizes.kept["fp32"], sizes.kept["fp32 liger"]
+    found = (kept(32) - kept(16)) / 16
+    assert found == pytest.approx(2 * counted.layer + counted.other, rel=0.02)
+    assert counted.layer < 0.8 * own.layer
+    assert sizes.kept[Training(precision="fp32", rank=4, liger=True).mode].layer < sizes.kept["fp32 adapters"].layer

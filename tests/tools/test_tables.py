@@ -20,6 +20,8 @@ WHERE = {
     "bench-vllm": "docs/rollouts.md",
     "optimizers": "docs/less-memory.md",
     "head-gradient": "docs/less-memory.md",
+    "body-measured": "docs/faster-layers.md",
+    "body-arithmetic": "docs/faster-layers.md",
     "bench-head": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
     "kernels": "docs/kernels.md",

@@ -53,12 +53,12 @@ class Case:
     budget: int = 6_600
     sequences: int = 4
 
-    def model(self, device: Any) -> Any:
-        """The model, on the device."""
-        import torch
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+    def config(self, **more: Any) -> Any:
+        """The shape as a Transformers config; `more` goes to it."""
+        from transformers import Qwen3Config
 
-        config = Qwen3Config(
+        settings: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None} | more
+        return Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -68,9 +68,15 @@ class Case:
             head_dim=self.head_dim,
             tie_word_embeddings=self.tied,
             max_position_embeddings=8192,
-            bos_token_id=None,
-            eos_token_id=None,
+            **settings,
         )
+
+    def model(self, device: Any) -> Any:
+        """The model, on the device."""
+        import torch
+        from transformers import Qwen3ForCausalLM
+
+        config = self.config()
         torch.manual_seed(0)
         dtype = torch.bfloat16 if self.half_weights else torch.float32
         with torch.device(device):

@@ -1,4 +1,4 @@
-"""Two updates of adapters on a random model by the trainer itself, its peaks beside the plan's: the inside of lora_step.
+"""Two updates of adapters on a random model, by the trainer itself, its peaks beside the plan: the inside of lora_step.
 
 python -m benchmarks.lora_run FOLDER FACTS ENGINE [--small] [--others BYTES]
 
@@ -25,8 +25,8 @@ UPDATES = 2
 # As configs/qwen3-8b-lora-80gb.yaml has it, with fewer prompts and shorter responses: two micro-batches of four groups.
 LARGE = replace(CASES[-1], prompts=8, k=8, p=2_000, r=256, budget=20_736)
 SMALL = Case(
-    "tiny", 128, 2, 4, 256, tied=False, vocabulary=512, kv_heads=2, head_dim=32, prompts=4, k=4, p=1_800, r=16,
-    budget=4_096,
+    "tiny", 128, 2, 4, 256, tied=False, vocabulary=512, kv_heads=2, head_dim=32, prompts=2, k=3, p=900, r=8,
+    budget=1_100,
 )  # fmt: skip
 EVALUATED = 2  # rows, behind the last update
 # Far above what anyone would train with, so that a sync that was lost shows in the second update's check.
@@ -63,7 +63,7 @@ class Facts:
         print(f"--- {phase}", flush=True)
 
 
-def run_config(folder: Path, case: Case, engine: str, device: Any) -> Any:
+def run_config(folder: Path, case: Case, engine: Any, device: Any) -> Any:
     """The run's settings.
 
     Args:
@@ -246,7 +246,7 @@ def measured_trainer(config: Any, facts: Facts, others: int) -> Any:
                 step=record["step"],
                 engine=self.groups.engine.name,
                 asleep=record["memory/engine_update_gib"] == 0 < record["memory/engine_gib"],
-                case=f"K={case_of(self.config, self.lengths)} prompts={self.config.rollout.prompts_per_step}",
+                case=case_of(self.config, self.lengths),
                 bytes={name: [found[name], plan[name]] for name in PEAKS},
                 seconds={k.removeprefix("time/"): v for k, v in record.items() if _is_time(k)},
                 gap=record.get("sampling/sampling_logp_difference/mean"),
@@ -275,8 +275,9 @@ def measured_trainer(config: Any, facts: Facts, others: int) -> Any:
 
 
 def case_of(config: Any, lengths: tuple[int, int]) -> str:
-    """The case's numbers behind "K=", as other suites write them."""
-    return f"{config.rollout.group_size} P={lengths[0]} R={lengths[1]}"
+    """The case, as other suites write theirs."""
+    rollout = config.rollout
+    return f"K={rollout.group_size} P={lengths[0]} R={lengths[1]} prompts={rollout.prompts_per_step}"
 
 
 def _is_time(name: str) -> bool:

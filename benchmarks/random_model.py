@@ -56,15 +56,14 @@ def _write_weights(folder: Path, config: Any, device: Any, index: Path) -> None:
     from real_fast.planning.count import empty_model
 
     shards: list[dict[str, Any]] = [{}]
-    sizes, size = 0, 0
-    shapes = {name: p.shape for name, p in empty_model(config).named_parameters()}
-    for name, shape in shapes.items():
-        if size and size + 2 * shape.numel() > SHARD:
+    total = size = 0
+    for name, parameter in empty_model(config).named_parameters():
+        nbytes = 2 * parameter.numel()
+        if size and size + nbytes > SHARD:
             shards.append({})
             size = 0
-        shards[-1][name] = shape
-        size += 2 * shape.numel()
-        sizes += 2 * shape.numel()
+        shards[-1][name] = parameter.shape
+        size, total = size + nbytes, total + nbytes
     generator = torch.Generator(device).manual_seed(0)
 
     def made(name: str, shape: Any) -> Any:
@@ -73,7 +72,7 @@ def _write_weights(folder: Path, config: Any, device: Any, index: Path) -> None:
 
     names: dict[str, str] = {}
     with ThreadPoolExecutor(WRITERS) as writers:
-        written = []
+        written: list[Any] = []
         for i, shard in enumerate(shards):
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             names |= dict.fromkeys(shard, file)
@@ -84,7 +83,7 @@ def _write_weights(folder: Path, config: Any, device: Any, index: Path) -> None:
         for one in written:
             one.result()
     # Last: it marks the folder as whole.
-    index.write_text(json.dumps({"metadata": {"total_size": sizes}, "weight_map": names}))
+    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}))
 
 
 def byte_tokenizer(vocabulary: int) -> Any:

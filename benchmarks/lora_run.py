@@ -30,7 +30,7 @@ SMALL = Case(
 )  # fmt: skip
 EVALUATED = 2  # rows, behind the last update
 # Far above what anyone would train with, so that a sync that was lost shows in the second update's check.
-RATE = 1e-2
+RATE = 3e-2
 
 # What is measured and planned, by the facts' names.
 PEAKS = {

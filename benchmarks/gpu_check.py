@@ -1,9 +1,10 @@
 """Everything that only a GPU can tell, in one command, without network: ``python -m benchmarks.gpu_check OUT``.
 
-Most important first: the tests marked ``gpu``, the kernels' before the others; what the machine reaches at best; the
-head beside its peers; the update at real sizes, ours against the reference-style one; profiles. What is done is on
-disk at once, so a run that is cut off leaves its first parts. OUT gets ``benchmarks.csv``, ``summary.json``, plots,
-``gpu-tests.txt`` and ``profile-*.txt``.
+Most important first: the tests marked ``gpu``, the kernels' before the others; what the machine reaches at best; loss
+and gradients against the reference's; a LoRA step of the 8B shape with vLLM asleep, beside the plan; the head beside
+its peers; the update at real sizes, ours against the reference-style one; profiles. What is done is on disk at once, so
+a run that is cut off leaves its first parts. OUT gets ``benchmarks.csv``, ``summary.json``, plots, ``gpu-tests.txt``,
+``lora-step.txt`` and ``profile-*.txt``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 540.0  # seconds for everything
-TESTS, HEAD = 170.0, 150.0  # of which the tests and the head's benchmark take at most
+TESTS, LORA, HEAD = 170.0, 220.0, 150.0  # of which the tests, the LoRA step and the head's benchmark take at most
 # Tests spend their time compiling kernels, a process one at a time.
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
@@ -53,12 +54,12 @@ class Case:
     budget: int = 6_600
     sequences: int = 4
 
-    def model(self, device: Any) -> Any:
-        """The model, on the device."""
-        import torch
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+    def config(self, **more: Any) -> Any:
+        """The shape as a Transformers config; `more` goes to it."""
+        from transformers import Qwen3Config
 
-        config = Qwen3Config(
+        settings: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None} | more
+        return Qwen3Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
@@ -68,9 +69,15 @@ class Case:
             head_dim=self.head_dim,
             tie_word_embeddings=self.tied,
             max_position_embeddings=8192,
-            bos_token_id=None,
-            eos_token_id=None,
+            **settings,
         )
+
+    def model(self, device: Any) -> Any:
+        """The model, on the device."""
+        import torch
+        from transformers import Qwen3ForCausalLM
+
+        config = self.config()
         torch.manual_seed(0)
         dtype = torch.bfloat16 if self.half_weights else torch.float32
         with torch.device(device):
@@ -308,7 +315,7 @@ def main() -> int:
 
     import torch
 
-    from benchmarks import head, record, report, roofline
+    from benchmarks import head, lora_step, record, report, roofline
     from benchmarks.steps import VARIANTS
     from tools import benchmark_tables
 
@@ -349,14 +356,17 @@ def main() -> int:
     if peak is None:
         return 1
     print(f"measured peak: {peak.flops / 1e12:.1f} TFLOP/s, {peak.bandwidth / 1e12:.2f} TB/s", flush=True)
+    cases = SMALL if arguments.small else CASES
+    attempt("agreement", partial(run_agreement, cases[0], device, arguments.attention))
+    left = min(LORA, end - time.monotonic())
+    status = attempt("LoRA step", partial(lora_step.run, arguments.out, arguments.small, left))
+    failed += status or 0
     left = min(end, time.monotonic() + HEAD)
     status = attempt("head", partial(head.run, device, arguments.small, left))
     failed += status or 0
     attempt("report", write_report)
     if not arguments.small:
         attempt("head profile", partial(profile_head, arguments.out / "profile-head.txt", device))
-    cases = SMALL if arguments.small else CASES
-    attempt("agreement", partial(run_agreement, cases[0], device, arguments.attention))
     work = [(case, variant) for case in cases for variant in PAIR]
     work += [(case, v) for case in cases[:2][-1:] for v in VARIANTS if v not in PAIR]
     if "trl" not in missing:

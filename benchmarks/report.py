@@ -79,9 +79,23 @@ def speedups(steps: dict[Key, dict[str, dict[str, float]]]) -> list[dict[str, An
     return rows
 
 
+def lora_steps(found: dict[Key, dict[str, dict[str, float]]]) -> list[dict[str, Any]]:
+    """Per case and engine: seconds, peaks in bytes, those of the plan, and the measured ones over them."""
+    rows = []
+    for (machine, model, case), variants in found.items():
+        for engine, v in variants.items():
+            over = {
+                name.replace("_planned_bytes", "_over_plan"): v[name.replace("_planned", "")] / planned
+                for name, planned in v.items()
+                if name.endswith("_planned_bytes") and planned
+            }
+            rows.append({"machine": machine, "model": model, "case": case, "engine": engine, **v, **over})
+    return rows
+
+
 def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
-    """What ``summary.json`` holds: ``step_speedup`` per machine, model and K, every case with all its ratios, and
-    the head's ratios per shape and mode in ``head_cases``.
+    """What ``summary.json`` holds: ``step_speedup`` per machine, model and K, every case with all its ratios, the
+    head's ratios per shape and mode in ``head_cases``, and the LoRA step beside its plan in ``lora_steps``.
     """
     rows = speedups(newest(lines, "step"))
     table: dict[str, Any] = {}
@@ -92,7 +106,8 @@ def summarize(lines: list[dict[str, str]]) -> dict[str, Any]:
         if k not in place or sum(n.startswith("over_") for n in row) > sum(n.startswith("over_") for n in place[k]):
             place[k] = {n: v for n, v in row.items() if n not in ("machine", "model", "K")}
     heads = report_head.cases(newest(lines, "head"))
-    return {"step_speedup": table, "step_cases": rows, "head_cases": heads}
+    loras = lora_steps(newest(lines, "lora"))
+    return {"step_speedup": table, "step_cases": rows, "head_cases": heads, "lora_steps": loras}
 
 
 def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:

@@ -20,10 +20,11 @@ class Roofline:
 
 
 def _best(work: object, seconds: float) -> float:
-    """Fastest run of `work` within about so many seconds."""
-    best, end = float("inf"), time.perf_counter() + seconds
+    """Fastest run of `work` within about so many seconds; one at least behind that which warms up."""
+    best = float("inf")
     work()  # type: ignore[operator]
-    while time.perf_counter() < end:
+    end = time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
         synchronize()
         started = time.perf_counter()
         work()  # type: ignore[operator]

@@ -59,11 +59,13 @@ SLOW = {
     "test_resources",
     "test_triton",
     "test_a_method_with_seeds_is_the_mean_of_its_runs",
+    "test_gpu_check_goes_on_behind_a_crash",
     "test_greedy_tokens_are_those_of_generate",
     "test_p_values_of_equals_are_spread_over_the_unit_interval",
     "test_smollm2_itself",
     "test_the_body_compiles_in_one_graph",
     "test_weights_are_those_of_the_gguf_file",
+    "test_without_vllm_transformers_samples_and_peaks_stand_beside_the_plan",
     "test_the_seeds_of_two_methods_are_drawn_in_pairs",
 }
 

@@ -13,9 +13,6 @@ from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from docstring_parser import parse as parse_docstring
-from jsonargparse import ArgumentParser
-
 from real_fast.errors import ConfigError
 
 # What TRL, Transformers and verl call these.
@@ -122,6 +119,8 @@ def optional_sections(settings: type, prefix: str = "") -> dict[str, type]:
 
 def _texts(settings: type) -> dict[str, str]:
     """What the docstrings say of each field; a subclass's docstring adds to its parent's."""
+    from docstring_parser import parse as parse_docstring  # for --help alone; see convert
+
     found = {}
     for kind in reversed(settings.__mro__):
         for field in parse_docstring(kind.__doc__ or "").params:
@@ -202,6 +201,8 @@ def convert(key: Key, value: Any, where: str = "", name: str = "") -> Any:
     """Convert a value from a file or a flag to the key's type. Raises :class:`ConfigError`."""
     if key.is_switch and isinstance(value, str) and value.lower() in ("yes", "no", "on", "off", "1", "0"):
         return value.lower() in ("yes", "on", "1")
+    from jsonargparse import ArgumentParser  # a run that is started from Python reads no text, and needs it not
+
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=key.type)
     try:

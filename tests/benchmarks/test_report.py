@@ -39,7 +39,7 @@ def test_the_newest_of_equal_runs_counts():
 
 def test_a_case_without_ours_and_other_suites_make_no_row():
     lines = [*contender("reference", 50, flops=600), line("ours", "gradient_cosine", 1, suite="agreement")]
-    assert summarize(lines) == {"step_speedup": {}, "step_cases": [], "head_cases": []}
+    assert summarize(lines) == {"step_speedup": {}, "step_cases": [], "head_cases": [], "lora_steps": []}
     assert "reference" not in sweep_table(lines) and step_table(lines) == ""
 
 

@@ -124,7 +124,7 @@ def gpu_test_files() -> list[Path]:
 
 def missing_packages() -> list[str]:
     """What the tests or the plots need and this machine lacks."""
-    names = ("pytest", "hypothesis", "scipy", "matplotlib", "trl")
+    names = ("pytest", "hypothesis", "scipy", "matplotlib", "trl", "liger_kernel")
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -316,7 +316,7 @@ def main() -> int:
     import torch
 
     from benchmarks import head, lora_step, record, report, roofline
-    from benchmarks.steps import VARIANTS
+    from benchmarks.steps import FASTER, VARIANTS
     from tools import benchmark_tables
 
     if not torch.cuda.is_available() and not arguments.small:
@@ -367,8 +367,9 @@ def main() -> int:
     attempt("report", write_report)
     if not arguments.small:
         attempt("head profile", partial(profile_head, arguments.out / "profile-head.txt", device))
+    absent = ["Liger's layers"] if "liger_kernel" in missing or device.type == "cpu" else []
     work = [(case, variant) for case in cases for variant in PAIR]
-    work += [(case, v) for case in cases[:2][-1:] for v in VARIANTS if v not in PAIR]
+    work += [(case, v) for case in cases[:2][-1:] for v in (*VARIANTS, *FASTER) if v not in (*PAIR, *absent)]
     if "trl" not in missing:
         work += [(case, "trl") for case in cases[:2]]
     for case, variant in work:

@@ -14,9 +14,9 @@ from typing import Any
 
 from benchmarks import report_head
 from benchmarks.record import RESULTS, read
-from benchmarks.steps import VARIANTS
+from benchmarks.steps import FASTER, VARIANTS
 
-CONTENDERS = ("reference", "trl", *VARIANTS, "ours and rollouts")
+CONTENDERS = ("reference", "trl", *VARIANTS, *FASTER, "ours and rollouts")
 PHASES = ("rollout", "pack", "body forward", "head", "backward", "optimizer", "sync", "step")
 _COLOURS = ("#56B4E9", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999933")
 NAMES = {
@@ -27,6 +27,8 @@ NAMES = {
     "two forwards": "… with a second forward for ŷ",
     "full logits": "… with full logits",
     "every row": "… with zero-coefficient rows",
+    "compiled layers": "… with compiled layers",
+    "Liger's layers": "… with Liger's layers",
     "ours and rollouts": "real-fast, rollouts and sync included",
 }
 

@@ -24,13 +24,19 @@ from real_fast.batching.pack import pad_batch
 from real_fast.config import Config
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.real import Real
+from real_fast.model.compiled import CompiledLayers
+from real_fast.model.liger import LigerLayers
 from real_fast.model.policy import Policy
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
 from real_kernels import HeadOptions, group_advantages, reward_parts, score_logprobs
 
-Variant = Literal["ours", "no shared prompt", "two forwards", "full logits", "every row"]
+Variant = Literal[
+    "ours", "no shared prompt", "two forwards", "full logits", "every row", "compiled layers", "Liger's layers"
+]
 VARIANTS: tuple[Variant, ...] = ("ours", "no shared prompt", "two forwards", "full logits", "every row")
+# Ours with other code for the layers, on a GPU.
+FASTER: tuple[Variant, ...] = ("compiled layers", "Liger's layers")
 
 
 class OurStep:
@@ -43,7 +49,7 @@ class OurStep:
         budget: Most tokens per forward pass.
         variant: "ours", or what is switched off: "no shared prompt" (a padded sequence per rollout), "two forwards"
             (one more pass, without gradients, over the body and the score rows), "full logits" (of every token, by
-            autograd), "every row" (rows with coefficient 0 go through the head too).
+            autograd), "every row" (rows with coefficient 0 go through the head too); or what its layers are.
         autocast: Dtype of the body's matrix products; None for the weights' own.
         attention: Backend for shared prompts.
         optimize: Whether to take the optimiser's step too.
@@ -63,6 +69,8 @@ class OurStep:
         self.shared = variant != "no shared prompt"
         backend = pick_backend(attention, model.device, autocast or model.dtype)
         self.policy = Policy(model, autocast, backend if self.shared else None)
+        if variant in FASTER:
+            self.policy.faster = CompiledLayers(model) if variant == "compiled layers" else LigerLayers(model)
         self.scale, self.groups, self.budget, self.variant = scale, workload.groups, budget, variant
         totals = UpdateCounts.of(self.groups)
         self.objective: Callable[..., Any] = (

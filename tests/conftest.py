@@ -160,6 +160,17 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_start(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with the first four of its 30 layers, which are all alike: its tokens, shapes and files in less time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2") / "start"
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2: Path) -> Any:
     """The tokenizer of SmolLM2. Shared by the session: do not change it."""
     from transformers import AutoTokenizer

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
-
-from real_fast.score.phrase import PhraseFinder
-from real_fast.score.scale import ScoreScale
 
 # Set before anything imports them: no test may wait for a hub, and forked tokenizers only warn.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Processes side by side share the cores: two that each take all of them are slower than one.
+# Processes side by side share the cores: two that each take all of them are slower than one. OpenMP reads this when
+# torch is imported, which real_fast does too: nothing of it may be imported above.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     _threads = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
@@ -35,6 +35,9 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from real_fast.score.phrase import PhraseFinder
+from real_fast.score.scale import ScoreScale
 
 TinyLlama = Callable[..., Any]
 _ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +89,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         items[:] = _long_ones_first(items, workers)
+
+
+_known = {"modules": 0}
+
+
+def pytest_runtest_setup() -> None:
+    """What imports made is no garbage: of vLLM and all others, a full collection would look at it for half a second."""
+    if len(sys.modules) > _known["modules"] + 200:
+        gc.collect()
+        gc.freeze()
+        _known["modules"] = len(sys.modules)
 
 
 def _long_ones_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
@@ -161,6 +175,17 @@ def smollm2() -> Path:
         return prepare()
     except WheelMissing as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def smollm2_start(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with the first four of its 30 layers, which are all alike: its tokens, shapes and files in less time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("smollm2") / "start"
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

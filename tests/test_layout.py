@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from real_fast.config.cli import load
 from real_fast.prompt.builder import PromptBuilder
@@ -23,6 +25,12 @@ def run_python(code: str, cwd: Path) -> str:
     done = subprocess.run([sys.executable, "-c", setup + code], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER_COUNT" not in os.environ, reason="one process takes all cores")
+def test_processes_side_by_side_share_the_cores() -> None:
+    """OpenMP took what tests/conftest.py says: torch was not imported before it, as by a plugin or by real_fast."""
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
 def test_kernels_is_a_folder_and_no_package() -> None:

@@ -215,8 +215,7 @@ def test_several_named_benchmarks_are_each_reported_with_their_average(tiny_judg
     assert "\n  mt " in said and "plain average" in said
 
 
-@pytest.mark.timeout(900)  # several times its usual half a minute beside other work
-def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsys):
+def test_smollm2_on_real_rows_then_evaluate(smollm2_start, judge_data, tmp_path, capsys):
     output, target = tmp_path / "run", tmp_path / "eval"
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -226,7 +225,16 @@ def test_smollm2_on_real_rows_then_evaluate(smollm2, judge_data, tmp_path, capsy
         "save: {every: 0, keep: 1}\n",
         encoding="utf-8",
     )
-    arguments = ["--config", str(config), "--model", str(smollm2), "--output", str(output), "--data.max_eval", "4"]
+    arguments = [
+        "--config",
+        str(config),
+        "--model",
+        str(smollm2_start),
+        "--output",
+        str(output),
+        "--data.max_eval",
+        "4",
+    ]
     arguments += ["--data.max_rejected", "1"]  # most of these rows are longer than 520 tokens
     rows = str(judge_data / "mt_bench.jsonl")
     assert main([*arguments, "--data.train", str(judge_data / "vicuna.jsonl"), "--data.eval", rows]) == 0

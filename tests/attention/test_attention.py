@@ -371,7 +371,7 @@ def test_activation_checkpointing_changes_nothing():
 
 
 def test_the_body_compiles_in_one_graph():
-    model = tiny("llama")
+    model = tiny("llama", num_hidden_layers=2)
     enable(model, "sdpa")
     body = torch.compile(model.base_model, backend="aot_eager", fullgraph=True, dynamic=True)
     for groups in (GROUPS, ((9, (3, 8, 5)), (6, (4, 1)))):

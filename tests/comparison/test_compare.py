@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -21,10 +22,18 @@ from real_fast.comparison.plot import comparison_plot
 from real_fast.comparison.table import ResultRow
 from real_fast.comparison.text import markdown
 from real_fast.errors import NoEvaluationError
+from real_fast.evaluation import metrics
 from real_fast.evaluation.metrics import WITH_INTERVALS, correlations, summarize
 from real_fast.utils.jsonio import write_json, write_jsonl
 
 PROMPTS, EACH = 30, 3
+
+
+@pytest.fixture
+def pearson_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read no other correlation: those of ranks are most of the time of every resample."""
+    for name in ("spearman", "kendall"):
+        monkeypatch.setitem(metrics._TEST, name, lambda _x, _y: SimpleNamespace(statistic=0.5))
 
 
 def predictions(noise: float, seed: int, shift: float = 0.0, data: int = 0, missing: int = 0) -> list[dict[str, Any]]:
@@ -100,7 +109,7 @@ def test_pairing_sees_a_difference_that_the_intervals_hide() -> None:
     assert b.differences["rmse"].value > 0 and b.differences["rmse"].p < 0.05
 
 
-def test_p_values_of_equals_are_spread_over_the_unit_interval() -> None:
+def test_p_values_of_equals_are_spread_over_the_unit_interval(pearson_alone: None) -> None:
     """Under no difference, p below 0.05 must be rare; a bootstrap that is not joint, or doubles nothing, fails here."""
     found = []
     for i in range(60):
@@ -230,7 +239,7 @@ def test_other_rows_are_compared_apart_and_said_so() -> None:
     assert len(notes) == 2 and "63 and 90 rows, 60 ids in common" in notes[0] and notes[1].startswith("c (")
 
 
-def test_the_average_over_benchmarks() -> None:
+def test_the_average_over_benchmarks(pearson_alone: None) -> None:
     def one(method: str, noise: float, seed: int) -> list[Evaluation]:
         return [evaluation(method, predictions(noise, seed, data=d), f"b{d}.jsonl") for d in (0, 1)]
 
@@ -477,7 +486,7 @@ def test_a_seed_without_a_correlation_is_said() -> None:
     assert notes == ["b.jsonl: real has no correlation on seed 1, and so none on average"]
 
 
-def test_the_seeds_of_two_methods_are_drawn_in_pairs() -> None:
+def test_the_seeds_of_two_methods_are_drawn_in_pairs(pearson_alone: None) -> None:
     """Each run a little better than the one that it started from: seen only where the seeds are drawn together."""
     start, after = seeds("start", [0.8, 1.4, 3.0]), seeds("after", [0.3, 0.9, 2.2])
     lines, _ = compare([*start, *after], baseline="start", bootstrap=200)

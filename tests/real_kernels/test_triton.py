@@ -35,7 +35,7 @@ if CUDA:
 TRITON = HeadOptions(impl="triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, D, V: one row; odd everything; D that no depth divides; more than one tile each way.
-SHAPES = [(1, 8, 17), (5, 24, 130), (33, 40, 1003), (70, 72, 331)]
+SHAPES = [(1, 8, 17), (5, 24, 130), (33, 40, 203), (70, 72, 139)]
 
 
 def make(n, d, v, dtype=torch.float32, scale=1.0, seed=0, bias=False):
@@ -395,7 +395,7 @@ def pack32(sequences):
     invalid=st.booleans(),
 )
 def test_real_loss_against_naive(seed, groups, size, options, mode, rows, skip, invalid):
-    sequences, weight, score_ids, values = make_sequences(seed, groups, size, invalid=invalid)
+    sequences, weight, score_ids, values = make_sequences(seed, groups, size, longest=3, invalid=invalid)
     # The same numbers for both: rounded to float32 first.
     with torch.no_grad():
         for s in sequences:

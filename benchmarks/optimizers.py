@@ -2,6 +2,8 @@
 
 ``python -m benchmarks.optimizers`` writes results/optimizers.json, which docs/less-memory.md has its table from. Every
 option trains a model of its own, from the same start, on the same small groups, at the learning rate of RL.
+``python -m benchmarks.optimizers NAME [...]`` runs fp32 AdamW, which errors are to, and the options named; the file's
+other lines stay. A number among the arguments is how many updates are made: other than 100, nothing is written.
 """
 
 from __future__ import annotations
@@ -101,18 +103,26 @@ def train(folder: Path, steps: int, optim: dict[str, Any], train: dict[str, Any]
 
 def main(argv: Sequence[str]) -> None:
     """Run every option, or those named, and write what came out."""
-    steps = int(argv[0]) if argv else STEPS
+    steps = next((int(one) for one in argv if one.isdigit()), STEPS)
+    named = [one for one in argv if not one.isdigit()]
+    if unknown := set(named) - OPTIONS.keys():
+        raise SystemExit(f"no option is called {', '.join(sorted(unknown))}; there are: {'; '.join(OPTIONS)}")
     folder, want = prepare(), torch.empty(0)
-    lines: list[dict[str, Any]] = []
-    for name, (optim, settings) in OPTIONS.items():
+    lines: dict[str, dict[str, Any]] = {}
+    if named and RESULTS.is_file():
+        lines = {line["option"]: line for line in json.loads(RESULTS.read_text(encoding="utf-8"))["options"]}
+    for place, (name, (optim, settings)) in enumerate(OPTIONS.items()):
+        if place and named and name not in named:
+            continue
         moved, loss = train(folder, steps, optim, settings)
         want = want if len(want) else moved
         error = float((moved - want).norm() / want.norm())
         share = float((moved != 0).float().mean())
-        lines.append({"option": name, "error": error, "moved": share, "loss": loss})
-        print(json.dumps(lines[-1]), flush=True)
+        lines[name] = {"option": name, "error": error, "moved": share, "loss": loss}
+        print(json.dumps(lines[name]), flush=True)
         if steps == STEPS:
-            report = {**machine(), "model": "SmolLM2-135M", "steps": steps, "lr": LR, "options": lines}
+            ordered = [lines[option] for option in OPTIONS if option in lines]
+            report = {**machine(), "model": "SmolLM2-135M", "steps": steps, "lr": LR, "options": ordered}
             RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

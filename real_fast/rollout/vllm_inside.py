@@ -28,9 +28,10 @@ def share_one_adapter() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    if getattr(lora_ops, "_shares_one_adapter", False):
+    ops: Any = lora_ops
+    if getattr(ops, "_shares_one_adapter", False):
         return
-    shrink, expand = lora_ops.bgmv_shrink, lora_ops.bgmv_expand_slice
+    shrink, expand = ops.bgmv_shrink, ops.bgmv_expand_slice
 
     def product(inputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return inputs.to(dtype) @ weights.reshape(weights.shape[-2:]).to(dtype).t()
@@ -39,7 +40,8 @@ def share_one_adapter() -> None:
         inputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
     ) -> None:
         if len(weights) != 1:
-            return shrink(inputs, weights, out, indices, scaling)
+            shrink(inputs, weights, out, indices, scaling)
+            return
         found = product(inputs, weights, out.dtype)
         out[:, : found.shape[1]] = scaling * found
 
@@ -48,13 +50,15 @@ def share_one_adapter() -> None:
         add_inputs: bool = True,
     ) -> None:  # fmt: skip
         if len(weights) != 1:
-            return expand(inputs, weights, out, indices, start, size, add_inputs)
+            expand(inputs, weights, out, indices, start, size, add_inputs)
+            return
         found, part = product(inputs, weights, out.dtype)[:, :size], out[:, start : start + size]
         part.copy_(part + found if add_inputs else found)
 
+    module: Any
     for module in (lora_ops, punica_cpu):  # the second has imported the names
         module.bgmv_shrink, module.bgmv_expand_slice = shrunk, expanded
-    lora_ops._shares_one_adapter = True
+    ops._shares_one_adapter = True
 
 
 def spell_no_logprobs(processor: Any) -> None:

@@ -2,6 +2,9 @@
 
 ``python -m benchmarks.optimizers`` writes results/optimizers.json, which docs/less-memory.md has its table from. Every
 option trains a model of its own, from the same start, on the same small groups, at the learning rate of RL.
+``python -m benchmarks.optimizers NAME [...]`` runs fp32 AdamW, which errors are to, and the options named; the file's
+other lines stay. A number among the arguments is how many updates are made: other than 100, nothing is written.
+``python -m benchmarks.optimizers gradients`` compares the gradients of two updates in bf16 with those in fp32.
 """
 
 from __future__ import annotations
@@ -99,20 +102,58 @@ def train(folder: Path, steps: int, optim: dict[str, Any], train: dict[str, Any]
     return weights(policy) - start, loss
 
 
+def gradients(folder: Path, precision: Any) -> Iterator[torch.Tensor]:
+    """[P] of the groups of one update after another, the weights staying as they are."""
+    config = Config(model=str(folder))
+    config.train.precision, config.objective.normalize_std, config.optim.lr = precision, False, 1.0
+    policy, tokenizer = load_policy(config, None).train(), load_tokenizer(config.model)
+    scale = ScoreScale.from_tokenizer(tokenizer, config.scale.values, config.scale.phrase)
+    method = Real(config, lambda _: [], scale)
+    for groups in groups_of(tokenizer, scale):
+        policy.zero_grad()
+        loss_of = method.loss(UpdateCounts.of(groups))
+        with policy.working():
+            for batch in micro_batches(groups, 40, tokenizer.pad_token_id, True):
+                policy(batch, loss_of).loss.backward()
+        yield torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+
+def compare_gradients() -> None:
+    """Print cosine and signs of two updates' gradients, and how far apart AdamW's first steps, their signs, are."""
+    folder = prepare()
+    for _, want, found in zip(range(2), gradients(folder, "fp32"), gradients(folder, "bf16"), strict=False):
+        cosine = float(torch.nn.functional.cosine_similarity(want.double(), found.double(), dim=0))
+        signs, other = want.sign(), found.sign()
+        apart = float((signs - other).norm() / signs.norm())
+        differ = float((signs != other).float().mean())
+        print(json.dumps({"cosine": cosine, "signs that differ": differ, "first step's error": apart}), flush=True)
+
+
 def main(argv: Sequence[str]) -> None:
     """Run every option, or those named, and write what came out."""
-    steps = int(argv[0]) if argv else STEPS
+    if list(argv) == ["gradients"]:
+        compare_gradients()
+        return
+    steps = next((int(one) for one in argv if one.isdigit()), STEPS)
+    named = [one for one in argv if not one.isdigit()]
+    if unknown := set(named) - OPTIONS.keys():
+        raise SystemExit(f"no option is called {', '.join(sorted(unknown))}; there are: {'; '.join(OPTIONS)}")
     folder, want = prepare(), torch.empty(0)
-    lines: list[dict[str, Any]] = []
-    for name, (optim, settings) in OPTIONS.items():
+    lines: dict[str, dict[str, Any]] = {}
+    if named and RESULTS.is_file():
+        lines = {line["option"]: line for line in json.loads(RESULTS.read_text(encoding="utf-8"))["options"]}
+    for place, (name, (optim, settings)) in enumerate(OPTIONS.items()):
+        if place and named and name not in named:
+            continue
         moved, loss = train(folder, steps, optim, settings)
         want = want if len(want) else moved
         error = float((moved - want).norm() / want.norm())
         share = float((moved != 0).float().mean())
-        lines.append({"option": name, "error": error, "moved": share, "loss": loss})
-        print(json.dumps(lines[-1]), flush=True)
+        lines[name] = {"option": name, "error": error, "moved": share, "loss": loss}
+        print(json.dumps(lines[name]), flush=True)
         if steps == STEPS:
-            report = {**machine(), "model": "SmolLM2-135M", "steps": steps, "lr": LR, "options": lines}
+            ordered = [lines[option] for option in OPTIONS if option in lines]
+            report = {**machine(), "model": "SmolLM2-135M", "steps": steps, "lr": LR, "options": ordered}
             RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

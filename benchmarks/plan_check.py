@@ -1,6 +1,7 @@
 """Memory of an update, planned and measured, for every way to train that runs here.
 
 python -m benchmarks.plan_check smollm2-135m FOLDER [...]    each way in a process of its own, into benchmarks.csv
+python -m benchmarks.plan_check MODEL "adapters" [...]       the named ways alone; the table takes the newest of each
 python -m benchmarks.plan_check --one WAY MODEL              one of them, as JSON
 
 A way's peak is that of two updates, of one micro-batch and of two; the weights are counted, the rest is measured above
@@ -128,8 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["--one"]:
         print(json.dumps(measure(*arguments[1:3])))
         return 0
-    ways = [way + again for way in WAYS for again in ("", AGAIN)]
-    return int(not all([record(model, way) for model in arguments or ["smollm2-135m"] for way in ways]))
+    every = [way + again for way in WAYS for again in ("", AGAIN)]
+    ways = [name for name in arguments if name in every] or every
+    models = [name for name in arguments if name not in every] or ["smollm2-135m"]
+    return int(not all([record(model, way) for model in models for way in ways]))
 
 
 def record(model: str, way: str) -> bool:

@@ -89,10 +89,12 @@ def plan_table(lines: Lines) -> str:
     """Peak of an update by way to train, a column of ratios per model: the plan over what was measured."""
     found: dict[str, Metrics] = {}
     where: dict[str, str] = {}
-    for (machine, model, case), ways in newest(lines, "plan").items():
-        ways = {way: v for way, v in ways.items() if way.removesuffix(AGAIN) in WAYS}
-        if ways:
-            found[model], where[model] = ways, f"{model} ({case}; {machine})"
+    # Each way is a process of its own, so the newest measurement of each counts, whatever was measured beside it.
+    for line in lines:
+        model, way = line["model"], line["variant"]
+        if line["suite"] == "plan" and way.removesuffix(AGAIN) in WAYS:
+            found.setdefault(model, {}).setdefault(way, {})[line["metric"]] = float(line["value"])
+            where[model] = f"{model} ({line['case']}; {line['machine']})"
     if not found:
         return "No measurement is kept yet."
     out = [f"| trained | {' | '.join(f'{where[model]}: measured | plan | ratio' for model in found)} |"]

@@ -20,7 +20,13 @@ from real_fast.model.lora import adapter_tensors, merged_tensors, save_adapters
 from real_fast.rollout.adapter_folder import adapter_folder
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.process_state import process_state_kept
-from real_fast.rollout.vllm_inside import held_bytes, lora_settings, repack_tied_heads, spell_no_logprobs
+from real_fast.rollout.vllm_inside import (
+    held_bytes,
+    lora_settings,
+    repack_tied_heads,
+    share_one_adapter,
+    spell_no_logprobs,
+)
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
@@ -131,6 +137,8 @@ class VllmEngine:
         # does not use offset", because a seeded request is to take its random number back.
         on_cpu = current_platform.device_type == "cpu"
         whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+        if on_cpu and lora_rank is not None:
+            share_one_adapter()
         with process_state_kept(), model_alone(model_path) as folder:
             self._llm = vllm.LLM(
                 str(folder),

@@ -20,6 +20,47 @@ def lora_settings(rank: int) -> dict[str, Any]:
     return {"enable_lora": True, "max_lora_rank": largest, "max_loras": 1, "max_cpu_loras": 1}
 
 
+def share_one_adapter() -> None:
+    """Let vLLM's adapters on a CPU multiply by the one that there is; it copies an adapter out for every token.
+
+    With :func:`lora_settings` the stacked weights have one place. With more places, vLLM's own functions are called.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    ops: Any = lora_ops
+    if getattr(ops, "_shares_one_adapter", False):
+        return
+    shrink, expand = ops.bgmv_shrink, ops.bgmv_expand_slice
+
+    def product(inputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return inputs.to(dtype) @ weights.reshape(weights.shape[-2:]).to(dtype).t()
+
+    def shrunk(
+        inputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, scaling: float = 1.0
+    ) -> None:
+        if len(weights) != 1:
+            shrink(inputs, weights, out, indices, scaling)
+            return
+        found = product(inputs, weights, out.dtype)
+        out[:, : found.shape[1]] = scaling * found
+
+    def expanded(
+        inputs: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, indices: torch.Tensor, start: int, size: int,
+        add_inputs: bool = True,
+    ) -> None:  # fmt: skip
+        if len(weights) != 1:
+            expand(inputs, weights, out, indices, start, size, add_inputs)
+            return
+        found, part = product(inputs, weights, out.dtype)[:, :size], out[:, start : start + size]
+        part.copy_(part + found if add_inputs else found)
+
+    module: Any
+    for module in (lora_ops, punica_cpu):  # the second has imported the names
+        module.bgmv_shrink, module.bgmv_expand_slice = shrunk, expanded
+    ops._shares_one_adapter = True
+
+
 def spell_no_logprobs(processor: Any) -> None:
     """Where text is made, vLLM also spells each token whose log-probability it reports, which nobody reads."""
     add_request = processor.add_request

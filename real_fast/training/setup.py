@@ -267,6 +267,8 @@ def _with_adapters(
     model = load_model(str(base), where, dtype, config.trust_remote_code, packed)
     if not packed:
         check_trainable(model)
+    elif half is not None:
+        nf4.answer_in(model, half)
     rounded = rounded_weights(model, half, device)
     for parameter in model.parameters():
         if parameter.is_floating_point():

@@ -360,6 +360,28 @@ def test_a_chain_of_adapters_and_whole_models(whole, golden_model, tmp_path, cap
     torch.testing.assert_close(policy.model(ids).logits, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.e2e
+def test_a_whole_model_then_adapters_then_a_whole_model(golden_model, tmp_path):
+    """Runs chained by init_from: each starts at the weights that the one before ended with."""
+    few = ("--train.steps", "2", "--warmup.steps", "0", "--optim.lr", "1e-2", "--save.every", "1", "--save.keep", "9")
+    start = golden_model
+    ids = torch.arange(4, 30)[None]
+    ends = []
+    for name, more in (("full", ()), ("adapters", ("--train.lora.r", "4")), ("again", ())):
+        run = tmp_path / name
+        assert main(run_flags(golden_model, run, *few, *more, "--init_from", str(start))) == 0
+        begin, end = (
+            load_model(str(f), CPU, torch.float32) for f in (run / "checkpoints" / "step-000000", run / "final")
+        )
+        if ends:
+            torch.testing.assert_close(begin(ids).logits, ends[-1](ids).logits, rtol=1e-4, atol=1e-4)
+        assert (end(ids).logits - begin(ids).logits).abs().max() > 1e-3
+        assert lora.is_adapted(end) == (name == "adapters")
+        ends, start = [*ends, end], run
+    config = json.loads((tmp_path / "adapters" / "final" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((tmp_path / "full" / "final").resolve())
+
+
 def test_folders_that_hold_no_usable_adapter(tiny_llama, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()

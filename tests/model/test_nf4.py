@@ -80,6 +80,32 @@ def test_gradients_are_those_of_the_unpacked_weights_merged(policy, tiny_llama):
     assert len(got) == 2 * 2 * 7
 
 
+def kept_bytes(policy, groups):
+    """What autograd keeps of a forward pass, parameters not counted."""
+    known, seen = {p.untyped_storage()._cdata for p in policy.parameters()}, {}
+    alive = []  # or another tensor could take over a storage's address
+
+    def pack(x):
+        alive.append(x)
+        if x.untyped_storage()._cdata not in known:
+            seen[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        gradients(policy, groups)
+    return sum(seen.values())
+
+
+def test_in_bf16_no_more_is_kept_for_the_backward_pass_than_over_weights_in_16_bits(folder):
+    """bitsandbytes would widen every answer to float32, since what comes out of a norm is."""
+    kept = []
+    for quantization in ("nf4", "none"):
+        config = settings(folder, "bf16")
+        config.train.quantization = quantization
+        kept.append(kept_bytes(load_policy(config, None).train(), make_groups(1, n=1)))
+    assert kept[0] == pytest.approx(kept[1], rel=0.02)
+
+
 def test_sampling_and_training_leave_the_packed_weights_as_they_are(policy, golden_model):
     """On a CPU with bf16 instructions bitsandbytes would pack them anew to sample, and then give no gradient."""
     before, groups = packed(policy.model), make_groups(1, n=1)

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import profile
 
 from real_fast.config import RolloutConfig
 from real_fast.errors import EngineMismatchError
 from real_fast.model.lora import adapters_off, merged_tensors
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
-from real_fast.rollout.vllm_engine import VllmEngine
+from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
+from real_fast.rollout.vllm_inside import share_one_adapter
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
 
@@ -109,3 +111,34 @@ def test_another_base_is_synced_under_adapters(adapted: tuple[VllmEngine, Any]) 
         gap(engine, trainer).raise_if_above(RolloutConfig(), 2, engine.dtype)
     engine.sync_adapters(model)
     gap(engine, trainer).raise_if_above(RolloutConfig(), 3, engine.dtype)
+
+
+def test_one_adapter_for_all_tokens_is_multiplied_by_and_not_copied() -> None:
+    """What vLLM's own functions for a CPU compute, which copy the adapter out for every token."""
+    import_vllm()
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    own = importlib.util.find_spec("vllm.lora.ops.torch_ops.lora_ops")
+    assert own is not None and own.loader is not None
+    plain = importlib.util.module_from_spec(own)
+    own.loader.exec_module(plain)  # unchanged, whatever an engine made of the module that is imported
+    share_one_adapter()
+    torch.manual_seed(0)
+    indices = torch.zeros(7, dtype=torch.long)
+    for places in (1, 2):
+        x, a, b = torch.randn(7, 12), torch.randn(places, 1, 3, 12), torch.randn(places, 1, 5, 3)
+        found, want = torch.zeros(7, 3), torch.zeros(7, 3)
+        punica_cpu.bgmv_shrink(x, a, found, indices, 0.5)
+        plain.bgmv_shrink(x, a, want, indices, 0.5)
+        torch.testing.assert_close(found, want)
+        for add in (True, False):
+            out, expected = torch.ones(7, 9), torch.ones(7, 9)
+            lora_ops.bgmv_expand_slice(found, b, out, indices, 2, 5, add)
+            plain.bgmv_expand_slice(want, b, expected, indices, 2, 5, add)
+            torch.testing.assert_close(out, expected)
+    many = torch.randn(1, 1, 512, 512)
+    with profile(profile_memory=True) as measured:
+        lora_ops.bgmv_shrink(torch.randn(64, 512), many, torch.zeros(64, 512), torch.zeros(64, dtype=torch.long))
+    largest = max(e.nbytes() for e in measured.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert largest <= 2 * many.nbytes  # and not one for each of 64 tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,7 @@ WHERE = {
     "bench-head-plots": "docs/kernels.md",
     "kernels": "docs/kernels.md",
     "measured": "docs/measured.md",
+    "lora": "docs/lora.md",
     "experiment": "docs/methods.md",
     "plan-check": "docs/planning.md",
     "one-gpu": "docs/one-gpu.md",
@@ -90,14 +92,21 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     run.mkdir()
     shutil.copyfile(ROOT / "docs" / "results" / "vicuna.json", run / "summary.json")
     (run / "training.png").write_bytes(b"png")
+    (run / "metrics.jsonl").write_text('{"phase": "warmup"}\n{"phase": "real", "reward": -2.5}\n', encoding="utf-8")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     assert tables.main(["keep", str(run), "mine"]) == 0
     assert "README.md: written" in capsys.readouterr().out and "| mine | vllm |" in readme.read_text("utf-8")
     assert (tmp_path / "docs" / "results" / "mine-training.png").read_bytes() == b"png"
+    assert json.loads((tmp_path / "docs" / "results" / "mine.json").read_text("utf-8"))["rewards"] == [-2.5]
     assert tables.main([]) == 0 and "up to date" in capsys.readouterr().out
     assert tables.main(["keep", str(tmp_path / "gone"), "mine"]) == 2 and "gone" in capsys.readouterr().err
     assert tables.main(["keep"]) == 2
     assert tables.main(["show"]) == 0 and "| reference-style |" in capsys.readouterr().out
+
+
+def test_rewards_by_thirds() -> None:
+    made = run_tables.thirds({"lora-x": {"rewards": [-4.0, -2.0, -2.0, -1.0, -0.5, -1.5, 0.0]}})
+    assert "| lora-x | -3.00 ± 1.00 | -1.17 ± 0.44 | -0.75 ± 0.75 | +2.25 ± 1.25 | -4.00, -2.00," in made
 
 
 def test_a_run_without_a_score_has_dashes() -> None:

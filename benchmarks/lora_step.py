@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def _available() -> int:
 def _in_process(folder: Path, out: Path, engine: str, small: bool, seconds: float) -> list[dict[str, Any]]:
     """The facts of one try; the last is {"what": "done"}, or {"what": "error"} with its "phase" and "error"."""
     file, log = out / "lora-step.jsonl", out / "lora-step.txt"
+    if file.is_file():  # a line that an earlier try was cut off in ends here
+        with file.open("a") as written:
+            written.write("\n")
     before = _facts(file)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("a") as written:
@@ -128,9 +132,9 @@ def _in_process(folder: Path, out: Path, engine: str, small: bool, seconds: floa
         except subprocess.TimeoutExpired:
             ended = f"not done in {seconds:.0f} s"
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # of a process that crashed, what it started is still there
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
     facts = _facts(file)[len(before) :]
     last = facts[-1]["what"] if facts else ""
     if last == "error" or (last == "done" and not ended):
@@ -175,7 +179,7 @@ def peaks(facts: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     for fact in facts:
         for name, (measured, planned) in fact.get("bytes", {}).items():
-            if measured is not None and measured >= found.get(name, (-1.0, 0.0))[0]:
+            if measured is not None and measured >= found.get(name, (float("-inf"), 0.0))[0]:
                 found[name] = (measured, planned)
     return found
 

@@ -279,7 +279,7 @@ class TrainConfig:
         head_gradient: How micro-batches add to the head's gradient, the largest there is: "fused", straight into its
             float32 sum; "autograd", a tensor each. "auto" is fused on a GPU.
         activation_checkpointing: Recompute activations in the backward pass.
-        compile: Compile each layer (torch.compile), once for all lengths, before the run starts: a minute or more.
+        compile: Compile each layer (torch.compile), once for all lengths: a minute or more, mostly before the start.
         liger: Take Liger's kernels for RMSNorm, rotary embedding and SwiGLU, on a GPU.
         device: "auto" takes CUDA where there is one.
         lora: Train adapters (LoRA) and leave the model's own weights as they are; without it, all weights are trained.

@@ -1,11 +1,13 @@
 """``train.compile``: each layer compiled by torch.compile, once for all layers of a kind and all lengths.
 
-Attention stays outside the graphs, as it is: a packed row's segments would be another graph each time. Compiled layers
-are in effect while an update lasts, and sampling with Transformers, whose cache grows at every token, sees none of it.
+A packed row's attention stays outside the graphs, as it is: its segments would be another graph each time. Compiled
+layers are in effect while an update lasts, and sampling with Transformers, whose cache grows at every token, sees none
+of it.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,6 +38,12 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
+@cache
+def _uncompiled() -> Any:
+    """The attention as a call that torch.compile looks not into, the same object each time."""
+    return torch.compiler.disable(attend)
+
+
 class CompiledLayers:
     """A model's layers, compiled where :meth:`on` was called and :meth:`off` was not yet.
 
@@ -61,7 +69,6 @@ class CompiledLayers:
                 f"train.compile does not know the layers of a {model.config.model_type} model (none is Transformers' "
                 "GradientCheckpointingLayer): leave it out"
             )
-        AttentionInterface.register(NAME, torch.compiler.disable(attend))
         # Activation checkpointing comes before this call, and computes what is compiled a second time.
         self._layers: list[tuple[nn.Module, Any]] = [
             (layer, torch.compile(layer._call_impl, dynamic=True, backend=backend)) for layer in layers
@@ -69,11 +76,13 @@ class CompiledLayers:
 
     def on(self) -> None:
         """Compile a layer at its first call of a kind, and run what was compiled."""
+        AttentionInterface.register(NAME, _uncompiled())
         for layer, compiled in self._layers:
             layer._compiled_call_impl = compiled
 
     def off(self) -> None:
         """Run the layers as they are."""
+        AttentionInterface.register(NAME, attend)
         for layer, _ in self._layers:
             layer._compiled_call_impl = None
 

@@ -53,7 +53,11 @@ class LigerLayers:
         change = _change_of(model)
         places = list(_places(model))
         before = [dict(place) for place in places]
-        change()
+        reason: Exception | None = None
+        try:
+            change()
+        except Exception as error:  # Liger's own refusals, of any kind
+            reason = error
         self._changes = [
             (place, name, old.get(name, _ABSENT), new)
             for place, old in zip(places, before, strict=True)
@@ -64,6 +68,11 @@ class LigerLayers:
             (place, name, old) for place, name, old, _ in self._changes
         ]
         self.off()
+        if reason is not None:
+            raise ConfigError(
+                f"train.liger: Liger cannot serve a {model.config.model_type} model "
+                f"({type(reason).__name__}: {reason}): leave it out"
+            ) from reason
 
     def on(self) -> None:
         """Run Liger's kernels; :meth:`off` gives back what is there now."""

@@ -112,12 +112,14 @@ class Policy(nn.Module):
             }
         if self.faster is not None:
             self.faster.on()  # to the step's end, since the backward pass may compute layers again
-        with self.autocast():
-            hidden = body_of(self.model)(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
-            ).last_hidden_state
-        if self.faster is not None and not torch.is_grad_enabled():
-            self.faster.off()
+        try:
+            with self.autocast():
+                hidden = body_of(self.model)(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **inputs
+                ).last_hidden_state
+        finally:
+            if self.faster is not None and not torch.is_grad_enabled():
+                self.faster.off()
         # Looked at in each call, as an adapter may have come to the head since.
         weight = plain_head(self.model).weight
         if self.work is not None and (copy := self.work.head()) is not None:

@@ -59,7 +59,10 @@ def sizes(config: Any) -> dict[str, Any]:
     for mode, counted in list(kept.items()):  # an adapter's own activations are the same
         precision, _, what = mode.partition(" ")
         weights = torch.bfloat16 if what == "weights" else torch.float32
-        with_it = _kept(config, precision, weights, rank=8 if what == "adapters" else 0, liger=True)
+        try:
+            with_it = _kept(config, precision, weights, rank=8 if what == "adapters" else 0, liger=True)
+        except (TypeError, RuntimeError):  # layers of another make than those that Liger has kernels for
+            break
         own = {"layer": with_it["layer"] - 8 * counted["rank"], "rank": counted["rank"]} if "rank" in counted else {}
         kept[f"{mode} liger"] = with_it | own
     return {

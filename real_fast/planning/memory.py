@@ -116,7 +116,8 @@ class Training:
     def mode(self) -> str:
         """Under which activations are counted."""
         adapters, weights = " adapters" * bool(self.rank), " weights" * (self.weights == "bf16" and not self.rank)
-        return self.precision + adapters + weights + " liger" * self.liger
+        precision = "bf16" if weights else self.precision
+        return precision + adapters + weights + " liger" * self.liger
 
     def adapters(self, sizes: ModelSizes) -> int:
         """Parameters of the adapters."""
@@ -194,7 +195,7 @@ def update_memory(
     copies = _copies(sizes, t, adapters)
     if gpus > 1:
         copies = width * (2 * sizes.layer + sizes.head)
-    kept = sizes.kept[t.mode]
+    kept = sizes.kept.get(t.mode) or sizes.kept[t.mode.removesuffix(" liger")]  # where Liger has no kernels
     layer = (kept.layer + kept.rank * t.rank) * tokens + width * sizes.kv_width * repeated_keys
     activations = sizes.layers * kept.boundary * tokens + layer if checkpointing else sizes.layers * layer
     return UpdateMemory(

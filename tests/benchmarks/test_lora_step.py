@@ -177,8 +177,20 @@ def test_what_was_measured_before_the_end_is_kept() -> None:
 
 
 def test_the_highest_peak_counts_with_its_own_plan() -> None:
-    facts = [{"bytes": {"a": [5, 6], "b": [None, 1]}}, {"bytes": {"a": [7, 8]}}, {"bytes": {"a": [6, 9]}}, {}]
-    assert lora_step.peaks(facts) == {"a": (7, 8)}
+    facts = [{"bytes": {"a": [5, 6], "b": [None, 1], "c": [-9, 1]}}, {"bytes": {"a": [7, 8]}}, {"bytes": {"a": [6, 9]}}]
+    assert lora_step.peaks([*facts, {}]) == {"a": (7, 8), "c": (-9, 1)}
+
+
+def test_what_a_crashed_process_started_ends_with_it(
+    results: Path, without_vllm: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = results / "pid"
+    start = "import subprocess; p = subprocess.Popen(['sleep', '60'])"
+    code = f"{start}; open({str(pid)!r}, 'w').write(str(p.pid)); os.abort()"
+    monkeypatch.setattr(lora_step, "command", ends_by(code))
+    assert lora_step.run(results, small=True, seconds=30) == 1
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_where_vllm_fails_transformers_is_tried(

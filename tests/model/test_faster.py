@@ -12,6 +12,8 @@ from transformers import (
     AttentionInterface,
     GemmaConfig,
     GemmaForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     Qwen3Config,
@@ -22,11 +24,13 @@ from transformers import (
 
 from real_fast.attention.interface import NAME, attend
 from real_fast.batching.micro_batches import micro_batches
-from real_fast.config import Config
+from real_fast.config import Config, LoraConfig
 from real_fast.errors import ConfigError
 from real_fast.model import liger
 from real_fast.model.compiled import CompiledLayers, check_compiler
 from real_fast.model.liger import LigerLayers
+from real_fast.model.lora import add_adapters
+from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
 from real_fast.train import main
@@ -50,9 +54,9 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def attention_is_given_back():
+def nothing_compiled_is_left():
     yield
-    AttentionInterface.register(NAME, attend)
+    assert AttentionInterface()[NAME] is attend
     torch._dynamo.reset()
 
 
@@ -62,7 +66,14 @@ def gradients(policy, batch):
     with policy.working():
         out = policy(batch, lambda hidden, weight, batch: (hidden @ weight.T).float().tanh().mean())
         out.backward()
-    return {name: p.grad.clone() for name, p in policy.model.named_parameters()}
+    return {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def nonzero(model):
+    """Adapters that change something, as behind an update."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
 
 
 def same(found, want, bound=1e-5):
@@ -156,23 +167,36 @@ class Wrong:
     def forward(self, x):
         out = type(self.layer.mlp).forward(self.layer.mlp, x)
         if self.what == "fails":
-            raise RuntimeError("no kernel image\nis available")
+            try:
+                raise AssertionError("cc1plus: in f.cpp\nf.cpp:1: fatal error: Python.h: No such file\n")
+            except AssertionError as error:
+                raise RuntimeError("backend='x' raised:\nmore") from error
+        if self.what == "says nothing":
+            raise OSError("")
         if self.what == "gradients":
             return out.detach()
         return 1.1 * out if self.what == "hidden states" else out
 
 
-@pytest.mark.parametrize("what", ["hidden states", "gradients", "fails", "right"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_what_computes_something_else_is_refused(tiny_llama, what, shared):
+@pytest.mark.parametrize("what", ["hidden states", "gradients", "fails", "says nothing", "right"])
+@pytest.mark.parametrize("kind", ["shared", "padded", "fused head", "all on the host", "adapters"])
+def test_what_computes_something_else_is_refused(tiny_llama, what, kind):
+    """And nothing is left behind: no gradient, no mode, no other layers."""
     model = tiny_llama(initializer_range=0.3)
-    policy = Policy(model, attention="sdpa" if shared else None)
+    work = None
+    if kind == "adapters":
+        add_adapters(model, LoraConfig(r=4), "base")
+        nonzero(model)
+    elif kind not in ("shared", "padded"):
+        work = WorkingWeights(model, CPU, None, kind == "all on the host", fused_head=True)
+    policy = Policy(model, None, None if kind == "padded" else "sdpa", work)
     policy.faster = Wrong(model, what)
     if what == "right":
         check_faster(policy, 0)
     else:
         message = {
-            "fails": r"train\.wrong does not work for this model \(no kernel image\): leave it out",
+            "fails": r"does not work for this model on this machine \(AssertionError: f\.cpp:1: fatal error: Python\.h",
+            "says nothing": r"train\.wrong does not work .* \(OSError: no reason given\): leave it out",
             "hidden states": r"train\.wrong changes this model's hidden states by 0\.",
             "gradients": r"train\.wrong changes this model's gradients by [01]",
         }
@@ -180,6 +204,33 @@ def test_what_computes_something_else_is_refused(tiny_llama, what, shared):
             check_faster(policy, 0)
     assert all(p.grad is None for p in model.parameters()) and not model.training
     assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+def test_an_interrupted_reference_leaves_the_models_own_layers(tiny_llama):
+    model = tiny_llama(layers=1)
+    policy = Policy(model, attention="sdpa")
+    policy.faster = Wrong(model, "fails")
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        policy(batches()[0], lambda hidden, weight, batch: hidden)
+    assert "forward" not in vars(model.model.layers[0].mlp)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("what", ["adapters", "working weights"])
+def test_compiled_layers_serve_adapters_and_working_weights(tiny_llama, what, checkpointing):
+    model, work = tiny_llama(), None
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if what == "adapters":
+        add_adapters(model, LoraConfig(r=4), "base")
+        nonzero(model)
+    else:
+        work = WorkingWeights(model, CPU, torch.bfloat16, fused_head=False)
+    policy = Policy(model, None if work is None else torch.bfloat16, "sdpa", work)
+    want = [gradients(policy, batch) for batch in batches()[:2]]
+    policy.faster = CompiledLayers(model, "eager")
+    for batch, expected in zip(batches()[:2], want, strict=True):
+        same(gradients(policy, batch), expected)
 
 
 def test_a_run_with_compiled_layers_is_the_run_without(tiny_judge, tmp_path, monkeypatch):
@@ -228,10 +279,16 @@ def test_both_at_once_are_refused():
         settled(config).validate()
 
 
-@pytest.mark.parametrize(("kind", "shared"), [("llama", False), ("qwen3", True)])
-def test_liger_has_the_models_gradients(tiny_llama, interpreted_liger, kind, shared):
+@pytest.mark.parametrize(
+    ("kind", "shared", "adapters"), [("llama", False, False), ("qwen3", True, False), ("llama", True, True)]
+)
+def test_liger_has_the_models_gradients(tiny_llama, interpreted_liger, kind, shared, adapters):
     """In fp32: the interpreter knows no arithmetic in bf16."""
     model = tiny_llama(layers=1) if kind == "llama" else Qwen3ForCausalLM(Qwen3Config(**SMALL))
+    if adapters:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        add_adapters(model, LoraConfig(r=4), "base")
+        nonzero(model)
     policy = Policy(model, attention="sdpa" if shared else None)
     batch = batches(shared, n=1, k=2)[0]
     want = gradients(policy, batch)
@@ -283,6 +340,12 @@ def test_where_liger_cannot_serve_is_named(monkeypatch):
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=64, bos_token_id=1, eos_token_id=2))
     with pytest.raises(ConfigError, match=r"Liger has no kernels for a gpt2 model, but for .*qwen3"):
         LigerLayers(model)
+    glm = Glm4ForCausalLM(Glm4Config(**SMALL))
+    module, norm = sys.modules[type(glm).__module__], glm.model.norm
+    before, own = dict(vars(module)), dict(vars(norm))
+    with pytest.raises(ConfigError, match=r"Liger cannot serve a glm4 model \(NotImplementedError: .*\): leave it out"):
+        LigerLayers(glm)
+    assert vars(module) == before and vars(norm) == own
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers.monkey_patch", None)
     with pytest.raises(ConfigError, match=r"needs liger-kernel, .*pip install 'real-fast\[liger\]'"):
         liger.import_liger(torch.device("cuda"))

@@ -406,6 +406,13 @@ def test_a_micro_batch_below_one_group_does_not_fit(capsys):
     assert "one group takes 6192 tokens, and train.micro_batch_tokens is 1000" in last
 
 
+def test_weights_in_bf16_count_as_such_whatever_the_products(capsys):
+    """Training refuses it; the plan has no traceback for it."""
+    flags = ["--gpu_memory", "80", "--train.weights", "bf16", "--train.precision", "fp32"]
+    assert main(["--model", "Qwen/Qwen3-0.6B", *flags]) == 0
+    assert Training(precision="fp32", weights="bf16").mode == "bf16 weights"
+
+
 def test_liger_keeps_what_is_counted_for_it(tiny_llama, interpreted_liger):
     """Bytes a token that wait for the backward pass, in fp32: the interpreter knows no bf16."""
     model = tiny_llama(layers=2)

@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
-from torch.utils._triton import has_triton
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -25,6 +22,11 @@ from real_fast.model.experts import is_mixture
 
 def check_compiler(device: torch.device) -> None:
     """Refuse a device that nothing can be compiled for here. Raises :class:`ConfigError`."""
+    # Private names of PyTorch's: whoever does not compile does not depend on them.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
     if device.type == "cuda":
         if not has_triton():
             raise ConfigError("train.compile needs Triton on a GPU, which is not installed or does not know this GPU")

@@ -256,7 +256,7 @@ def test_a_machine_that_cannot_compile_is_named(monkeypatch):
     getattr(cpp_builder.cpp_compiler_search, "cache_clear", lambda: None)()
     with pytest.raises(ConfigError, match=r"train\.compile needs a C\+\+ compiler on a CPU, .*: install g\+\+"):
         check_compiler(CPU)
-    monkeypatch.setattr("real_fast.model.compiled.has_triton", lambda: False)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(ConfigError, match=r"train\.compile needs Triton on a GPU"):
         check_compiler(torch.device("cuda"))
 

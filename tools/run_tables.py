@@ -14,6 +14,7 @@ def keep(run: Path, name: str, results: Path) -> None:
     """Copy what a table or a page shows of a run to `results`, under this name."""
     results.mkdir(exist_ok=True)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary["model"] = Path(summary["model"]).name  # not where it lay on this machine
     if (run / "metrics.jsonl").is_file():  # a summary alone has the first and the last updates' rewards
         lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         summary["rewards"] = [m["reward"] for m in lines if m["phase"] == summary["method"]]

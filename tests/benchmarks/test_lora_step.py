@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,7 +191,10 @@ def test_what_a_crashed_process_started_ends_with_it(
     monkeypatch.setattr(lora_step, "command", ends_by(code))
     assert lora_step.run(results, small=True, seconds=30) == 1
     state = Path(f"/proc/{pid.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    end = time.monotonic() + 10  # it was killed, and dies when it is next looked at
+    while (alive := state.exists() and state.read_text().split()[2] != "Z") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive
 
 
 def test_where_vllm_fails_transformers_is_tried(

@@ -7,6 +7,7 @@ of it.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,10 @@ from real_fast.model.experts import is_mixture
 
 def check_compiler(device: torch.device) -> None:
     """Refuse a device that nothing can be compiled for here. Raises :class:`ConfigError`."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise ConfigError(
+            "train.compile is on, and TORCHDYNAMO_DISABLE=1 switches torch.compile off: unset one"
+        )
     # Private names of PyTorch's: whoever does not compile does not depend on them.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
@@ -34,6 +39,11 @@ def check_compiler(device: torch.device) -> None:
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
+        if named := os.environ.get("CXX"):
+            raise ConfigError(
+                f"train.compile needs a C++ compiler on a CPU, and CXX is {named!r}, which is none that runs: unset "
+                "CXX or name another, or leave train.compile out"
+            ) from error
         raise ConfigError(
             "train.compile needs a C++ compiler on a CPU, and none was found: install g++ (or name one in CXX), or "
             "leave train.compile out"

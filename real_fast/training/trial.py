@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 
 import torch
@@ -61,12 +62,16 @@ def check_faster(policy: Policy, pad_id: int) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """One line of the innermost cause: a compiler's message where there is one."""
-    while (inner := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in lines if "error:" in line), lines[0] if lines else "no reason given")
-    return f"{type(error).__name__}: {said}"
+    """One line: a compiler's message where there is one among the causes, else the innermost of them."""
+    causes = [error]
+    while (inner := causes[-1].__cause__ or getattr(causes[-1], "inner_exception", None)) is not None:
+        causes.append(inner)
+    for cause in reversed(causes):
+        for line in str(cause).splitlines():
+            if "error:" in line and not isinstance(cause, subprocess.CalledProcessError):  # whose text is the command
+                return f"{type(cause).__name__}: {line.strip()[:300]}"
+    said = str(causes[-1]).strip().splitlines() or ["no reason given"]
+    return f"{type(causes[-1]).__name__}: {said[0][:300]}"
 
 
 def _groups(vocabulary: int) -> list[Group]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -167,10 +168,11 @@ class Wrong:
     def forward(self, x):
         out = type(self.layer.mlp).forward(self.layer.mlp, x)
         if self.what == "fails":
-            try:
-                raise AssertionError("cc1plus: in f.cpp\nf.cpp:1: fatal error: Python.h: No such file\n")
-            except AssertionError as error:
-                raise RuntimeError("backend='x' raised:\nmore") from error
+            # As torch.compile does: the innermost cause is a command's end, and the one around it has what was said.
+            end = subprocess.CalledProcessError(1, ["g++", "-error:", "f.cpp"])
+            said = AssertionError("cc1plus: in f.cpp\nf.cpp:1: fatal error: Python.h: No such file\n")
+            said.__cause__ = end
+            raise RuntimeError("backend='x' raised:\nmore") from said
         if self.what == "says nothing":
             raise OSError("")
         if self.what == "gradients":
@@ -254,8 +256,16 @@ def test_a_machine_that_cannot_compile_is_named(monkeypatch):
     cpp_builder = importlib.import_module("torch._inductor.cpp_builder")
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
     getattr(cpp_builder.cpp_compiler_search, "cache_clear", lambda: None)()
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ConfigError, match=r"train\.compile needs a C\+\+ compiler on a CPU, .*: install g\+\+"):
         check_compiler(CPU)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"CXX is 'no-such-compiler', which is none that runs: unset CXX"):
+        check_compiler(CPU)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(ConfigError, match=r"TORCHDYNAMO_DISABLE=1 switches torch\.compile off"):
+        check_compiler(CPU)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     with pytest.raises(ConfigError, match=r"train\.compile needs Triton on a GPU"):
         check_compiler(torch.device("cuda"))

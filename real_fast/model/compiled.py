@@ -24,9 +24,7 @@ from real_fast.model.experts import is_mixture
 def check_compiler(device: torch.device) -> None:
     """Refuse a device that nothing can be compiled for here. Raises :class:`ConfigError`."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        raise ConfigError(
-            "train.compile is on, and TORCHDYNAMO_DISABLE=1 switches torch.compile off: unset one"
-        )
+        raise ConfigError("train.compile is on, and TORCHDYNAMO_DISABLE=1 switches torch.compile off: unset one")
     # Private names of PyTorch's: whoever does not compile does not depend on them.
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

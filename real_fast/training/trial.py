@@ -11,7 +11,6 @@ import torch
 from real_fast.batching.micro_batches import micro_batches
 from real_fast.errors import ConfigError
 from real_fast.model.policy import Policy
-from real_fast.runs.progress import show
 from real_fast.types import Batch, Group, Rollout
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,6 @@ def check_faster(policy: Policy, pad_id: int) -> None:
     policy.faster = None
     want = _states_and_gradient(policy, batch)
     policy.faster, start = faster, time.monotonic()
-    show(f"{faster.name}: trying the layers")
     try:
         found = _states_and_gradient(policy, batch)
     except torch.OutOfMemoryError:

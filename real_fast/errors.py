@@ -73,6 +73,10 @@ class NoEvaluationError(UserError, ValueError):
     """Nothing to compare. The message says where was looked and for what."""
 
 
+class ElsewhereError(UserError, RuntimeError):
+    """Another rank of a run failed, and says why; this one stops with it."""
+
+
 class GradeError(UserError, ValueError):
     """A request that cannot be graded; the message says what is missing or wrong."""
 
@@ -105,7 +109,8 @@ def run_command(
     except expected as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

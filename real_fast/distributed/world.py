@@ -1,14 +1,21 @@
-"""The processes of a run. There is one for now; what several would have to agree on goes through here already."""
+"""The processes of a run (ranks), and what they must agree on: one process, or those that torchrun started."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 
 class World(Protocol):
-    """What a trainer needs to know of, and from, the other processes."""
+    """What a trainer needs to know of, and from, the other processes.
+
+    Every method but the properties is a collective one: all processes call it, in the same order.
+    """
 
     rank: int
     size: int
@@ -28,6 +35,21 @@ class World(Protocol):
 
     def max(self, count: int) -> int:
         """The largest of the processes' counts: each runs as many micro-batches as that."""
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of their ranks; tensors in it must be on the CPU."""
+
+    def main(self, value: T) -> T:
+        """The main process's value, on all."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """All get to the end of what is inside, or none: an error on one of them is raised on all.
+
+        Inside, nothing may wait for another process.
+        """
+
+    def add_up(self, tensors: list[torch.Tensor]) -> None:
+        """Add up tensors (in place) over all processes, such as the gradients of weights that each of them has."""
 
 
 class OneProcess:
@@ -52,6 +74,22 @@ class OneProcess:
     def max(self, count: int) -> int:
         """The count as it is."""
         return count
+
+    def gather(self, value: T) -> list[T]:
+        """The one value."""
+        return [value]
+
+    def main(self, value: T) -> T:
+        """The value as it is."""
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Errors are what they are."""
+        yield
+
+    def add_up(self, tensors: list[torch.Tensor]) -> None:
+        """The tensors stay as they are."""
 
 
 ALONE = OneProcess()

@@ -1,0 +1,196 @@
+"""The processes that torchrun started, over torch.distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from real_fast.distributed.world import ALONE, World
+from real_fast.errors import ConfigError, ElsewhereError, UserError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A rank waits for the slowest of an update's rollouts, or of an evaluation's.
+_PATIENCE = timedelta(hours=1)
+# Launchers that start several processes without torchrun's variables, by what they say of their number.
+_OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+class Ranks:
+    """A :class:`real_fast.distributed.world.World` of several processes; see :func:`joined`.
+
+    Objects, counts and flags go over gloo, and so through the host's memory, whatever the device; they are pickled
+    between the run's own processes. Weights and gradients go over NCCL on GPUs.
+
+    Args:
+        device: Where this process computes.
+        replicas: Of the sharded model (HSDP): each is spread over size / replicas consecutive ranks.
+    """
+
+    def __init__(self, device: torch.device, replicas: int = 1) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.device = device
+        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.mesh = mesh_of(device.type, self.size, replicas)
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 is."""
+        return self.rank == 0
+
+    def sum(self, counts: T) -> T:
+        """A dataclass of counts, added up."""
+        names = [field.name for field in dataclasses.fields(counts)]  # type: ignore[arg-type]
+        found = torch.tensor([getattr(counts, name) for name in names], dtype=torch.int64)
+        dist.all_reduce(found, group=self._control)
+        return type(counts)(**dict(zip(names, found.tolist(), strict=True)))
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is so everywhere."""
+        return self._reduced(int(flag), dist.ReduceOp.MIN) == 1
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so somewhere."""
+        return self._reduced(int(flag), dist.ReduceOp.MAX) == 1
+
+    def max(self, count: int) -> int:
+        """The largest count."""
+        return self._reduced(count, dist.ReduceOp.MAX)
+
+    def _reduced(self, number: int, how: Any) -> int:
+        found = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(found, how, group=self._control)
+        return int(found)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def main(self, value: T) -> T:
+        """Rank 0's value."""
+        found = [value]
+        dist.broadcast_object_list(found, src=0, group=self._control)
+        return found[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error on one is raised on all: there as it is, elsewhere as :class:`ElsewhereError`."""
+        raised: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            raised = error
+        said = self.gather(None if raised is None else _said(raised))
+        failed = [rank for rank, one in enumerate(said) if one]
+        if raised is not None and self.rank == failed[0]:
+            raise raised
+        if failed:
+            raise ElsewhereError(f"rank {failed[0]} failed: {said[failed[0]]}") from raised
+
+    def add_up(self, tensors: list[torch.Tensor]) -> None:
+        """Sums over all ranks, by one message for each dtype."""
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            some = [tensor for tensor in tensors if tensor.dtype == dtype]
+            flat = torch.cat([tensor.flatten() for tensor in some])
+            dist.all_reduce(flat)
+            for tensor, part in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
+def mesh_of(device: str, size: int, replicas: int) -> DeviceMesh:
+    """The ranks in a line, or (replicas, ranks of one): those of a replica are consecutive, a node's if it has as many.
+
+    Raises:
+        ConfigError: The ranks cannot be shared out evenly.
+    """
+    if size % replicas:
+        raise ConfigError(f"train.replicas is {replicas}, and {size} ranks cannot be shared out among as many")
+    if replicas == 1:
+        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def joined(device: str, replicas: int = 1) -> Iterator[World]:
+    """The world of a command: alone, or the ranks of the torchrun that started it, whose group ends behind the ``with``.
+
+    Where torch.distributed has been set up already, that group is taken, and left as it is.
+
+    Args:
+        device: ``train.device``.
+        replicas: ``train.replicas``.
+
+    Raises:
+        ConfigError: A launch that cannot work.
+    """
+    size = launched()
+    if size == 1:
+        if replicas > 1:
+            raise ConfigError(
+                f"train.replicas is {replicas}, and this is one process: start the ranks with torchrun "
+                "--nproc-per-node N -m real_fast.train ..., or leave it out"
+            )
+        yield ALONE
+        return
+    own = not dist.is_initialized()
+    place = _device(device)
+    if own:
+        backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield Ranks(place, replicas)
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def launched() -> int:
+    """How many ranks a launcher started. Raises :class:`ConfigError` for a launch that is not torchrun's, or a part."""
+    known = [name for name in _VARIABLES if name in os.environ]
+    if "WORLD_SIZE" not in known or "RANK" not in known:
+        for name, launcher in _OTHERS.items():
+            if os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1:
+                raise ConfigError(
+                    f"{launcher} started {os.environ[name]} processes ({name}) without torchrun's variables, and each "
+                    "would be a run of its own in the same folder: let it start one torchrun a node "
+                    "(docs/scaling.md), or one process"
+                )
+        return 1
+    size = int(os.environ["WORLD_SIZE"])
+    if size > 1 and (missing := [name for name in _VARIABLES if name not in known]):
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, and {', '.join(missing)} is not set: start the ranks with torchrun "
+            "--nproc-per-node N -m real_fast.train ..."
+        )
+    return size
+
+
+def _device(wanted: str) -> torch.device:
+    """This rank's device; of a GPU, it becomes torch's current one. Raises :class:`ConfigError`."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, local = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if here > torch.cuda.device_count():
+        raise ConfigError(
+            f"torchrun started {here} ranks on this machine, and it has {torch.cuda.device_count()} GPUs that this "
+            "process sees (CUDA_VISIBLE_DEVICES): give --nproc-per-node as many, or set train.device to cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)

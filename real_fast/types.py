@@ -80,6 +80,7 @@ class SamplingParams:
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
         alone: Every prompt is sampled as the first of a call is, so that its samples do not depend on the others.
         scores: Whether somebody reads the score log-probabilities; without, an engine may leave them out.
+        places: The prompts' places, where a call gets some of the prompts of a larger one; None for 0, 1, 2, ...
     """
 
     n: int
@@ -90,10 +91,13 @@ class SamplingParams:
     seed: int = 0
     alone: bool = False
     scores: bool = True
+    places: tuple[int, ...] | None = None
 
     def place(self, prompt: int) -> int:
         """The place that a prompt's samples are a function of, for the one at `prompt` in its call."""
-        return 0 if self.alone else prompt
+        if self.alone:
+            return 0
+        return prompt if self.places is None else self.places[prompt]
 
 
 @dataclass
@@ -206,6 +210,7 @@ class Batch:
         ending: [N] bool, targets behind a score, which end a given answer.
         ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where not
             asked for.
+        placeholder: Whether it holds no group, and only keeps step with the micro-batches of other ranks.
     """
 
     input_ids: torch.Tensor
@@ -223,6 +228,7 @@ class Batch:
     outcome: torch.Tensor
     ending: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
+    placeholder: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""

@@ -84,6 +84,7 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         engine_score_logprobs=_engine_score_logprobs([rollout for _, rollout in pairs]),
         ending=ending,
         outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
+        placeholder=groups[0].index < 0,
     )
 
 

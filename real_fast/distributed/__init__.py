@@ -1,4 +1,1 @@
-"""The processes of a run, and what they must agree on.
-
-There is one process for now; nothing else here may assume so.
-"""
+"""The processes of a run: what they must agree on, and how a model is spread over them."""

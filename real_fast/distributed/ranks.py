@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -49,29 +48,18 @@ class Ranks:
         """Rank 0 is."""
         return self.rank == 0
 
-    def sum(self, counts: T) -> T:
-        """A dataclass of counts, added up."""
-        names = [field.name for field in dataclasses.fields(counts)]  # type: ignore[arg-type]
-        found = torch.tensor([getattr(counts, name) for name in names], dtype=torch.int64)
-        dist.all_reduce(found, group=self._control)
-        return type(counts)(**dict(zip(names, found.tolist(), strict=True)))
-
     def all(self, flag: bool) -> bool:
         """Whether it is so everywhere."""
-        return self._reduced(int(flag), dist.ReduceOp.MIN) == 1
+        return self._reduced(flag, dist.ReduceOp.MIN)
 
     def any(self, flag: bool) -> bool:
         """Whether it is so somewhere."""
-        return self._reduced(int(flag), dist.ReduceOp.MAX) == 1
+        return self._reduced(flag, dist.ReduceOp.MAX)
 
-    def max(self, count: int) -> int:
-        """The largest count."""
-        return self._reduced(count, dist.ReduceOp.MAX)
-
-    def _reduced(self, number: int, how: Any) -> int:
-        found = torch.tensor(number, dtype=torch.int64)
+    def _reduced(self, flag: bool, how: Any) -> bool:
+        found = torch.tensor(int(flag))
         dist.all_reduce(found, how, group=self._control)
-        return int(found)
+        return bool(found)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value."""

@@ -24,17 +24,11 @@ class World(Protocol):
     def is_main(self) -> bool:
         """Whether this process writes the run's folder and talks to people."""
 
-    def sum(self, counts: T) -> T:
-        """A dataclass of counts, added up over all processes."""
-
     def all(self, flag: bool) -> bool:
         """Whether it is so on every process: all take the same decision, at the same step."""
 
     def any(self, flag: bool) -> bool:
         """Whether it is so on one process at least, such as a signal to stop."""
-
-    def max(self, count: int) -> int:
-        """The largest of the processes' counts: each runs as many micro-batches as that."""
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in the order of their ranks; tensors in it must be on the CPU."""
@@ -59,10 +53,6 @@ class OneProcess:
     size = 1
     is_main = True
 
-    def sum(self, counts: T) -> T:
-        """The counts as they are."""
-        return counts
-
     def all(self, flag: bool) -> bool:
         """The flag as it is."""
         return flag
@@ -70,10 +60,6 @@ class OneProcess:
     def any(self, flag: bool) -> bool:
         """The flag as it is."""
         return flag
-
-    def max(self, count: int) -> int:
-        """The count as it is."""
-        return count
 
     def gather(self, value: T) -> list[T]:
         """The one value."""

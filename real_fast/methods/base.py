@@ -11,7 +11,6 @@ import torch
 
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset
-from real_fast.distributed.world import ALONE, World
 from real_fast.model.policy import Policy
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
@@ -32,11 +31,10 @@ class UpdateCounts:
     tokens: int
 
     @classmethod
-    def of(cls, groups: Sequence[Group], world: World = ALONE) -> UpdateCounts:
-        """Count rollouts with a score and their sampled tokens, over all processes."""
+    def of(cls, groups: Sequence[Group]) -> UpdateCounts:
+        """Count rollouts with a score and their sampled tokens, in all groups of an update, whoever trains on them."""
         valid = [r for g in groups for r in g.rollouts if r.has_score]
-        counts = world.sum(cls(len(valid), sum(len(r.targets) for r in valid)))
-        return cls(max(counts.rollouts, 1), max(counts.tokens, 1))
+        return cls(max(len(valid), 1), max(sum(len(r.targets) for r in valid), 1))
 
 
 @dataclass

@@ -170,7 +170,7 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         device, dtype = hidden.device, compute_dtype(hidden)
         head = HeadOptions(validate=not hidden.is_cuda)
-        values, labels = scale.values_tensor(device).to(dtype), batch.labels.to(dtype)
+        values, labels, valid = scale.values_tensor(device).to(dtype), batch.labels.to(dtype), batch.rollout_valid
         logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), head=head)
         y_hat = expected_score(logp, values, renormalize)
         logprobs = torch.full(batch.targets.shape, float("nan"), device=device, dtype=dtype)
@@ -186,10 +186,10 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
             total, parts["end"] = total + end, end.detach()
         if weights.score:
             q = label_weights(labels, values, validate=head.validate)
-            score = -weights.score * (q * logp).sum() / count
+            score = -weights.score * torch.where(valid[:, None], q * logp, 0.0).sum() / count
             total, parts["score"] = total + score, score.detach()
         if weights.squared_error:
-            squared = weights.squared_error * ((y_hat - labels) ** 2).sum() / counts.rollouts
+            squared = weights.squared_error * torch.where(valid, (y_hat - labels) ** 2, 0.0).sum() / counts.rollouts
             total, parts["squared_error"] = total + squared, squared.detach()
         computed = batch.ending & bool(weights.end) | bool(weights.feedback)
         return LossOutput(total, logp.detach(), y_hat.detach(), logprobs, computed, parts)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from real_fast.config import LoraConfig
+from real_fast.distributed.shard import whole
 from real_fast.errors import ConfigError, ModelError
 from real_fast.model import nf4
 from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
@@ -205,7 +206,7 @@ def merged_tensors(
     for name, parameter in model.named_parameters():
         if name in adapters:
             continue
-        tensor = nf4.unpacked(parameter) if nf4.is_packed(parameter) else parameter.detach()
+        tensor = nf4.unpacked(parameter) if nf4.is_packed(parameter) else whole(parameter)
         owner, _, last = name.rpartition(".")
         layer = layers.get(owner.removesuffix(".base_layer"))
         if layer is not None:

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from real_fast.distributed.shard import whole
 from real_fast.model.lora import is_adapted
 from real_fast.types import Rollout, SamplingParams
 
@@ -17,11 +19,13 @@ class RolloutEngine(Protocol):
     Attributes:
         name: For logs and reports.
         dtype: What the body of its model computes in.
+        takes: Dtype that it keeps weights in: no more of the trainer's digits than that are sent to it.
         held_bytes: Memory that it keeps while it is awake, weights that are not the trainer's and cache.
     """
 
     name: str
     dtype: torch.dtype
+    takes: torch.dtype
     held_bytes: int
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
@@ -43,10 +47,15 @@ class RolloutEngine(Protocol):
 def publish(engine: RolloutEngine, model: Any) -> None:
     """Hand the trainer's weights to an engine; of a model with adapters (:mod:`real_fast.model.lora`) these alone.
 
+    Weights that are spread over ranks are made whole one after the other; all ranks call this.
+
     Raises:
         ValueError: The engine has another model.
     """
     if is_adapted(model):
         engine.sync_adapters(model)
     else:
-        engine.sync((name, parameter.detach()) for name, parameter in model.named_parameters())
+        engine.sync(
+            (name, whole(parameter, engine.takes) if isinstance(parameter, DTensor) else parameter.detach())
+            for name, parameter in model.named_parameters()
+        )

@@ -86,6 +86,7 @@ class TransformersEngine:
         self.scale = scale
         self.max_num_seqs = max_num_seqs
         self.dtype = model.dtype if dtype is None else dtype
+        self.takes = model.dtype
         self._weights: dict[str, torch.Tensor] = {}
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))

@@ -126,7 +126,7 @@ class VllmEngine:
         generation = GenerationConfig.from_pretrained(model_path) if has_generation else None
         self.tokenizer = tokenizer
         self.scale = scale
-        self.dtype = dtype
+        self.dtype = self.takes = dtype
         self.max_model_len = max_model_len
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, generation or config.get_text_config())

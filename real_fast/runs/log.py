@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from real_fast.runs import progress
+
 Level = Literal["debug", "info", "warning", "error"]
 _ROOT = "real_fast"
 # What these warn of while they are imported (a binary for another Python, a deprecated call) is about themselves.
@@ -36,6 +38,12 @@ class _Plain(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
+
+
+def errors_alone() -> None:
+    """Show no more than errors, and no bars: for the ranks that are not the one that talks."""
+    set_up("error")
+    progress.hidden = True
 
 
 def set_up(level: Level = "info") -> None:

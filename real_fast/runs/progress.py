@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 2.0  # between two drawings
+hidden = False  # for a process that does not talk
 _open: list[_Bar] = []
 
 
@@ -43,7 +44,7 @@ def progress_bar(name: str, total: int | None, unit: str, initial: int = 0) -> I
         unit: Name of one.
         initial: Units that were done before.
     """
-    bar = _Bar(name, total=total, unit=unit, initial=initial)
+    bar = _Bar(name, total=total, unit=unit, initial=initial, disable=hidden)
     closed = threading.Event()
 
     def tick() -> None:

@@ -60,7 +60,8 @@ class Run:
         self.trackers.complete = True
 
     def __enter__(self) -> Run:
-        self.trackers.__enter__()
+        if self.writes:
+            self.trackers.__enter__()
         return self
 
     def __exit__(
@@ -68,4 +69,5 @@ class Run:
     ) -> None:
         if kind is not None and self.writes:
             logger.info("%s", checkpoint.kept(self.folder.checkpoints))
-        self.trackers.__exit__(kind, error, trace)
+        if self.writes:
+            self.trackers.__exit__(kind, error, trace)

@@ -7,6 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -19,18 +20,23 @@ class Stopped(Exception):
 class StopSignal:
     """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once.
 
-    A run that finds out by itself that it must stop does so in the same way, see :meth:`give_up`.
+    A run that finds out by itself that it must stop does so in the same way, see :meth:`give_up`. Of several ranks, all
+    stop where one was signalled, at the same step.
+
+    Args:
+        world: The ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._signalled = False
         self._error: UserError | None = None
         self._old: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether to stop after this step, with a checkpoint."""
-        return self._signalled or self._error is not None
+        """Whether to stop after this step, with a checkpoint; all ranks ask."""
+        return self._world.any(self._signalled or self._error is not None)
 
     @property
     def reason(self) -> Exception:

@@ -56,6 +56,8 @@ def evaluate_held_out(
             progress=progress,
             renormalize=config.objective.renormalize,
         )
+    if not run.writes:
+        return
     run.folder.save_evaluation(name, result.summary, result.predictions)
     if name not in ("before", "after"):  # an untrained model is often off the scale; the end of a run says it by itself
         for warning in evaluation_warnings(result.summary):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from real_fast.config import OptimConfig
+from real_fast.distributed.shard import whole
 from real_fast.distributed.world import ALONE, World
 from real_fast.training.adamw import adamw
 
@@ -51,10 +53,22 @@ def clip_and_step(
     Returns:
         The gradient's norm before clipping, and whether a step was taken.
     """
+    if world.size > 1:
+        _add_up(model, world)
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))
+    norm = whole(nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf")))
     finite = world.all(bool(torch.isfinite(norm)))
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm), finite
+
+
+def _add_up(model: nn.Module, world: World) -> None:
+    """Gradients of weights that every rank has whole; those that are sharded have been added up already."""
+    own = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    for parameter in own:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if own:
+        world.add_up([p.grad for p in own if p.grad is not None])

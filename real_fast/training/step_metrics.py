@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
 
+from real_fast.distributed.world import ALONE, World
 from real_fast.evaluation.metrics import correlations
 from real_fast.methods.base import LossOutput
 from real_fast.rollout.agreement import EngineGap, compare
@@ -15,21 +17,52 @@ from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
 
 
+@dataclass
+class Seen:
+    """What is kept of a micro-batch.
+
+    Attributes:
+        group: [M] int64, the group's place in the update.
+        labels: [M] float32.
+        rollout_valid: [M] bool.
+        tokens: That went through the body, padding included.
+        padding: Of these, not yet read from the device; None for a packed row.
+    """
+
+    group: torch.Tensor
+    labels: torch.Tensor
+    rollout_valid: torch.Tensor
+    tokens: int
+    padding: torch.Tensor | None
+
+    @classmethod
+    def of(cls, batch: Batch) -> Seen:
+        """Of a micro-batch."""
+        padding = None if batch.attention_mask is None else (batch.attention_mask == 0).sum()
+        return cls(batch.group, batch.labels, batch.rollout_valid, batch.input_ids.numel(), padding)
+
+
 class StepMetrics:
     """Gathers what the micro-batches of one update return; with several iterations on its rollouts, of the first.
 
+    Of several ranks, each has the metrics of all: what their micro-batches returned is exchanged once an update.
+
     Args:
-        groups: The update's groups.
+        groups: The update's groups, of all ranks.
         scale: The score scale.
+        world: The ranks; they call :meth:`compare_engine` and :meth:`result` together.
     """
 
-    def __init__(self, groups: Sequence[Group], scale: ScoreScale) -> None:
+    def __init__(self, groups: Sequence[Group], scale: ScoreScale, world: World = ALONE) -> None:
         self.groups = groups
         self.scale = scale
+        self.world = world
         self.rollouts = [r for g in groups for r in g.rollouts]
-        self.batches: list[tuple[Batch, LossOutput]] = []
+        self.batches: list[tuple[Seen, LossOutput]] = []
         self.further: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.engine_gap: EngineGap | None = None
+        self._own: list[tuple[Batch, LossOutput]] = []
+        self._exchanged = world.size == 1
 
     @property
     def sampled_tokens(self) -> int:
@@ -44,6 +77,7 @@ class StepMetrics:
     @property
     def finite(self) -> bool:
         """Whether every micro-batch's loss is a number."""
+        self._exchange()
         return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
 
     def add(self, batch: Batch, out: LossOutput, iteration: int) -> LossOutput:
@@ -56,11 +90,20 @@ class StepMetrics:
         """
         if iteration == 0:
             out.loss = out.loss.detach()
-            self.batches.append((batch, out))
+            self._own.append((batch, out))
+            if not batch.placeholder:
+                self.batches.append((Seen.of(batch), out))
             return out
         assert out.ratio is not None and out.clipped is not None
-        self.further.append((out.ratio, out.clipped))
-        return next(first for own, first in self.batches if own is batch)
+        if not batch.placeholder:
+            self.further.append((out.ratio, out.clipped))
+        return next(first for own, first in self._own if own is batch)
+
+    def _exchange(self) -> None:
+        """Of several ranks: what the others' micro-batches of the first iteration returned."""
+        if not self._exchanged:
+            self.batches = [one for some in self.world.gather(_on_cpu(self.batches)) for one in some]
+            self._exchanged = True
 
     def gather(self, name: str) -> torch.Tensor:
         """A field of every output, of the rollouts (or rows) in micro-batch order, on the CPU."""
@@ -72,6 +115,7 @@ class StepMetrics:
 
     def compare_engine(self) -> EngineGap:
         """Engine against trainer on the rollouts of this update, over the rows that went through the head."""
+        self._exchange()
         seen: Counter[int] = Counter()
         rollouts = []
         for g in self.of_batches("group").tolist():
@@ -132,6 +176,9 @@ class StepMetrics:
 
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
+        self._exchange()
+        if self.world.size > 1:
+            self.further = [one for some in self.world.gather(_on_cpu(self.further)) for one in some]
         valid = self.of_batches("rollout_valid")
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]
@@ -143,8 +190,8 @@ class StepMetrics:
         error = y_hat - label
         finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
         agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
-        tokens = sum(b.input_ids.numel() for b, _ in self.batches)
-        padding = sum(int((b.attention_mask == 0).sum()) for b, _ in self.batches if b.attention_mask is not None)
+        tokens = sum(b.tokens for b, _ in self.batches)
+        padding = sum(int(b.padding) for b, _ in self.batches if b.padding is not None)
         return {
             "loss": float(sum(out.loss for _, out in self.batches)),
             **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},
@@ -175,6 +222,19 @@ class StepMetrics:
             "body/prompt_tokens_saved": self.num_tokens - (tokens - padding),
             **(self.engine_gap.metrics() if self.engine_gap else {}),
         }
+
+
+def _on_cpu(found: Any) -> Any:
+    """The same, nested in lists, tuples, dictionaries and dataclasses, with tensors on the CPU."""
+    if isinstance(found, torch.Tensor):
+        return found.detach().cpu()
+    if isinstance(found, list | tuple):
+        return type(found)(map(_on_cpu, found))
+    if isinstance(found, dict):
+        return {key: _on_cpu(value) for key, value in found.items()}
+    if is_dataclass(found) and not isinstance(found, type):
+        return replace(found, **{name: _on_cpu(value) for name, value in vars(found).items()})
+    return found
 
 
 def _mean(x: torch.Tensor) -> float:

@@ -65,14 +65,13 @@ class Updater:
         self.idle = Idle(train.give_up_after, state)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
-        """The groups of an update, spread over micro-batches on the policy's device."""
+        """This rank's part of an update's groups, in micro-batches on the policy's device; as many on every rank."""
         with self.timer("pack", within="update"):
-            batches = micro_batches(groups, self.train.micro_batch_tokens, self.pad_id, self.train.shared_prompt)
-        if not self.world.all(self.world.max(len(batches)) == len(batches)):
-            raise RuntimeError("processes with different numbers of micro-batches are not supported yet")
+            budget, shared, world = self.train.micro_batch_tokens, self.train.shared_prompt, self.world
+            batches = micro_batches(groups, budget, self.pad_id, shared, world.rank, world.size)
         self._first = {}
         self._batches, self._begun = len(batches), 0
-        self.idle.begin(self.world.any(any(r.has_score for g in groups for r in g.rollouts)))
+        self.idle.begin(any(r.has_score for g in groups for r in g.rollouts))
         logger.debug("%d groups in %d micro-batches", len(groups), len(batches))
         return [batch.to(self.policy.device) for batch in batches]
 

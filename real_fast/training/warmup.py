@@ -74,7 +74,7 @@ def warm_up(
                 started = time.perf_counter()
                 picked = order.batch(step * warmup.batch_size)
                 groups = [supervised_group(row, [i], n, encode_feedback, scale) for n, (row, i) in enumerate(picked)]
-                counts = UpdateCounts.of(groups, updater.world)
+                counts = UpdateCounts.of(groups)
                 loss = score_loss = 0.0
                 batches = updater.micro_batches(groups)
                 for i, batch in enumerate(batches):
@@ -83,6 +83,7 @@ def warm_up(
                         out.loss.backward()
                     loss += float(out.loss.detach())
                     score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
+                loss, score_loss = map(sum, zip(*updater.world.gather((loss, score_loss)), strict=True))
                 lr = float(decay.get_last_lr()[0])
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
                 decay.step()

@@ -1,0 +1,63 @@
+"""Rollouts sampled by all ranks, a part of the prompts each, and known to all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from real_fast.distributed.world import World
+from real_fast.rollout.engine import RolloutEngine
+from real_fast.types import Rollout, SamplingParams
+
+
+class SpreadEngine:
+    """An engine on every rank (or every few, which compute one model together), behind the calls of one.
+
+    Every call is collective. A sample depends on its prompt's place among all prompts, not on who samples it.
+
+    Args:
+        engine: This rank's.
+        world: The ranks.
+        together: So many consecutive ranks share an engine (tensor parallelism), and sample the same prompts.
+    """
+
+    def __init__(self, engine: RolloutEngine, world: World, together: int = 1) -> None:
+        self.engine, self.world, self.together = engine, world, together
+        self.name, self.dtype, self.takes = engine.name, engine.dtype, engine.takes
+
+    @property
+    def held_bytes(self) -> int:
+        """Of this rank's engine."""
+        return self.engine.held_bytes
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
+        """Sample for every prompt; every rank gets all rollouts, in the order of the prompts."""
+        engines = self.world.size // self.together
+        mine = range(self.world.rank // self.together, len(prompts), engines)
+        found: list[list[Rollout]] = []
+        with self.world.together():
+            if mine:
+                places = tuple(sampling.place(place) for place in mine)
+                found = self.engine.generate([prompts[place] for place in mine], replace(sampling, places=places))
+        first = self.world.rank % self.together == 0  # the others of an engine have sampled the same
+        parts = self.world.gather(found if first else [])[:: self.together]
+        return [parts[place % engines][place // engines] for place in range(len(prompts))]
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand the weights, which are whole on every rank, to each engine."""
+        self.engine.sync(named_tensors)
+
+    def sync_adapters(self, model: Any) -> None:
+        """Hand the adapters, which every rank has, to each engine."""
+        self.engine.sync_adapters(model)
+
+    def sleep(self) -> bool:
+        """All engines are alike, so all of them sleep, or none."""
+        return self.engine.sleep()
+
+    def close(self) -> None:
+        """Free what this rank's engine holds."""
+        self.engine.close()

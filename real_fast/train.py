@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from real_fast.commands import run
@@ -14,6 +15,8 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 from real_fast.config import Config
 from real_fast.config.debug import smaller
+from real_fast.distributed.ranks import joined
+from real_fast.distributed.world import ALONE, World
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
@@ -35,13 +38,15 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """One run of one method. training/setup.py builds the parts; this file is the order in which they act."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config = settled(config)
-        self.parts = p = build(config)
+    def __init__(self, config: Config, world: World = ALONE) -> None:
+        self.config = config = settled(config, world)
+        self.parts = p = build(config, world)
         self.world, self.state, self.timer, self.run = p.world, p.state, p.timer, p.run
         self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
-        self.stop = StopSignal()
-        report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, p.state.step if p.resume_from else None)
+        self.stop = StopSignal(world)
+        if world.is_main:
+            resumed = p.state.step if p.resume_from else None
+            report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, resumed)
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
@@ -52,8 +57,7 @@ class Trainer:
             except Stopped:
                 logger.info("stopped after step %d; %s", self.state.step, checkpoint.kept(self.run.folder.checkpoints))
                 return False
-            if self.world.is_main:
-                self.finish()
+            self.finish()
             self.run.complete()
         return True
 
@@ -64,7 +68,7 @@ class Trainer:
             self.begin()
         if config.warmup.steps and state.step == 0:
             self.evaluate("warmup")
-        profile = Profile(config.profile, self.run.folder.path, self.policy.device)
+        profile = Profile(config.profile if self.world.is_main else 0, self.run.folder.path, self.policy.device)
         with progress_bar(self.method.name, config.train.steps, "step", state.step) as bar, profile:
             while True:
                 if 0 < state.step < config.train.steps and self.due(config.eval.every):
@@ -74,7 +78,7 @@ class Trainer:
                 report.advance(bar, self.step())
                 profile.step()
                 self.stop.give_up(self.updater.idle.end())
-                stopping = self.world.any(self.stop.requested)
+                stopping = self.stop.requested
                 if stopping or state.step == config.train.steps or self.due(config.save.every):
                     self.save()
                 if stopping:
@@ -95,7 +99,7 @@ class Trainer:
             warm_up(self.updater, p.sft_order, config.warmup, p.encode_feedback, p.scale, self.run.log, self.stop.check)
         self.groups.publish()
         with self.timer("save"):
-            self.method.begin(self.policy, self.run.folder.path)
+            self.method.begin(self.policy, self.run.folder.path, self.world)
         self.save()  # after the reference policy, so that every checkpoint has one
 
     def step(self) -> dict[str, Any]:
@@ -103,7 +107,7 @@ class Trainer:
         self.timer.start_update()
         shown = self.config.rollout.log_prompts if self.due(self.config.rollout.log_every) else 0
         groups = self.groups.next(self.state, self.policy)
-        metrics = StepMetrics(groups, self.parts.scale)
+        metrics = StepMetrics(groups, self.parts.scale, self.world)
         self.update(groups, metrics)
         self.groups.publish()
         sampled = metrics.sampled_tokens if self.method.uses_rollouts else None
@@ -125,7 +129,7 @@ class Trainer:
     def update(self, groups: Sequence[Group], metrics: StepMetrics) -> None:
         """The optimiser steps on one batch of groups; further ones, if any, keep the advantages of the first."""
         compare = self.groups.compares(self.state.step)
-        counts = UpdateCounts.of(groups, self.world)  # the loss does not depend on how groups are spread
+        counts = UpdateCounts.of(groups)  # of all ranks: the loss does not depend on how groups are spread
         with self.timer("update"):
             self.policy.train()
             batches = self.updater.micro_batches(groups)
@@ -142,14 +146,14 @@ class Trainer:
                     old[i] = metrics.add(batch, out, iteration)
                 if iteration == 0 and self.method.uses_rollouts:
                     gap = metrics.compare_engine()
-                    if compare and self.world.all(metrics.finite):
+                    if compare and metrics.finite:
                         gap.raise_if_above(self.config.rollout, self.state.step, self.groups.engine.dtype)
             self.updater.step()  # clip, skip what is not finite, optimiser, schedule
 
     def evaluate(self, name: str) -> None:
         """Evaluate on the held-out rows; an evaluation that an interrupted run already made is kept."""
         p, step = self.parts, self.state.step
-        if already_made(name, step, self.run):
+        if self.world.main(self.world.is_main and already_made(name, step, self.run)):
             return
         with self.groups.awake(self.policy), self.timer("eval"):
             evaluate_held_out(name, step, p.run, p.groups.engine, p.data.eval, p.scale, self.config, self.stop.check)
@@ -164,20 +168,29 @@ class Trainer:
         folder, config, p = self.run.folder, self.config, self.parts
         with self.timer("save"):
             p.saver.final()
-        report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.device)
+        if self.world.is_main:
+            report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.device)
 
 
-def train(config: Config) -> bool:
-    """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
+def train(config: Config, world: World = ALONE) -> bool:
+    """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`.
+
+    Args:
+        config: The settings.
+        world: The ranks, each of which calls this (:func:`real_fast.distributed.ranks.joined`).
+    """
     stages = check_config(config).stages(config)
     done: Trained | None = None
-    with alone_in(config.output):
+    with ExitStack() as held:
+        with world.together():
+            if world.is_main:
+                held.enter_context(alone_in(config.output))
         while True:
             try:
                 stage = stages.send(done)
             except StopIteration:
                 return True
-            trainer = Trainer(stage)
+            trainer = Trainer(stage, world)
             if not trainer.fit():
                 return False
             trainer.groups.catch_up(trainer.policy)
@@ -190,7 +203,10 @@ def work(config: Config) -> int:
     """What the command does. Returns the exit status: 130 for a run that was stopped."""
     config = smaller(config) if config.debug else config
     log.set_up(config.log_level)  # smaller's, which shows more
-    return 0 if train(config) else 130
+    with joined(config.train.device, config.train.replicas) as world:
+        if not world.is_main:
+            log.errors_alone()
+        return 0 if train(config, world) else 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,10 @@ _TRIAL = ((5, (3, 4)), (4, (2, 5)))
 
 
 def enable(
-    model: PreTrainedModel, backend: Backend, computing: Callable[[], AbstractContextManager[None]] = nullcontext
+    model: PreTrainedModel,
+    backend: Backend,
+    computing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    tried: bool = False,
 ) -> None:
     """Route the model's attention through :func:`real_fast.attention.interface.attend`, and try it.
 
@@ -31,6 +34,7 @@ def enable(
         model: A causal language model as loaded, with SDPA attention.
         backend: The backend its packed rows will use.
         computing: The context that the model computes on the backend's device in.
+        tried: Another model of this kind has been tried, and this one, which cannot compute yet, is not.
 
     Raises:
         SharedPromptError: The model's layers or attention have something that the packed row cannot reproduce, or its
@@ -40,6 +44,7 @@ def enable(
     before = getattr(model.config, "_attn_implementation", None)
     if reason is None:
         model.set_attn_implementation(NAME)
+    if reason is None and not tried:
         # What the row means, to the precision of the weights; then that the kernel in use serves this model.
         reason = _trial(model, "sdpa")
         if reason is None and backend != "sdpa":

@@ -111,6 +111,8 @@ class RolloutConfig:
         sleep: Whether vLLM gives its memory back while the trainer updates, and takes it again for the rollouts: "auto"
             where it can (on a GPU), "always" or "never".
         max_num_seqs: Sequences decoded at a time.
+        tensor_parallel: Under torchrun, let so many consecutive ranks hold one vLLM together, for a model that does not
+            fit one GPU beside the trainer; 1 is an engine on every rank.
         log_every: Write rollouts to rollouts.jsonl on the first step and then every so many; 0 for never.
         log_prompts: Of so many prompts.
     """
@@ -128,6 +130,7 @@ class RolloutConfig:
     gpu_memory_utilization: float | Literal["auto"] = above(0, "auto", at_most=1, resume="free")
     sleep: Literal["auto", "always", "never"] = field(default="auto", metadata=FREE)
     max_num_seqs: int = above(0, 256, resume="free")
+    tensor_parallel: int = above(0, 1, resume="free")
     log_every: int = at_least(0, 10, resume="free")
     log_prompts: int = above(0, 2, resume="free")
 
@@ -282,6 +285,8 @@ class TrainConfig:
         compile: Compile each layer (torch.compile), once for all lengths: a minute or more, mostly before the start.
         liger: Take Liger's kernels for RMSNorm, rotary embedding and SwiGLU, on a GPU.
         device: "auto" takes CUDA where there is one.
+        replicas: Under torchrun, keep so many copies of the model, each spread over an equal part of the ranks (HSDP):
+            1 spreads one copy over all; the number of nodes keeps what a layer gathers within a node.
         lora: Train adapters (LoRA) and leave the model's own weights as they are; without it, all weights are trained.
         quantization: "nf4": keep the model's own weights in 4 bits (QLoRA, arXiv 2305.14314, through bitsandbytes); for
             train.lora alone.
@@ -300,6 +305,7 @@ class TrainConfig:
     compile: bool = field(default=False, metadata=FREE)
     liger: bool = field(default=False, metadata=FREE)
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata=FREE)
+    replicas: int = above(0, 1, resume="free")
     lora: LoraConfig | None = None
     quantization: Literal["none", "nf4"] = "none"
     give_up_after: int = at_least(0, 10, resume="free")

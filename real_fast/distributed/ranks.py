@@ -117,7 +117,7 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def joined(device: str, replicas: int = 1) -> Iterator[World]:
-    """The world of a command: alone, or the ranks of the torchrun that started it, whose group ends behind the ``with``.
+    """The world of a command: alone, or the ranks of the torchrun that started it; their group ends with the ``with``.
 
     Where torch.distributed has been set up already, that group is taken, and left as it is.
 

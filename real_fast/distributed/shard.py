@@ -74,6 +74,11 @@ def whole(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tenso
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's slice of a tensor, sharing its memory; of one that is not sharded, the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_bytes(root: nn.Module) -> int:
     """Bytes of gathered weights that this rank holds at the moment: 0 outside an update."""
     found = {}

@@ -11,6 +11,7 @@ import torch
 
 from real_fast.config import Config
 from real_fast.data.dataset import Dataset
+from real_fast.distributed.world import ALONE, World
 from real_fast.model.policy import Policy
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.rollout.engine import RolloutEngine
@@ -163,8 +164,10 @@ class Method(ABC):
             DataError: Fewer rows are left than one update needs.
         """
 
-    def begin(self, policy: Policy, run: Path) -> None:  # noqa: B027
+    def begin(self, policy: Policy, run: Path, world: World = ALONE) -> None:  # noqa: B027
         """The policy is what the phase starts with; what has to be remembered of it is written into the run's folder.
+
+        All ranks call this, and the main one writes.
 
         Raises:
             CheckpointError: It cannot be written.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from real_fast.config import Config
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError, ConfigError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts
 from real_fast.model.lora import is_adapted
@@ -97,11 +98,11 @@ class PolicyGradient(Method):
         """For the KL, in the loss or measured."""
         return self.config.train.steps > 0 and (self.options.kl_coef > 0 or self.options.kl_every > 0)
 
-    def begin(self, policy: Policy, run: Path) -> None:
+    def begin(self, policy: Policy, run: Path, world: World = ALONE) -> None:
         """Freeze the reference policy and write it into the run's folder."""
         if self.keeps_ref_policy:
             self.ref_policy = self._frozen(policy)
-            self.ref_policy.save(run)
+            self.ref_policy.save(run, world)
 
     def resume(self, policy: Policy, run: Path) -> None:
         """Read the reference policy; a run that only measures the KL goes on without one that it does not have."""

@@ -193,12 +193,7 @@ def load_model(
         if (path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(path)
         check_finite(path, lora.adapter_tensors(model).items())
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_p")):
-                setattr(module, name, 0.0)
+    without_dropout(model)
     try:
         check_head(model)
     except (AssertionError, RuntimeError, AttributeError, TypeError) as error:
@@ -207,6 +202,16 @@ def load_model(
     if quantization is None:
         model.to(device)  # type: ignore[arg-type]
     return model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_p")):
+                setattr(module, name, 0.0)
 
 
 def check_head(model: PreTrainedModel) -> None:

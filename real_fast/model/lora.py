@@ -212,8 +212,8 @@ def merged_tensors(
         if layer is not None:
             name = f"{owner.removesuffix('.base_layer')}.{last}"
         if layer is not None and last == "weight" and adapters_too:
-            whole = torch.promote_types(tensor.dtype, torch.float32)
-            tensor = (tensor.to(whole) + layer.get_delta_weight(_NAME).to(whole)).to(dtype or tensor.dtype)
+            exact = torch.promote_types(tensor.dtype, torch.float32)
+            tensor = (tensor.to(exact) + layer.get_delta_weight(_NAME).to(exact)).to(dtype or tensor.dtype)
         yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
 
 

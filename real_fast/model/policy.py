@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from real_fast.attention.interface import Backend, prepare, prepared_mask
@@ -35,6 +37,15 @@ class FasterLayers(Protocol):
         """The same for another model of this kind."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How a policy is spread over ranks, see :func:`real_fast.model.sharded.spread`."""
+
+    mesh: DeviceMesh
+    dtype: torch.dtype | None
+    root_dtype: torch.dtype | None
+
+
 class Policy(nn.Module):
     """The model being trained.
 
@@ -48,6 +59,7 @@ class Policy(nn.Module):
         work: What an update computes with in place of the model's weights; None for the weights themselves, which
             autocast then casts in every forward pass.
         faster: Other code for the layers while an update lasts; None for the model's own.
+        tried: The model's kind has been tried with `attention` (:mod:`real_fast.model.sharded`), and is not again.
 
     Raises:
         ModelError: Logits that are more than the head's weight times hidden states.
@@ -61,6 +73,7 @@ class Policy(nn.Module):
         attention: Backend | None = None,
         work: WorkingWeights | None = None,
         faster: FasterLayers | None = None,
+        tried: bool = False,
     ) -> None:
         super().__init__()
         plain_head(model)
@@ -69,8 +82,9 @@ class Policy(nn.Module):
         self.attention = attention
         self.work = work
         self.faster = faster
+        self.spread: Spread | None = None
         if attention is not None:
-            enable(model, attention, self.working)
+            enable(model, attention, self.working, tried)
 
     @property
     def device(self) -> torch.device:

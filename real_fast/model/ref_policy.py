@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from real_fast.distributed.shard import local, whole
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError
 from real_fast.model.lora import adapter_state, adapters_off, change_nothing, other_adapters
 from real_fast.model.policy import Policy
 from real_fast.model.precision import rounded_weights
-from real_fast.runs.checkpoint import load_tensors, save_tensors
+from real_fast.model.sharded import frozen_copy_of_spread
+from real_fast.runs.checkpoint import open_tensors, save_tensors
 from real_fast.types import Batch
 from real_kernels import HeadOptions, linear_logprob
 
@@ -37,21 +40,31 @@ class RefPolicy:
     def __init__(self, policy: Policy, temperature: float, resident: bool) -> None:
         self.temperature = temperature
         self.device = policy.device
-        self.home = self.device if resident else torch.device("cpu")
-        self.policy = frozen_copy(policy, self.home)
+        if policy.spread is not None:  # a slice on each rank, which stays where it is
+            self.home, self.policy = self.device, frozen_copy_of_spread(policy)
+        else:
+            self.home = self.device if resident else torch.device("cpu")
+            self.policy = frozen_copy(policy, self.home)
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """[N] log-probabilities of each micro-batch's sampled tokens, by one forward pass without gradients each."""
 
-        self.policy.to(self.device)
+        if self.home != self.device:
+            self.policy.to(self.device)
         found = [self.policy(batch, _of_targets(self.temperature)) for batch in batches]
-        self.policy.to(self.home)
+        if self.home != self.device:
+            self.policy.to(self.home)
         return found
 
-    def save(self, run: Path) -> None:
-        """Write the weights into a run's folder. Raises :class:`CheckpointError`."""
-        save_tensors(run / FOLDER, dict(self.policy.model.named_parameters()))
+    def save(self, run: Path, world: World = ALONE) -> None:
+        """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
+        tensors = {}
+        for name, parameter in self.policy.model.named_parameters():
+            tensor = whole(parameter)
+            if world.is_main:
+                tensors[name] = tensor.cpu()
+        _write(run, tensors, world)
 
     @torch.no_grad()
     def load(self, run: Path) -> None:
@@ -62,7 +75,7 @@ class RefPolicy:
         """
         own = dict(self.policy.model.named_parameters())
         for name, tensor in _read(run, own).items():
-            own[name].copy_(tensor)
+            local(own[name]).copy_(tensor)
 
 
 class RefAdapters:
@@ -94,9 +107,9 @@ class RefAdapters:
         policy.train(training)
         return found
 
-    def save(self, run: Path) -> None:
+    def save(self, run: Path, world: World = ALONE) -> None:
         """Write the adapters into a run's folder. Raises :class:`CheckpointError`."""
-        save_tensors(run / FOLDER, adapter_state(self.policy.model) if self.state is None else self.state)
+        _write(run, adapter_state(self.policy.model) if self.state is None else self.state, world)
 
     def load(self, run: Path) -> None:
         """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""
@@ -115,18 +128,24 @@ def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Bat
     return logprobs
 
 
+def _write(run: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
+    with world.together():
+        if world.is_main:
+            save_tensors(run / FOLDER, tensors)
+
+
 def _read(run: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The reference's weights from a run's folder, with the names and shapes of `own`. Raises CheckpointError."""
-    tensors = load_tensors(run / FOLDER)
+    """This rank's part of the reference's weights in a run's folder, like `own`. Raises CheckpointError."""
+    tensors = open_tensors(run / FOLDER)
     if tensors is None:
         raise CheckpointError(
             f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "
             "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and "
             "--allow-changed, or start over"
         )
-    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in own.items()}:
+    if {k: tensors.shape(k) for k in tensors.names} != {k: tuple(v.shape) for k, v in own.items()}:
         raise CheckpointError(f"{run / FOLDER} holds the weights of another model")
-    return tensors
+    return {name: tensors.local(name, tensor) for name, tensor in own.items()}
 
 
 def frozen_copy(policy: Policy, device: torch.device) -> Policy:

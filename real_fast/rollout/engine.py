@@ -26,7 +26,10 @@ class RolloutEngine(Protocol):
     name: str
     dtype: torch.dtype
     takes: torch.dtype
-    held_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """See above."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample ``sampling.n`` rollouts for every prompt (token ids); one list per prompt, in order."""

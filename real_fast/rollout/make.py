@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from real_fast.config import Config
 from real_fast.config.commands import GPU_SHARE
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import ConfigError
 from real_fast.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_as_written, read_json
 from real_fast.model.load import base_folder, load_model, model_folder, pick_device
-from real_fast.model.lora import merged_tensors, rank_of
+from real_fast.model.lora import add_adapters, merged_tensors, rank_of
+from real_fast.model.nf4 import is_packed
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
 from real_fast.rollout.assemble import eos_ids
 from real_fast.rollout.engine import RolloutEngine, publish
+from real_fast.rollout.spread import SpreadEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
 from real_fast.score.scale import ScoreScale
@@ -31,8 +34,12 @@ logger = logging.getLogger(__name__)
 _LONGEST = 400  # characters of a message of vLLM's
 
 
-def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path) -> RolloutEngine:
-    """Build the engine of ``rollout.engine`` with the trainer's present weights.
+def make_engine(
+    config: Config, model: Any, tokenizer: Any, scale: ScoreScale, model_path: Path, world: World = ALONE
+) -> RolloutEngine:
+    """Build the engine of ``rollout.engine``; :func:`hand_over` then gives it the trainer's present weights.
+
+    Of several ranks, each builds its own, and samples a part of the prompts.
 
     Args:
         config: The run's settings.
@@ -41,6 +48,7 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
         scale: The score scale.
         model_path: The model's folder (safetensors and tokenizer), which vLLM starts from; of a model with adapters,
             the whole model's that they belong to.
+        world: The ranks.
 
     Raises:
         ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
@@ -49,18 +57,43 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
     if _takes_vllm(config, pick_device(config.train.device).type):
         packed, sleeps = config.train.quantization == "nf4", _sleeps(config.rollout.sleep)
         nf4 = packed and _on_gpu()
-        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps, rank_of(model), nf4)
-        try:
-            if packed and not nf4:  # unpacked once, the base is what the trainer computes with
-                engine.sync(merged_tensors(model, adapters_too=False))
-            publish(engine, model)
-        except ValueError as error:
-            engine.close()
-            raise ConfigError(
-                f"vLLM cannot take over this model's weights ({error}): set rollout.engine to transformers"
-            ) from error
-        return engine
-    return _transformers(config, model, tokenizer, scale)
+        parallel = config.rollout.tensor_parallel
+        launched = None if world.size == 1 else parallel
+        engine = _vllm(config, tokenizer, scale, model_path, model.config, sleeps, rank_of(model), nf4, launched)
+        return engine if world.size == 1 else SpreadEngine(engine, world, parallel)
+    if config.rollout.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.tensor_parallel is {config.rollout.tensor_parallel}, and rollouts are sampled with Transformers, "
+            "each rank with a model of its own: set it to 1, or rollout.engine to vllm"
+        )
+    if world.size == 1:
+        return _transformers(config, model, tokenizer, scale)
+    return SpreadEngine(_transformers(config, _copy(config, model, model_path), tokenizer, scale), world)
+
+
+def hand_over(engine: RolloutEngine, model: Any) -> None:
+    """Give an engine the trainer's weights for the first time.
+
+    Raises:
+        ConfigError: It cannot take them.
+    """
+    try:
+        if any(map(is_packed, model.parameters())) and engine.name == "vllm" and not _on_gpu():
+            engine.sync(merged_tensors(model, adapters_too=False))  # unpacked once: what the trainer computes with
+        publish(engine, model)
+    except ValueError as error:
+        engine.close()
+        raise ConfigError(
+            f"vLLM cannot take over this model's weights ({error}): set rollout.engine to transformers"
+        ) from error
+
+
+def _copy(config: Config, model: Any, model_path: Path) -> PreTrainedModel:
+    """A whole model of this rank's own, which a model that is spread over ranks cannot be sampled with."""
+    copy = load_model(str(model_path), model.device, torch.float32, config.trust_remote_code)
+    if config.train.lora is not None:
+        add_adapters(copy, config.train.lora, "")
+    return copy
 
 
 def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEngine:
@@ -153,6 +186,7 @@ def _vllm(
     sleeps: bool = False,
     rank: int | None = None,
     nf4: bool = False,
+    launched: int | None = None,
 ) -> VllmEngine:
     share = config.rollout.gpu_memory_utilization
     longest = _longest(config, model_config, scale)
@@ -171,6 +205,7 @@ def _vllm(
             sleeps=sleeps,
             lora_rank=rank,
             nf4=nf4,
+            launched=launched,
         )
     # Too little memory, an architecture or a quantisation that it does not know, weights that it has no place for.
     except (RuntimeError, ValueError, ImportError, KeyError, AttributeError, AssertionError, OSError) as error:

@@ -85,6 +85,8 @@ class VllmEngine:
         sleeps: Whether :meth:`sleep` gives the memory back, which vLLM must be set up for.
         lora_rank: Rank of the adapters that :meth:`sync_adapter` will bring; None for none.
         nf4: Keep the linear layers' weights in 4 bits, as bitsandbytes makes them, which vLLM can on a GPU.
+        launched: Of a process that torchrun started, how many consecutive ranks hold the model together (tensor
+            parallelism); None for a process alone.
 
     Raises:
         ModelError: The folder has no safetensors that can be read.
@@ -109,6 +111,7 @@ class VllmEngine:
         sleeps: bool = False,
         lora_rank: int | None = None,
         nf4: bool = False,
+        launched: int | None = None,
     ) -> None:
         self._llm: Any = None
         self._sleeps, self._asleep = sleeps, False
@@ -143,7 +146,8 @@ class VllmEngine:
             self._llm = vllm.LLM(
                 str(folder),
                 dtype=str(dtype).removeprefix("torch."),
-                distributed_executor_backend="uni",
+                distributed_executor_backend="uni" if launched is None else "external_launcher",
+                tensor_parallel_size=launched or 1,
                 enable_prefix_caching=True,
                 enforce_eager=on_cpu,
                 max_model_len=max_model_len,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from real_fast.distributed.slices import TensorFiles
 from real_fast.errors import CheckpointError
 from real_fast.runs import optimizer_state
 from real_fast.runs.sealed import damage, writing_folder
@@ -117,13 +118,13 @@ def save_tensors(target: Path, tensors: dict[str, torch.Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
 
 
-def load_tensors(folder: Path) -> dict[str, torch.Tensor] | None:
+def open_tensors(folder: Path) -> TensorFiles | None:
     """What :func:`save_tensors` wrote, or None where there is no such folder. Raises :class:`CheckpointError`."""
     if not (folder / _TENSORS).is_file():
         return None
     if wrong := damage(folder):
         raise CheckpointError(f"{folder} is damaged: {wrong}")
-    return load_file(folder / _TENSORS)
+    return TensorFiles([folder / _TENSORS])
 
 
 def complete(folder: Path) -> list[Path]:

@@ -73,6 +73,49 @@ def warn_if_asked_otherwise(config: Config, template: str) -> None:
         logger.warning("%s was trained as a judge in another way: %s", config.initial_weights, "; ".join(other))
 
 
+def check_ranks(config: Config, rows: tuple[str, int], ranks: int) -> None:
+    """Refuse settings that several ranks cannot use, or that ask for more ranks than there are.
+
+    Args:
+        config: The run's.
+        rows: The setting of the rows of an update, and their number.
+        ranks: How many there are.
+
+    Raises:
+        ConfigError: The message names the setting and what to do.
+    """
+    for key, number in (
+        ("train.replicas", config.train.replicas),
+        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
+    ):
+        if number > 1 and (ranks == 1 or ranks % number):
+            raise ConfigError(
+                f"{key} is {number}, and there {'is 1 rank' if ranks == 1 else f'are {ranks} ranks'}: start a multiple "
+                f"of {number} with torchrun --nproc-per-node, or set {key} to 1"
+            )
+    if ranks == 1:
+        return
+    key, number = rows
+    if number < ranks:
+        raise ConfigError(
+            f"{key} is {number}, and torchrun started {ranks} ranks: {ranks - number} of them would never have a row "
+            f"to train on; start at most {number}, or raise {key}"
+        )
+    for key, given, usual in (
+        ("train.quantization", config.train.quantization, "none"),
+        ("train.weights", config.train.weights, "fp32"),
+        ("train.compile", config.train.compile, False),
+        ("train.liger", config.train.liger, False),
+        ("optim.offload", config.optim.offload, "none"),
+    ):
+        if given != usual:
+            shown = str(given).lower() if isinstance(given, bool) else given
+            raise ConfigError(
+                f"{key} is {shown}, which works on one GPU and not across {ranks} ranks: set it to "
+                f"{str(usual).lower()}, or start one process"
+            )
+
+
 def check_rates(model: nn.Module, rates: Mapping[str, float]) -> None:
     """Refuse to train 16-bit weights, without float32 masters, at rates whose updates they round away.
 

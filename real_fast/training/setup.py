@@ -17,7 +17,8 @@ from real_fast.config.debug import EVAL_ROWS
 from real_fast.data.dataset import Dataset, first_of_each, load_train_eval, write_rejected
 from real_fast.data.sampler import PromptSampler
 from real_fast.data.sources import describe
-from real_fast.distributed.world import OneProcess, World
+from real_fast.distributed.ranks import Ranks
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.methods.registry import check_config
@@ -28,11 +29,12 @@ from real_fast.model.load import base_folder, load_model, load_tokenizer, pick_d
 from real_fast.model.masters import WorkingWeights
 from real_fast.model.policy import Policy
 from real_fast.model.precision import dtype_of, resolve, rounded_weights
+from real_fast.model.sharded import empty_model, read_weights, spread, try_small_twin
 from real_fast.model.smollm2 import SMOLLM2
 from real_fast.planning.fit import with_share
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
-from real_fast.rollout.make import make_engine
+from real_fast.rollout.make import hand_over, make_engine
 from real_fast.runs import checkpoint, trackers
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.folder import RunFolder, settings_in
@@ -46,6 +48,7 @@ from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.peak_memory import PeakMemory
 from real_fast.training.preflight import (
     check_memory,
+    check_ranks,
     check_rates,
     check_rows_fit,
     check_trainable,
@@ -100,20 +103,27 @@ class Parts:
     resume_from: Path | None
 
 
-def settled(config: Config) -> Config:
+def settled(config: Config, world: World = ALONE) -> Config:
     """The same settings with ``train.precision`` decided, so that config.yaml says what a run was made in.
 
-    A resumed run stays at the precision that it was started in. Raises :class:`ConfigError`.
+    A resumed run stays at the precision that it was started in. Ranks take what the first one does. Raises
+    :class:`ConfigError`.
     """
     wanted: Literal["auto", "bf16", "fp32"] = config.train.precision
     if wanted == "auto" and config.resume:
         wanted = settings_in(Path(config.output).expanduser()).get("train.precision", wanted)
-    precision = resolve(wanted, pick_device(config.train.device))
+    precision = world.main(resolve(wanted, pick_device(config.train.device)))
     return replace(config, train=replace(config.train, precision=precision))
 
 
-def build(config: Config) -> Parts:
+def build(config: Config, world: World = ALONE) -> Parts:
     """Check the settings, load rows, model and engine, and take over the run's folder.
+
+    What is wrong on one rank stops all of them, before the folder is touched.
+
+    Args:
+        config: The settings.
+        world: The run's ranks.
 
     Raises:
         UserError: Something that is missing, wrong or does not fit together; nothing of an earlier run was touched.
@@ -129,9 +139,10 @@ def build(config: Config) -> Parts:
         check_compiler(pick_device(config.train.device))
     if config.train.liger:
         liger.import_liger(pick_device(config.train.device))
-    world, state = OneProcess(), TrainState()
+    check_ranks(config, method_class.prompts_per_step(config), world.size)
+    state = TrainState()
     timer = Timer(state.seconds)
-    with timer("load"):
+    with timer("load"), world.together():
         folder = RunFolder(config)
         resume_from = checkpoint.newest(folder.checkpoints) if folder.resumed else None
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
@@ -155,13 +166,13 @@ def build(config: Config) -> Parts:
         longest = check_rows_fit(data.train, method, config, encode_feedback, scale)
         base = base_folder(resolve_model(config.initial_weights))
         share = None
-        if gpu := gpu_memory(pick_device(config.train.device)):
+        if world.size == 1 and (gpu := gpu_memory(pick_device(config.train.device))):
             model_config = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
             share = check_memory(data.train, method, config, longest, model_config, gpu)
         order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)
-        policy = load_policy(config, resume_from)
+        policy = load_policy(config, resume_from) if world.size == 1 else spread_policy(config, resume_from, world)
         model = policy.model
         stop_at(model, scale.end_id)
         whole = model.num_parameters() if config.save.merge else 0
@@ -176,15 +187,20 @@ def build(config: Config) -> Parts:
             state = checkpoint.load(resume_from, model, optimizer, scheduler)
             timer.run = state.seconds
             method.resume(policy, folder.path)
-        engine = make_engine(with_share(config, share), model, tokenizer, scale, base)
+        engine = make_engine(with_share(config, share), model, tokenizer, scale, base, world)
+    with timer("load"):
+        hand_over(engine, model)
     updater = Updater(
         policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
     )
     sampler = PromptSampler(data.train, prompts_per_step, config.seed)
     resumed_step = state.step if resume_from else None
-    run = Run(folder, trackers.Trackers(config, folder, resumed_step), world.is_main)
-    run.claim(config, resumed_step)
-    write_rejected(folder.path / "rejected.jsonl", data.rejected)
+    with world.together():
+        followed = trackers.Trackers(config if world.is_main else replace(config, report_to=[]), folder, resumed_step)
+        run = Run(folder, followed, world.is_main)
+        run.claim(config, resumed_step)
+        if world.is_main:
+            write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer, PeakMemory(policy.device), config.rollout.check_every)
     groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
@@ -255,6 +271,51 @@ def load_policy(config: Config, resume_from: Path | None) -> Policy:
     return policy
 
 
+def spread_policy(config: Config, resume_from: Path | None, world: World) -> Policy:
+    """As :func:`load_policy`, spread over ranks, each of which reads its part of the weights.
+
+    Layers compute in ``train.precision`` and are kept in float32; on a CPU, whose head computes in float32 in any case,
+    so do embedding, last norm and head. Beside adapters, which every rank has whole, the model's own weights are kept
+    in what they are computed in.
+
+    Raises:
+        ConfigError: Adapters as start weights of a run that trains all.
+        ModelError: The model cannot be loaded, trained or spread.
+    """
+    assert isinstance(world, Ranks)
+    device, train, lora_settings = world.device, config.train, config.train.lora
+    dtype = dtype_of(resolve(train.precision, device))
+    half = dtype if dtype != torch.float32 else None
+    start = resolve_model(config.initial_weights)
+    if lora_settings is None and is_adapter(start):
+        raise ConfigError(
+            f"{config.initial_weights} holds adapters, and a run on several ranks that trains all weights starts from "
+            "a whole model: write one on one GPU (save.merge), or train adapters (train.lora)"
+        )
+    base = base_folder(start)
+    model = empty_model(base, config.trust_remote_code)
+    check_trainable(model)
+    attention = pick_backend(train.attention, device, dtype) if train.shared_prompt else None
+    if world.is_main:  # which tells the others
+        try_small_twin(model, attention, device)
+    kept: dict[str, torch.dtype] = {}
+    if lora_settings is not None:
+        model.requires_grad_(False)
+        rounded = rounded_weights(model, half, device)
+        kept = {name: half for name, p in model.named_parameters() if half is not None and id(p) in rounded}
+    policy = Policy(model, half if lora_settings is not None else None, attention, tried=True)
+    layers = half if lora_settings is None else None
+    spread(policy, world.mesh, layers, layers if device.type == "cuda" else None)
+    if lora_settings is None:
+        read_weights(model, resume_from or base, device)
+    else:
+        read_weights(model, base, device, kept)
+        _put_adapters(model, config, lora_settings, resume_from, start, base)
+    if train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return policy
+
+
 def _with_adapters(
     config: Config, settings: LoraConfig, resume_from: Path | None, half: torch.dtype | None, device: torch.device
 ) -> PreTrainedModel:
@@ -273,6 +334,16 @@ def _with_adapters(
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(half if id(parameter) in rounded else torch.float32)
+    _put_adapters(model, config, settings, resume_from, start, base)
+    if not packed:
+        model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def _put_adapters(
+    model: PreTrainedModel, config: Config, settings: LoraConfig, resume_from: Path | None, start: Path, base: Path
+) -> None:
+    """Fresh adapters, or those of a checkpoint or of the start weights, on a model that has its own weights."""
     named = (
         read_json(start / ADAPTER_CONFIG)["base_model_name_or_path"] if is_adapter(start) else config.initial_weights
     )
@@ -280,6 +351,3 @@ def _with_adapters(
     lora.add_adapters(model, settings, str(base.resolve()) if local else named)
     if adapters := resume_from or (start if is_adapter(start) else None):
         lora.read_adapters(model, adapters)
-    if not packed:
-        model.to(device)  # type: ignore[arg-type]
-    return model

@@ -1,0 +1,166 @@
+"""A model spread over ranks: losses, gradients, steps and metrics are those of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from real_fast.config import OptimConfig, TrainConfig
+from real_fast.config.schema import ObjectiveConfig
+from real_fast.distributed.ranks import Ranks
+from real_fast.distributed.shard import whole, whole_bytes
+from real_fast.distributed.world import ALONE
+from real_fast.methods.base import UpdateCounts
+from real_fast.model.policy import Policy
+from real_fast.model.sharded import spread
+from real_fast.runs.checkpoint import TrainState
+from real_fast.training.optim import build_optimizer, build_scheduler
+from real_fast.training.step_metrics import StepMetrics
+from real_fast.training.timer import Timer
+from real_fast.training.update import Updater
+from tests.distributed.ranks import run_ranks
+from tests.helpers import SCALE, make_groups, make_method
+
+CPU = torch.device("cpu")
+
+
+def tiny(tied, vocabulary=301, dtype=torch.float32, seed=0):
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def updater_of(policy, world, lr=1e-3, budget=100, shared=True, name="adamw", steps=3):
+    optim = OptimConfig(lr=lr, name=name)
+    optimizer = build_optimizer(policy.model, optim)
+    train = TrainConfig(micro_batch_tokens=budget, shared_prompt=shared)
+    scheduler = build_scheduler(optimizer, optim, steps)
+    return Updater(policy, optimizer, scheduler, optim, train, 0, world, Timer({}), TrainState())
+
+
+def one_update(policy, updater, world, groups, method, step=True):
+    """Metrics, gradients (None behind a step) and what the loss saw."""
+    counts, metrics, seen = UpdateCounts.of(groups), StepMetrics(groups, SCALE, world), []
+    policy.train()
+    batches = updater.micro_batches(groups)
+    old = [None] * len(batches)
+    for iteration in range(method.iterations):
+        for i, batch in enumerate(batches):
+            inner = method.loss(counts, old[i], compare=True)
+
+            def loss(hidden, weight, given, inner=inner):
+                seen.append((type(weight).__name__, tuple(weight.shape), given.labels.tolist(), given.labels.dtype))
+                return inner(hidden, weight, given)
+
+            with updater.accumulate(last=i == len(batches) - 1):
+                out = policy(batch, loss)
+                out.loss.backward()
+            old[i] = metrics.add(batch, out, iteration)
+        if iteration == 0:
+            metrics.compare_engine()
+        gradients = {name: whole(p.grad).double() for name, p in policy.model.named_parameters()}
+        if step:
+            updater.step()
+    return metrics.result() | updater.metrics(), gradients, seen
+
+
+def far(found, want):
+    """The largest relative error of a tensor."""
+    return max(
+        float((whole(found[k]).double() - want[k].double()).norm() / want[k].double().norm().clamp_min(1e-30))
+        for k in want
+    )
+
+
+def on_ranks(kind, tied, shared, checkpointing, replicas, dtype, steps, groups, options, optimizer):
+    """On every rank: how far it is from one process, which each rank also is beside."""
+    world = Ranks(CPU, replicas)
+    method = make_method(kind, options)
+    found = {}
+    alone = Policy(tiny(tied, dtype=dtype), None, "sdpa" if shared else None)
+    model = tiny(tied, dtype=dtype)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    many = Policy(model, None, "sdpa" if shared else None)
+    spread(many, world.mesh)
+    ours = updater_of(many, world, shared=shared, name=optimizer)
+    theirs = updater_of(alone, ALONE, shared=shared, name=optimizer)
+    for n in range(steps):
+        some = make_groups(seed=n, n=groups, missing=True)
+        metrics, gradients, seen = one_update(many, ours, world, some, method, step=steps > 1)
+        want, one, _ = one_update(alone, theirs, ALONE, some, method, step=steps > 1)
+        found.setdefault("gradients", far(gradients, one))
+        found.setdefault("metrics", (metrics, want))
+        found.setdefault("seen", seen)
+    weights = dict(alone.model.named_parameters())
+    found["weights"] = max(
+        float((whole(p) - weights[name]).abs().max().detach()) for name, p in many.model.named_parameters()
+    )
+    found["held"] = whole_bytes(many)
+    many.eval()
+    with torch.no_grad():
+        many(ours.micro_batches(make_groups())[0], lambda hidden, weight, batch: hidden.sum())
+    found["held behind a forward pass"] = whole_bytes(many)
+    found["norms"] = world.gather(metrics["grad_norm"]) if steps > 1 else []
+    return found
+
+
+PLAIN = ObjectiveConfig(normalize_std=False)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "kind", "tied", "shared", "checkpointing"),
+    [
+        (2, 1, "real", False, True, False),
+        (2, 1, "real", True, True, True),
+        (3, 1, "binary_rl", True, False, False),
+        (3, 1, "sft", False, True, False),
+        (2, 2, "real", False, True, False),
+        (4, 2, "tract", True, True, False),
+    ],
+)
+def test_gradients_and_metrics_are_those_of_one_process(ranks, replicas, kind, tied, shared, checkpointing):
+    args = (kind, tied, shared, checkpointing, replicas, torch.float64, 1, 5, PLAIN, "adamw")
+    for found in run_ranks(ranks, on_ranks, *args):
+        assert found["gradients"] <= 1e-10
+        ours, theirs = found["metrics"]
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"body/tokens", "body/padding"}:  # of padded rows, as they are put together
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-9, nan_ok=True), name
+        assert found["held"] == found["held behind a forward pass"] == 0
+
+
+def test_labels_reach_the_loss_as_they_are():
+    given = sorted(label for g in make_groups(n=5) for label in [g.label] * len(g.rollouts))
+    seen = [
+        one
+        for found in run_ranks(2, on_ranks, "real", False, True, False, 1, torch.float32, 1, 5, PLAIN, "adamw")
+        for one in found["seen"]
+    ]
+    assert {(kind, dtype) for kind, _, _, dtype in seen} == {("Parameter", torch.float32)}
+    assert {shape for _, shape, _, _ in seen} == {(301, 32)}
+    assert sorted(label for _, _, labels, _ in seen for label in labels)[-len(given) :] == given
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_steps_in_float32(ranks):
+    for found in run_ranks(ranks, on_ranks, "real", True, True, False, 1, torch.float32, 3, 7, PLAIN, "adamw"):
+        assert found["gradients"] <= 1e-5
+        assert found["weights"] <= 1e-6
+        assert len(set(found["norms"])) == 1
+
+
+def test_fewer_groups_than_ranks():
+    for found in run_ranks(3, on_ranks, "real", False, True, False, 1, torch.float64, 1, 1, PLAIN, "adamw"):
+        assert found["gradients"] <= 1e-10

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from real_fast.commands import run
@@ -45,8 +44,7 @@ class Trainer:
         self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
         self.stop = StopSignal(world)
         if world.is_main:
-            resumed = p.state.step if p.resume_from else None
-            report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, resumed)
+            report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, p.state.step)
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
@@ -98,8 +96,7 @@ class Trainer:
         if config.warmup.steps:
             warm_up(self.updater, p.sft_order, config.warmup, p.encode_feedback, p.scale, self.run.log, self.stop.check)
         self.groups.publish()
-        with self.timer("save"):
-            self.method.begin(self.policy, self.run.folder.path, self.world)
+        self.method.begin(self.policy, self.run.folder.path, self.world)
         self.save()  # after the reference policy, so that every checkpoint has one
 
     def step(self) -> dict[str, Any]:
@@ -165,26 +162,18 @@ class Trainer:
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""
-        folder, config, p = self.run.folder, self.config, self.parts
         with self.timer("save"):
-            p.saver.final()
+            self.parts.saver.final()
         if self.world.is_main:
-            report.finish(folder, config, self.state, p.data, self.groups.engine.name, self.policy.device)
+            engine, data = self.groups.engine.name, self.parts.data
+            report.finish(self.run.folder, self.config, self.state, data, engine, self.policy.device)
 
 
 def train(config: Config, world: World = ALONE) -> bool:
-    """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`.
-
-    Args:
-        config: The settings.
-        world: The ranks, each of which calls this (:func:`real_fast.distributed.ranks.joined`).
-    """
-    stages = check_config(config).stages(config)
+    """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
+    stages = check_config(config).stages(config, world)
     done: Trained | None = None
-    with ExitStack() as held:
-        with world.together():
-            if world.is_main:
-                held.enter_context(alone_in(config.output))
+    with alone_in(config.output, world):
         while True:
             try:
                 stage = stages.send(done)
@@ -202,10 +191,8 @@ def train(config: Config, world: World = ALONE) -> bool:
 def work(config: Config) -> int:
     """What the command does. Returns the exit status: 130 for a run that was stopped."""
     config = smaller(config) if config.debug else config
-    log.set_up(config.log_level)  # smaller's, which shows more
     with joined(config.train.device, config.train.replicas) as world:
-        if not world.is_main:
-            log.errors_alone()
+        log.set_up(config.log_level, world.is_main)  # smaller's, which shows more
         return 0 if train(config, world) else 130
 
 

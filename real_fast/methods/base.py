@@ -138,8 +138,11 @@ class Method(ABC):
         """Raise :class:`ConfigError` for settings that the method cannot work with."""
 
     @classmethod
-    def stages(cls, config: Config) -> Stages:
-        """The runs that the method consists of, one config after another; each is answered by what it left."""
+    def stages(cls, config: Config, world: World = ALONE) -> Stages:
+        """The runs that the method consists of, one config after another; each is answered by what it left.
+
+        All ranks go through them, and the main one writes what lies between them.
+        """
         yield config
 
     @property

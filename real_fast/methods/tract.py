@@ -16,6 +16,7 @@ from typing import Any
 
 from real_fast.config import Config, DataConfig
 from real_fast.data.sources import benchmarks
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
@@ -42,7 +43,7 @@ class Tract(Supervised):
         return LossWeights(feedback=1.0, squared_error=self.config.supervised.squared_error)
 
     @classmethod
-    def stages(cls, config: Config) -> Stages:
+    def stages(cls, config: Config, world: World = ALONE) -> Stages:
         """Both stages; with ``resume``, what is complete is kept.
 
         OUTPUT/stage1 holds the first run; OUTPUT itself is the second, so that OUTPUT/final is the judge.
@@ -56,26 +57,35 @@ class Tract(Supervised):
             return
         folder = Path(config.output).expanduser()
         check_installed(config)  # before an earlier run is moved aside
-        if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
-            move_aside(folder)
         generated = folder / "self_generated.jsonl"
-        if generated.is_file() and not config.resume:
-            raise OutputError(f"output {folder} holds a run: take another --output, --resume it, or --overwrite it")
+        with world.together():
+            if world.is_main:
+                if config.overwrite and any((folder / name).exists() for name in ("config.yaml", "stage1")):
+                    move_aside(folder)
+                if generated.is_file() and not config.resume:
+                    raise OutputError(
+                        f"output {folder} holds a run: take another --output, --resume it, or --overwrite it"
+                    )
         name = config.run_name or folder.resolve().name
         single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
-        if not generated.is_file():
+        if not world.main(generated.is_file()):
             first = replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")
-            stage = yield _sampling_next(first)
+            with world.together():
+                if world.is_main:
+                    _sample_next(first)
+            stage = yield first
             assert stage is not None
             logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
             started = time.perf_counter()
             rollouts = sample_feedback(stage, config)
-            _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
-            for benchmark, path in _held_out(config, folder).items():
-                some = [row for row in stage.data.eval if row.benchmark == benchmark]
-                write_jsonl(path, (record(row, row.feedbacks) for row in some))
-            needed = config.supervised.prompts_per_step
-            _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
+            with world.together():
+                if world.is_main:
+                    _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
+                    for benchmark, path in _held_out(config, folder).items():
+                        some = [row for row in stage.data.eval if row.benchmark == benchmark]
+                        write_jsonl(path, (record(row, row.feedbacks) for row in some))
+                    needed = config.supervised.prompts_per_step
+                    _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
             stage.engine.close()
             del stage
         held_out = {name: str(path) for name, path in _held_out(config, folder).items()}
@@ -121,12 +131,11 @@ def _add_seconds(summary: Path, phase: str, seconds: float) -> None:
     write_json(summary, known)
 
 
-def _sampling_next(config: Config) -> Config:
+def _sample_next(config: Config) -> None:
     """Let a first stage that is finished go on from its end: only the feedback that it writes is missing."""
     finished = Path(config.output) / "summary.json"
     if config.resume and finished.is_file():
         os.replace(finished, finished.with_name("summary.superseded.json"))
-    return config
 
 
 def _write(

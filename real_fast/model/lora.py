@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from real_fast.config import LoraConfig
 from real_fast.distributed.shard import whole
@@ -105,9 +106,31 @@ def _check_targets(model: Any, targets: list[str]) -> None:
 
 
 def _inject(model: Any, config: Any) -> None:
-    import_peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
+    with _whole_shapes(model):
+        import_peft().inject_adapter_in_model(config, model, adapter_name=_NAME)
     for parameter in _adapters(model).values():
         parameter.data = parameter.data.float()  # peft makes them in the base's dtype
+
+
+@contextmanager
+def _whole_shapes(model: Any) -> Iterator[None]:
+    """Tensors of the whole shape, without its memory, for weights that are spread over ranks.
+
+    peft takes a slice for the weight of a layer that computes with it alone (tensor parallelism).
+    """
+    sharded = []
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, DTensor):
+                sharded.append((module, name, weight))
+    for module, name, weight in sharded:
+        shape = torch.zeros(1, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        module._parameters[name] = nn.Parameter(shape, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, name, weight in sharded:
+            module._parameters[name] = weight
 
 
 def _adapters(model: Any) -> dict[str, nn.Parameter]:

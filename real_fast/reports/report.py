@@ -24,9 +24,7 @@ from real_fast.utils.machine import machine
 PHASES = ("before", "warmup", "after")
 
 
-def start(
-    config: Config, data: Dataset, scale: ScoreScale, policy: Policy, engine: str, resumed_after: int | None
-) -> None:
+def start(config: Config, data: Dataset, scale: ScoreScale, policy: Policy, engine: str, resumed_after: int) -> None:
     """Say what is about to run.
 
     Args:
@@ -35,7 +33,7 @@ def start(
         scale: The score scale.
         policy: The model.
         engine: Name of the rollout engine.
-        resumed_after: The update that a resumed run goes on after.
+        resumed_after: The update that a resumed run goes on after; 0 for a run from its start.
     """
     device, attention = policy.device, policy.attention
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -46,7 +44,7 @@ def start(
         f"{lora.describe(policy.model)}\n"
         f"{len(data.train)} training rows, {len(data.eval)} evaluation rows, {len(data.rejected)} rejected{overlap}\n"
         f"scores {', '.join(scale.shown)} after {scale.phrase!r}; output {Path(config.output).expanduser()}"
-        + ("" if resumed_after is None else f"; resuming after step {resumed_after}"),
+        + (f"; resuming after step {resumed_after}" if resumed_after else ""),
         flush=True,
     )
 

@@ -11,10 +11,11 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -22,15 +23,25 @@ LOCK = ".lock"
 
 
 @contextmanager
-def alone_in(output: str | Path) -> Iterator[None]:
+def alone_in(output: str | Path, world: World = ALONE) -> Iterator[None]:
     """Hold a folder's lock, which is its file .lock, with pid and host of who holds it. The folder is made.
 
     Args:
         output: The folder.
+        world: The ranks of the run; the main one holds the lock for all.
 
     Raises:
         OutputError: Another process holds it; the message says which. Or the folder cannot be written.
     """
+    with ExitStack() as held:
+        with world.together():
+            if world.is_main:
+                held.enter_context(_held(output))
+        yield
+
+
+@contextmanager
+def _held(output: str | Path) -> Iterator[None]:
     folder = Path(output).expanduser()
     if folder.is_symlink() and not folder.exists():
         raise OutputError(f"output {folder} is a link to {os.readlink(folder)}, which does not exist: make that folder")

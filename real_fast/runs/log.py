@@ -40,14 +40,12 @@ class _Plain(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
-def errors_alone() -> None:
-    """Show no more than errors, and no bars: for the ranks that are not the one that talks."""
-    set_up("error")
-    progress.hidden = True
+def set_up(level: Level = "info", talks: bool = True) -> None:
+    """Show messages of this level and above on standard error: for the commands.
 
-
-def set_up(level: Level = "info") -> None:
-    """Show messages of this level and above on standard error: for the commands."""
+    A rank that is not the one that `talks` shows errors alone, and no bars.
+    """
+    level, progress.hidden = level if talks else "error", not talks
     for name in _IMPORTED:
         logging.getLogger(name).setLevel("ERROR")
     logger = logging.getLogger(_ROOT)

@@ -64,7 +64,7 @@ class Saver:
     def checkpoint(self, state: TrainState) -> None:
         """Everything that the next step depends on. Raises :class:`CheckpointError`."""
         u, model = self.updater, self.updater.policy.model
-        if not u.world.is_main:
+        if u.world.size > 1:
             return
         texts = self.texts | {fingerprints.FILE: self.identity.text()}
         checkpoint.save(
@@ -80,6 +80,8 @@ class Saver:
     def final(self) -> None:
         """The judge, in the precision that it was trained in, or its adapters. Raises :class:`CheckpointError`."""
         model, merge = self.updater.policy.model, self.config.save.merge
+        if self.updater.world.size > 1:
+            return
         dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.device))
         write = partial(write_model, model, self.tokenizer, texts=self.texts, dtype=dtype)
         if merge:

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 # Forked from a process that has imported these and has no threads: a rank starts in a tenth of a second.
-_IMPORTED = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "real_fast.runs.checkpoint"]
+_IMPORTED = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "real_fast.train"]
 _GRACE = 5.0  # seconds that the others have after a rank's error
 
 

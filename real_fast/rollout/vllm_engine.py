@@ -6,7 +6,7 @@ import copy
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from real_fast.rollout.process_state import process_state_kept
 from real_fast.rollout.vllm_inside import (
     held_bytes,
     lora_settings,
+    process_group_kept,
     repack_tied_heads,
     share_one_adapter,
     spell_no_logprobs,
@@ -115,6 +116,7 @@ class VllmEngine:
     ) -> None:
         self._llm: Any = None
         self._sleeps, self._asleep = sleeps, False
+        self._launched = launched is not None
         self._lora_rank, self._version = lora_rank, 0
         self._adapter: Any = None
         self._has_run = False  # an attention that vLLM lacks (a head of 4 numbers on a CPU) shows in the first pass
@@ -355,7 +357,8 @@ class VllmEngine:
         if self._llm is None:
             return
         llm, self._llm = self._llm, None
-        llm.llm_engine.engine_core.shutdown()
+        with process_group_kept() if self._launched else nullcontext():
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def lora_settings(rank: int) -> dict[str, Any]:
@@ -59,6 +62,22 @@ def share_one_adapter() -> None:
     for module in (lora_ops, punica_cpu):  # the second has imported the names
         module.bgmv_shrink, module.bgmv_expand_slice = shrunk, expanded
     ops._shares_one_adapter = True
+
+
+@contextmanager
+def process_group_kept() -> Iterator[None]:
+    """vLLM ends torch's process group along with itself, whoever made it; in here, it ends its own groups alone."""
+    end = dist.destroy_process_group
+
+    def end_of_its_own(group: Any = None) -> None:
+        if group not in (None, dist.group.WORLD):
+            end(group)
+
+    dist.destroy_process_group = end_of_its_own
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = end
 
 
 def spell_no_logprobs(processor: Any) -> None:

@@ -13,19 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from real_fast.distributed.launch import launched
 from real_fast.distributed.world import ALONE, World
 from real_fast.errors import ConfigError, ElsewhereError, UserError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NUMBERS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK")
-_BELOW = {"RANK": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_WORLD_SIZE"}
 # A rank waits for the slowest of an update's rollouts, or of an evaluation's.
 _PATIENCE = timedelta(hours=1)
-# Launchers that start several processes without torchrun's variables, by what they say of their number.
-_OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
 
 
 class Ranks:
@@ -147,33 +143,6 @@ def joined(device: str, replicas: int = 1) -> Iterator[World]:
     yield Ranks(place, replicas)
     if own:  # not behind an error, where others may never come to their end
         dist.destroy_process_group()
-
-
-def launched() -> int:
-    """How many ranks a launcher started. Raises :class:`ConfigError` for a launch that is not torchrun's, or a part."""
-    known = [name for name in _VARIABLES if name in os.environ]
-    if "WORLD_SIZE" not in known and "RANK" not in known:
-        for name, launcher in _OTHERS.items():
-            if os.environ.get(name, "1").isdecimal() and int(os.environ.get(name, "1")) > 1:
-                raise ConfigError(
-                    f"{launcher} started {os.environ[name]} processes ({name}) without torchrun's variables, and each "
-                    "would be a run of its own in the same folder: let it start one torchrun a node "
-                    "(docs/scaling.md), or one process"
-                )
-        return 1
-    start = "start the ranks with torchrun --nproc-per-node N -m real_fast.train ..."
-    for one, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if other not in known:
-            raise ConfigError(f"{one} is set, and {other} is not: {start}, or unset it for one process")
-    numbers = {name: os.environ[name] for name in _NUMBERS if name in known}
-    for name, value in numbers.items():
-        most = int(numbers[_BELOW[name]]) if name in _BELOW and numbers.get(_BELOW[name], "").isdecimal() else None
-        if not value.isdecimal() or (most is not None and int(value) >= most):
-            raise ConfigError(f"{name} is {value!r}, which no launcher gives: {start}")
-    size = int(numbers["WORLD_SIZE"])
-    if size > 1 and (missing := [name for name in _VARIABLES if name not in known]):
-        raise ConfigError(f"WORLD_SIZE is {size}, and {', '.join(missing)} is not set: {start}")
-    return size
 
 
 def _device(wanted: str) -> torch.device:

@@ -164,3 +164,42 @@ def test_steps_in_float32(ranks):
 def test_fewer_groups_than_ranks():
     for found in run_ranks(3, on_ranks, "real", False, True, False, 1, torch.float64, 1, 1, PLAIN, "adamw"):
         assert found["gradients"] <= 1e-10
+
+
+def on_one_rank():
+    world = Ranks(CPU)
+    method, found = make_method("real", ObjectiveConfig()), []
+    alone, one = Policy(tiny(True), None, "sdpa"), Policy(tiny(True), None, "sdpa")
+    spread(one, world.mesh)
+    for policy, speaker in ((alone, ALONE), (one, world)):
+        updater = updater_of(policy, speaker)
+        metrics = [one_update(policy, updater, speaker, make_groups(seed=n, n=5), method)[0] for n in range(3)]
+        found.append((metrics, {name: whole(p).clone() for name, p in policy.model.named_parameters()}))
+    return found
+
+
+def test_one_rank_computes_the_same_bits():
+    [(plain, sharded)] = run_ranks(1, on_one_rank)
+    assert plain[0] == sharded[0]
+    assert all(torch.equal(plain[1][name], sharded[1][name]) for name in plain[1])
+
+
+def eight_bits():
+    """The largest difference of weights after 3 steps, in updates, and the kinds of state that were kept."""
+    world = Ranks(CPU)
+    method = make_method("real", PLAIN)
+    alone, many = Policy(tiny(True, 512), None, "sdpa"), Policy(tiny(True, 512), None, "sdpa")
+    spread(many, world.mesh)
+    updaters = [updater_of(p, w, lr=1e-3, name="adamw8bit") for p, w in ((alone, ALONE), (many, world))]
+    for n in range(3):
+        for policy, speaker, updater in zip((alone, many), (ALONE, world), updaters, strict=True):
+            one_update(policy, updater, speaker, make_groups(seed=n, n=5), method)
+    weights = dict(alone.model.named_parameters())
+    far_off = [(whole(p) - weights[name]).abs().mean() for name, p in many.model.named_parameters()]
+    state = updaters[1].optimizer.state[many.model.get_input_embeddings().weight]
+    return float(max(far_off)) / 3e-3, type(state["exp_avg"].to_local()).__name__
+
+
+def test_moments_in_8_bits():
+    for far_off, kind in run_ranks(2, eight_bits):
+        assert far_off <= 0.01 and kind == "OptimState8bit"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from real_fast.commands import run
 from real_fast.config import Config, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
-from real_fast.distributed.ranks import Ranks, joined, launched
+from real_fast.distributed.launch import launched
+from real_fast.distributed.ranks import Ranks, joined
 from real_fast.distributed.world import OneProcess
 from real_fast.errors import ConfigError, DataError, ElsewhereError
 from real_fast.runs.stop import Stopped, StopSignal
@@ -135,6 +137,14 @@ def test_launches_that_cannot_work(environment, variables, message):
     environment(**{name: value for name, value in variables.items() if value is not None})
     with pytest.raises(ConfigError, match=message):
         launched()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "plan", "compare"])
+def test_other_commands_are_one_process(environment, capsys, command):
+    environment(**TORCHRUN | {"RANK": "0"})
+    arguments = {"evaluate": ["--model", "m", "--data.eval", "e.jsonl"], "plan": ["--model", "smollm2-135m"]}
+    assert run(command, arguments.get(command, ["runs"])) == 2
+    assert f"torchrun started 2 processes, and real-fast {command} is one" in capsys.readouterr().err
 
 
 def test_more_ranks_than_gpus(environment, monkeypatch):

@@ -74,7 +74,6 @@ class FolderWriter:
                 self._begin(target, temporary, contents, advice)
         background = self._in_background(contents)
         self._job = job = _Job(target, temporary, self.world, self._gather, advice, done, background)
-        job.start()
         copy = background or self.device.type != "cpu"
         try:
             shares = Shares(self.world.size)
@@ -93,7 +92,7 @@ class FolderWriter:
         """Return when what was begun is in its place. Raises as :meth:`write` does, once."""
         job, self._job = self._job, None
         if job is not None:
-            job.join()
+            job.wait()
             if job.error is not None:
                 raise job.error
 
@@ -126,7 +125,7 @@ class FolderWriter:
         return fits
 
 
-class _Job(threading.Thread):
+class _Job:
     """One folder: this rank's files, and on the main process what makes the folder whole.
 
     Args:
@@ -149,13 +148,14 @@ class _Job(threading.Thread):
         done: Callable[[], None],
         background: bool,
     ) -> None:
-        super().__init__(name=f"write {target.name}", daemon=True)
         self.target, self.temporary, self.gather = target, temporary, gather
         self.rank, self.size = world.rank, world.size
         self.advice, self.done = advice, done
         self.counts: dict[str, list[int]] = {}
         self.error: CheckpointError | ElsewhereError | None = None
         self._files: Queue[TensorFile | str | None] = Queue(0 if background else 1)
+        self._thread = threading.Thread(target=self._run, name=f"write {target.name}", daemon=True)
+        self._thread.start()
 
     def take(self, files: Any) -> list[int]:
         """Write these files; returns how many each rank has."""
@@ -174,14 +174,18 @@ class _Job(threading.Thread):
         """The folder cannot be written."""
         self._files.put(reason)
 
-    def run(self) -> None:
-        """Write; what went wrong is in `error` at the end."""
-        try:
-            self._run()
-        except Exception as error:  # another rank is gone, with whatever error its connection gives
-            self.error = self._told({self.rank: f"{type(error).__name__}: {error}"})
+    def wait(self) -> None:
+        """Return when everything is done; what went wrong is in `error`."""
+        self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # another rank is gone, with whatever error its connection gives
+            self.error = self._told({self.rank: f"{type(error).__name__}: {error}"})
+            self.error.__cause__ = error
+
+    def _write(self) -> None:
         mine = self._write_files()
         answers: list[_Written] = self.gather(mine)
         failed = {rank: written.problem for rank, written in enumerate(answers) if written.problem}
@@ -211,10 +215,10 @@ class _Job(threading.Thread):
                 file.tensors = {}
         written = _Written(problem)
         for file, sizes, path, checksum in () if problem else files:
-            written.add(self._name(file), file.part, sizes, path, checksum)
+            written.add(self._name_of(file), file.part, sizes, path, checksum)
         return written
 
-    def _name(self, file: TensorFile) -> str:
+    def _name_of(self, file: TensorFile) -> str:
         """Known only now that all tensors have been shared out."""
         counts = self.counts[file.part.stem]
         return file_name(file.part.stem, sum(counts[: self.rank]) + file.number, sum(counts))

@@ -189,12 +189,14 @@ class _Job:
         mine = self._write_files()
         answers: list[_Written] = self.gather(mine)
         failed = {rank: written.problem for rank, written in enumerate(answers) if written.problem}
-        if not failed:
-            said = self._complete(answers) if self.rank == 0 else None
-            failed = {rank: problem for rank, problem in enumerate(self.gather(said)) if problem}
-        if failed:
-            if self.rank == 0:
+        problem = None
+        if self.rank == 0:
+            problem = None if failed else self._complete(answers)
+            if failed or problem:
                 shutil.rmtree(self.temporary, ignore_errors=True)
+        behind = self.gather(problem)  # all end when it is in its place, or gone
+        failed |= {rank: problem for rank, problem in enumerate(behind) if problem}
+        if failed:
             self.error = self._told(failed)
 
     def _write_files(self) -> _Written:

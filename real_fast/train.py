@@ -50,7 +50,7 @@ class Trainer:
         """The whole run. Returns False where a signal ended it before its end."""
         with self.run, debugging(self.config.debug):
             try:
-                with self.stop:
+                with self.parts.saver, self.stop:  # a checkpoint that is being written is waited for
                     self.train()
             except Stopped:
                 logger.info("stopped after step %d; %s", self.state.step, checkpoint.kept(self.run.folder.checkpoints))

@@ -344,11 +344,14 @@ class SaveConfig:
         keep: Keep this many newest checkpoints.
         merge: With train.lora, write final/ as a whole model, the adapters merged into it, and the adapters themselves
             into adapter/; without it, final/ is the adapters.
+        background: Write while training goes on, from a copy in the host's memory: "always"; "never"; "auto": where the
+            copy takes less than a quarter of what is free of it, three quarters with the model on a GPU.
     """
 
     every: int = at_least(0, 50)
     keep: int = above(0, 2)
     merge: bool = False
+    background: Literal["auto", "always", "never"] = "auto"
 
 
 @dataclass

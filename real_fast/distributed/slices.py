@@ -51,13 +51,18 @@ class TensorFiles:
 
     Args:
         files: The files; a name is in one of them.
+
+    Attributes:
+        metadata: What the files say of themselves.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._where: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
         for file in files:
             opened = safe_open(file, framework="pt")  # maps the file; nothing is read yet
             self._where |= dict.fromkeys(opened.keys(), opened)
+            self.metadata |= opened.metadata() or {}
 
     @property
     def names(self) -> set[str]:

@@ -107,7 +107,7 @@ def check_as_written(folder: Path, weights: bool) -> None:
     found = read_json(sums).values()
     if not all(isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) for value in found):
         return  # another program's
-    if problem := damage(folder, skip="optimizer.safetensors" if weights else "*.safetensors"):
+    if problem := damage(folder, skip="optimizer*.safetensors" if weights else "*.safetensors"):
         raise ModelError(
             f"{folder} has changed since it was written: {problem}. If nobody meant to change it, it is damaged: copy "
             f"it again from where it was made, or take an earlier checkpoint. If you changed it, remove {sums}, and "

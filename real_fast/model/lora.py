@@ -198,6 +198,11 @@ def save_adapters(model: Any, folder: Path) -> None:
     """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_adapter_config(model, folder)
+
+
+def save_adapter_config(model: Any, folder: Path) -> None:
+    """Write what peft has to know of the adapters, without their weights, into an existing folder."""
     config = model.peft_config[_NAME].to_dict() | {"inference_mode": True}
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     text = json.dumps(plain, indent=2, sort_keys=True, default=str)

@@ -7,27 +7,31 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from real_fast.distributed.slices import TensorFiles
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError
-from real_fast.runs import optimizer_state
+from real_fast.runs import optimizer_state, random_state
+from real_fast.runs.parts import Contents, Part, files_in
 from real_fast.runs.sealed import damage, writing_folder
+from real_fast.runs.writer import FolderWriter
 from real_fast.utils.files import free_name
 
 logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
-_OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
 _TENSORS = "model.safetensors"
 _DAMAGED = ".damaged"
 
@@ -64,34 +68,39 @@ class TrainState:
         self.sampled_tokens += sampled_tokens
 
 
-def save_model(target: Path, write: Callable[[Path], None]) -> None:
+def save_model(writer: FolderWriter, target: Path, contents: Contents) -> None:
     """Write a model's folder, atomically.
 
     Args:
+        writer: Writes it, with all ranks.
         target: Folder to make or replace.
-        write: Writes the model into a folder.
+        contents: The model's.
 
     Raises:
-        CheckpointError: The disk is full or read-only.
+        CheckpointError: The disk is full or read-only (see :meth:`FolderWriter.write`).
     """
-    with _disk_errors(target, "checkpoints are untouched"), writing_folder(target) as folder:
-        write(folder)
+    writer.write(target, contents, lambda: "checkpoints are untouched")
 
 
 def save(
     folder: Path,
-    write: Callable[[Path], None],
+    writer: FolderWriter,
+    contents: Contents,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
     state: TrainState,
     keep: int,
 ) -> Path:
-    """Write ``folder/step-NNNNNN`` and remove the oldest beyond `keep`.
+    """Write ``folder/step-NNNNNN`` and remove the oldest beyond `keep`, while training goes on or not.
+
+    All of it is as it is now, whatever training changes while it is written. A checkpoint does not depend on the number
+    of ranks: tensors are whole, and each is in one file.
 
     Args:
         folder: Of the run's checkpoints.
-        write: Writes the weights that are trained, and what goes with them, into a folder.
+        writer: Writes it, with all ranks; :meth:`FolderWriter.wait` returns when it is there.
+        contents: The weights that are trained, and what goes with them.
         model: The model, for its parameters' names.
         optimizer: Its optimiser.
         scheduler: The optimiser's schedule.
@@ -102,13 +111,29 @@ def save(
         CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
     """
     target = folder / f"step-{state.step:06d}"
-    with _disk_errors(target, "repair the disk or free space; " + kept(folder)), writing_folder(target) as temporary:
-        write(temporary)
-        save_file(_optimizer_tensors(model, optimizer), temporary / _OPTIMIZER)
-        state.scheduler = {"last_epoch": scheduler.last_epoch}
-        (temporary / _STATE).write_text(json.dumps(asdict(state), indent=2, allow_nan=False), encoding="utf-8")
-    for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+    state.scheduler = {"last_epoch": scheduler.last_epoch}
+    text = json.dumps(asdict(state), indent=2, allow_nan=False)
+
+    def small(temporary: Path) -> None:
+        contents.small(temporary)
+        (temporary / _STATE).write_text(text, encoding="utf-8")
+
+    def rotate() -> None:
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+
+    moments = Part(
+        OPTIMIZER,
+        chain(random_state.tensors_of(writer.world), optimizer_state.tensors_of(model, optimizer, writer.world)),
+        optimizer_state.local_bytes(optimizer),
+        metadata=optimizer_state.metadata(optimizer),
+    )
+    writer.write(
+        target,
+        Contents(small, [*contents.parts, moments]),
+        lambda: "repair the disk or free space; " + kept(folder),
+        rotate,
+    )
     return target
 
 
@@ -181,22 +206,29 @@ def kept(folder: Path) -> str:
     return f"{found[-1].name} is kept: go on with --resume" if found else "no checkpoint yet: --resume starts over"
 
 
-def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> TrainState:
+def load(
+    path: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    world: World = ALONE,
+) -> TrainState:
     """Restore optimiser, schedule and random states, and return the rest; weights come with the model itself.
 
     Args:
-        path: A complete checkpoint, from which `model` was loaded.
-        model: The model, for its parameters' names.
+        path: A complete checkpoint, of any number of ranks, from which `model` was loaded.
+        model: The model, for its parameters' names; of sharded ones, this rank's part is read.
         optimizer: A fresh optimiser of the same model.
         scheduler: A fresh schedule.
+        world: The ranks.
 
     Raises:
         CheckpointError: A checkpoint of another model.
     """
     state = _read_state(path)
-    tensors = load_file(path / _OPTIMIZER)
+    files = TensorFiles(files_in(path, OPTIMIZER))
     try:
-        missing = optimizer_state.restore(model, optimizer, tensors)
+        missing = optimizer_state.restore(model, optimizer, files)
     except ValueError as error:
         raise CheckpointError(
             f"checkpoint {path} has another optimiser's state ({error}): resume with the optim.name that it was made "
@@ -215,17 +247,8 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, s
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-    torch.set_rng_state(tensors["rng:cpu"])
-    if "rng:cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng:cuda"])
+    random_state.restore(files, world)
     return state
-
-
-def _optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {"rng:cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng:cuda"] = torch.cuda.get_rng_state()
-    return tensors | optimizer_state.tensors_of(model, optimizer)
 
 
 def _read_state(path: Path) -> TrainState:

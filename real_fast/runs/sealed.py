@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -28,15 +28,46 @@ def writing_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        sums = json.dumps(_checksums(temporary, _files(temporary)), indent=1)
-        (temporary / CHECKSUMS).write_text(sums, encoding="utf-8")
-        for path in (*_files(temporary), CHECKSUMS):
-            with open(temporary / path, "rb") as handle:
-                os.fsync(handle.fileno())
-        _replace(temporary, target)
+        publish(temporary, target, {})
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def publish(temporary: Path, target: Path, sums: Mapping[str, str]) -> None:
+    """Give a folder its checksums.json and its name.
+
+    Args:
+        temporary: The folder, in which everything is.
+        target: Its name from now on; what has that name is removed.
+        sums: What :func:`seal` gave for some of its files, by path.
+    """
+    others = [path for path in _files(temporary) if path not in sums]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+        all_sums = dict(sums) | dict(zip(others, pool.map(lambda path: seal(temporary / path), others), strict=True))
+    text = json.dumps(dict(sorted(all_sums.items())), indent=1)
+    (temporary / CHECKSUMS).write_text(text, encoding="utf-8")
+    seal(temporary / CHECKSUMS)
+    _to_disk(temporary)
+    _replace(temporary, target)
+    _to_disk(target.parent)
+
+
+def seal(path: Path) -> str:
+    """The checksum of a file, which has reached the disk when this returns."""
+    with open(path, "rb") as handle:
+        found = hashlib.file_digest(handle, "sha256").hexdigest()
+        os.fsync(handle.fileno())
+    return found
+
+
+def _to_disk(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def damage(folder: Path, skip: str = "") -> str | None:

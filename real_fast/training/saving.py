@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from real_fast.config import Config
+from real_fast.errors import CheckpointError, ElsewhereError
 from real_fast.model.precision import dtype_of, resolve
-from real_fast.model.write import write_model
+from real_fast.model.write import contents_of
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.fingerprints import Fingerprints
 from real_fast.runs.folder import RunFolder
+from real_fast.runs.stop import Stopped
+from real_fast.runs.writer import FolderWriter
 from real_fast.training.update import Updater
+
+logger = logging.getLogger(__name__)
 
 
 def judge_settings(config: Config) -> dict[str, Any]:
@@ -31,7 +37,7 @@ def judge_settings(config: Config) -> dict[str, Any]:
 
 
 class Saver:
-    """Writes into a run's folder; the main process alone does.
+    """Writes into a run's folder, with all ranks. As a context, it ends when everything is written.
 
     Args:
         folder: The run's.
@@ -60,16 +66,20 @@ class Saver:
             self.texts[name] = template
         self.texts["real_fast.json"] = json.dumps(settings, indent=2, allow_nan=False)
         self.identity = identity
+        self.writer = FolderWriter(updater.world, config.save.background, updater.policy.model.device)
 
     def checkpoint(self, state: TrainState) -> None:
-        """Everything that the next step depends on. Raises :class:`CheckpointError`."""
+        """Everything that the next step depends on, as it is now; it may be written while training goes on.
+
+        Raises:
+            CheckpointError: This one could not be written, or the one before (ElsewhereError where another rank says).
+        """
         u, model = self.updater, self.updater.policy.model
-        if u.world.size > 1:
-            return
         texts = self.texts | {fingerprints.FILE: self.identity.text()}
         checkpoint.save(
             self.folder.checkpoints,
-            partial(write_model, model, self.tokenizer, texts=texts, dtype=model.dtype),
+            self.writer,
+            contents_of(model, self.tokenizer, texts, model.dtype),
             model,
             u.optimizer,
             u.scheduler,
@@ -78,12 +88,26 @@ class Saver:
         )
 
     def final(self) -> None:
-        """The judge, in the precision that it was trained in, or its adapters. Raises :class:`CheckpointError`."""
+        """The judge, in the precision that it was trained in, or its adapters. Raises as :meth:`checkpoint` does."""
         model, merge = self.updater.policy.model, self.config.save.merge
-        if self.updater.world.size > 1:
-            return
         dtype = dtype_of(resolve(self.config.train.precision, self.updater.policy.device))
-        write = partial(write_model, model, self.tokenizer, texts=self.texts, dtype=dtype)
         if merge:
-            checkpoint.save_model(self.folder.path / "adapter", write)
-        checkpoint.save_model(self.folder.path / "final", partial(write, merge=merge))
+            adapters = contents_of(model, self.tokenizer, self.texts, dtype)
+            checkpoint.save_model(self.writer, self.folder.path / "adapter", adapters)
+        contents = contents_of(model, self.tokenizer, self.texts, dtype, merge)
+        checkpoint.save_model(self.writer, self.folder.path / "final", contents)
+        self.writer.wait()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for what is being written. Raises :class:`CheckpointError`, unless something else went wrong before."""
+        try:
+            self.writer.wait()
+        except (CheckpointError, ElsewhereError) as problem:
+            if kind is None or issubclass(kind, Stopped):
+                raise
+            logger.error("%s", problem)

@@ -184,7 +184,7 @@ def build(config: Config, world: World = ALONE) -> Parts:
         optimizer = build_optimizer(model, config.optim)
         scheduler = build_scheduler(optimizer, config.optim, config.train.steps * method.iterations)
         if resume_from:
-            state = checkpoint.load(resume_from, model, optimizer, scheduler)
+            state = checkpoint.load(resume_from, model, optimizer, scheduler, world)
             timer.run = state.seconds
             method.resume(policy, folder.path)
         engine = make_engine(with_share(config, share), model, tokenizer, scale, base, world)

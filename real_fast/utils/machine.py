@@ -71,3 +71,20 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def available_memory() -> int | None:
+    """Bytes of the host's memory that can still be had, as Linux and its control group say; None elsewhere."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    found = dict(line.split(":", 1) for line in info.read_text(encoding="utf-8").splitlines())
+    if "MemAvailable" not in found:
+        return None
+    free = int(found["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text(encoding="utf-8").strip() for name in ("max", "current"))
+        return min(free, int(limit) - int(used)) if limit.isdecimal() else free
+    except OSError:  # no control group, or one of the older kind
+        return free

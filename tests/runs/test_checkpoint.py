@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from real_fast.config import OptimConfig
 from real_fast.errors import CheckpointError
-from real_fast.model.write import write_model
-from real_fast.runs import checkpoint
+from real_fast.model.write import contents_of
+from real_fast.runs import checkpoint, writer
 from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.writer import FolderWriter
 from real_fast.training.optim import build_optimizer, build_scheduler, clip_and_step
 
 
@@ -37,10 +37,11 @@ def train(model, optimizer, scheduler, steps, start=0):
         scheduler.step()
 
 
-def save(folder, parts, step, keep=2):
+def save(folder, parts, step, keep=2, writer=None):
     model, optimizer, scheduler = parts
-    write = partial(write_model, model, NoTokenizer(), texts={"a.json": "1"}, dtype=model.dtype)
-    return checkpoint.save(folder, write, model, optimizer, scheduler, TrainState(step=step), keep)
+    contents = contents_of(model, NoTokenizer(), {"a.json": "1"}, model.dtype)
+    writer = writer or FolderWriter(background="never")
+    return checkpoint.save(folder, writer, contents, model, optimizer, scheduler, TrainState(step=step), keep)
 
 
 @pytest.mark.parametrize("optim", [{}, {"name": "adamw8bit", "offload": "moments"}])
@@ -95,7 +96,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tiny_llama, tmp_path, monkeypatch,
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(writer, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left.*--resume"):
         save(tmp_path, parts, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
@@ -107,8 +108,8 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tiny_llama, tmp_path):
     with pytest.raises(CheckpointError, match="could not be written"):
         save(tmp_path / "out", parts, 1)
     with pytest.raises(CheckpointError, match="could not be written"):
-        write = partial(write_model, parts[0], NoTokenizer(), texts={}, dtype=torch.float32)
-        checkpoint.save_model(tmp_path / "out" / "final", write)
+        contents = contents_of(parts[0], NoTokenizer(), {}, torch.float32)
+        checkpoint.save_model(FolderWriter(), tmp_path / "out" / "final", contents)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
@@ -125,8 +126,9 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_llama, tmp_path):
 def test_final_folder_is_a_normal_model_in_bf16(tiny_llama, tmp_path, tied):
     model = tiny_llama(tied=tied)
     texts = {"real_fast.json": "{}"}
-    write = partial(write_model, model, NoTokenizer(), texts=texts, dtype=torch.bfloat16)
-    checkpoint.save_model(tmp_path / "final", write)
+    writer = FolderWriter()
+    checkpoint.save_model(writer, tmp_path / "final", contents_of(model, NoTokenizer(), texts, torch.bfloat16))
+    writer.wait()
     stored = load_file(tmp_path / "final" / "model.safetensors")
     assert {t.dtype for t in stored.values()} == {torch.bfloat16} and ("lm_head.weight" in stored) == (not tied)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "final")

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from real_fast.config import Config, OptimConfig
+from real_fast.distributed.slices import TensorFiles
 from real_fast.errors import ConfigError
-from real_fast.runs.optimizer_state import restore, tensors_of
+from real_fast.runs.optimizer_state import metadata, restore, tensors_of
 from real_fast.train import main
 from real_fast.training import adamw
 from real_fast.training.optim import build_optimizer, build_scheduler
@@ -45,24 +46,25 @@ def test_moments_on_the_host_change_no_bit(name):
         model = layer()
         optimizer = build_optimizer(model, OptimConfig(name=name, offload=offload, lr=1e-3))
         train(model, optimizer, 3)
-        found.append((weights(model), tensors_of(model, optimizer)))
+        found.append((weights(model), dict(tensors_of(model, optimizer))))
     (a, state), (b, other) = found
     assert torch.equal(a, b) and state.keys() == other.keys()
     assert all(torch.equal(state[key], other[key]) for key in state)
 
 
 @pytest.mark.parametrize("offload", ["none", "moments"])
-def test_moments_in_8_bits_go_on_exactly(offload):
+def test_moments_in_8_bits_go_on_exactly(tmp_path, offload):
     config = OptimConfig(name="adamw8bit", offload=offload, lr=1e-3, schedule="cosine")
     model, other = layer(), layer()
     optimizer = build_optimizer(model, config)
     train(model, optimizer, 3)
-    tensors = tensors_of(model, optimizer)
+    tensors = dict(tensors_of(model, optimizer))
     assert {"0.weight:exp_avg:codes", "0.weight:exp_avg_sq:scale", "0.bias:exp_avg"} <= tensors.keys()
     assert tensors["0.weight:exp_avg:codes"].dtype == torch.uint8
+    save_file(tensors, tmp_path / "a.safetensors", metadata=metadata(optimizer))
     other.load_state_dict(model.state_dict())
     again = build_optimizer(other, config)
-    assert restore(other, again, tensors) == []
+    assert restore(other, again, TensorFiles([tmp_path / "a.safetensors"])) == []
     train(model, optimizer, 2, start=3)
     train(other, again, 2, start=3)
     assert torch.equal(weights(model), weights(other))
@@ -92,12 +94,13 @@ def test_the_schedule_reaches_torchao():
     assert rates == pytest.approx([0.0, 2.5e-4, 5e-4])
 
 
-def test_another_optimisers_state_is_refused():
+def test_another_optimisers_state_is_refused(tmp_path):
     model = layer()
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     train(model, optimizer, 1)
+    save_file(dict(tensors_of(model, optimizer)), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"0\.weight:exp_avg is of another kind"):
-        restore(model, build_optimizer(model, OptimConfig(name="adamw8bit")), tensors_of(model, optimizer))
+        restore(model, build_optimizer(model, OptimConfig(name="adamw8bit")), TensorFiles([tmp_path / "a.safetensors"]))
 
 
 def test_torchao_is_named_where_it_is_missing(monkeypatch):

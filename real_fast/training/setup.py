@@ -144,11 +144,13 @@ def build(config: Config, world: World = ALONE) -> Parts:
     timer = Timer(state.seconds)
     with timer("load"), world.together():
         folder = RunFolder(config)
-        resume_from = checkpoint.newest(folder.checkpoints) if folder.resumed else None
+        found = checkpoint.newest(folder.checkpoints) if folder.resumed and world.is_main else None
+    resume_from = world.main(found)  # which has read it whole
+    with timer("load"), world.together():
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)
         logger.info("loading %s", resume_from or config.initial_weights)
         tokenizer = load_tokenizer(config.initial_weights, config.trust_remote_code)
-        if not resume_from:  # a checkpoint has been checked, whole
+        if not resume_from and world.is_main:  # a checkpoint has been checked, whole
             check_as_written(resolve_model(config.initial_weights), weights=True)
         scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
         builder = PromptBuilder(config.prompt, tokenizer, scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from real_fast.distributed.slices import TensorFiles
 from real_fast.train import main
 from real_fast.utils.jsonio import read_jsonl
 from tests.distributed.ranks import run_ranks
@@ -46,3 +47,16 @@ def test_a_run_on_ranks_is_that_of_one_process(tiny_judge, tmp_path, kind, ranks
     assert texts(tmp_path / "many") == texts(tmp_path / "one")
     for found, want in zip(metric_lines(tmp_path / "many"), metric_lines(tmp_path / "one"), strict=True):
         same(found, want)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tiny_judge, tmp_path):
+    """2 ranks, then 1 process, then 3 ranks: the weights are those of one process all the way."""
+    more = ["--objective.normalize_std", "false", "--objective.kl_coef", "0.05"]
+    assert main(flags(tiny_judge, tmp_path / "one", *more)) == 0
+    argv = flags(tiny_judge, tmp_path / "many", *more)
+    assert run_ranks(2, main, [*argv, "--train.steps", "2"], group=False, timeout=120) == [0, 0]
+    assert main([*argv, "--train.steps", "4", "--resume"]) == 0
+    assert run_ranks(3, main, [*argv, "--resume"], group=False, timeout=120) == [0] * 3
+    one, many = (TensorFiles((tmp_path / name / "final").glob("*.safetensors")) for name in ("one", "many"))
+    assert one.names == many.names
+    assert max(float((one.whole(name) - many.whole(name)).abs().max()) for name in one.names) <= 1e-6

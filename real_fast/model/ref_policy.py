@@ -18,6 +18,7 @@ from real_fast.model.policy import Policy
 from real_fast.model.precision import rounded_weights
 from real_fast.model.sharded import frozen_copy_of_spread
 from real_fast.runs.checkpoint import open_tensors, save_tensors
+from real_fast.runs.parts import nbytes_of
 from real_fast.types import Batch
 from real_kernels import HeadOptions, linear_logprob
 
@@ -59,12 +60,9 @@ class RefPolicy:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
-        tensors = {}
-        for name, parameter in self.policy.model.named_parameters():
-            tensor = whole(parameter)
-            if world.is_main:
-                tensors[name] = tensor.cpu()
-        _write(run, tensors, world)
+        model = self.policy.model
+        tensors = ((name, whole(parameter)) for name, parameter in model.named_parameters())
+        save_tensors(run / FOLDER, tensors, nbytes_of(model.parameters()), world)
 
     @torch.no_grad()
     def load(self, run: Path) -> None:
@@ -109,7 +107,8 @@ class RefAdapters:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the adapters into a run's folder. Raises :class:`CheckpointError`."""
-        _write(run, adapter_state(self.policy.model) if self.state is None else self.state, world)
+        state = adapter_state(self.policy.model) if self.state is None else self.state
+        save_tensors(run / FOLDER, state.items(), nbytes_of(state.values()), world)
 
     def load(self, run: Path) -> None:
         """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""
@@ -126,12 +125,6 @@ def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Bat
         return linear_logprob(hidden[batch.rows], weight, batch.targets, head=head)
 
     return logprobs
-
-
-def _write(run: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
-    with world.together():
-        if world.is_main:
-            save_tensors(run / FOLDER, tensors)
 
 
 def _read(run: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

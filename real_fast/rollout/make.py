@@ -7,7 +7,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -48,9 +48,7 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
             they need more positions than the model has.
     """
     if config.rollout.engine == "vllm-server":
-        server = _server(config, tokenizer, scale, model_path, model.config)
-        server.sync(merged_tensors(model))
-        return server
+        return _published(_server(config, tokenizer, scale, model_path, model.config), model)
     if _takes_vllm(config, pick_device(config.train.device).type):
         packed, sleeps = config.train.quantization == "nf4", _sleeps(config.rollout.sleep)
         nf4 = packed and _on_gpu()
@@ -58,13 +56,10 @@ def make_engine(config: Config, model: Any, tokenizer: Any, scale: ScoreScale, m
         try:
             if packed and not nf4:  # unpacked once, the base is what the trainer computes with
                 engine.sync(merged_tensors(model, adapters_too=False))
-            publish(engine, model)
         except ValueError as error:
             engine.close()
-            raise ConfigError(
-                f"vLLM cannot take over this model's weights ({error}): set rollout.engine to transformers"
-            ) from error
-        return engine
+            raise _refused(error) from error
+        return _published(engine, model)
     return _transformers(config, model, tokenizer, scale)
 
 
@@ -88,7 +83,8 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
     if config.rollout.engine == "vllm-server":
         whole = load_model(config.model, torch.device("cpu"), engine_dtype(config), config.trust_remote_code)
         server = _server(config, tokenizer, scale, base_folder(path), whole.config)
-        server.sync(merged_tensors(whole))
+        _published(server, whole)
+        server.eos_ids = eos_ids(tokenizer, scale, whole.generation_config)
         return server
     if _takes_vllm(config, device.type):
         # vLLM reads the weights itself, and not all that is wrong with them stops it.
@@ -110,6 +106,23 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
         return engine
     model = load_model(config.model, device, engine_dtype(config), config.trust_remote_code)
     return _transformers(config, model, tokenizer, scale)
+
+
+E = TypeVar("E", bound=RolloutEngine)
+
+
+def _published(engine: E, model: Any) -> E:
+    """The engine with a model's weights. Raises :class:`ConfigError` where it cannot take them over."""
+    try:
+        publish(engine, model)
+    except ValueError as error:
+        engine.close()
+        raise _refused(error) from error
+    return engine
+
+
+def _refused(error: ValueError) -> ConfigError:
+    return ConfigError(f"vLLM cannot take over this model's weights ({error}): set rollout.engine to transformers")
 
 
 def _copy_adapter(path: Path, folder: Path) -> None:

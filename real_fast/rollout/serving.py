@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import ipaddress
@@ -144,7 +145,14 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
     command_line.validate_parsed_serve_args(arguments)
     url = f"http://{place['host']}:{place['port']}"
     logger.info("starting vLLM with %s; it takes a minute, then %s/health answers", place["model"], url)
-    uvloop.run(server.run_server(arguments))
+    try:
+        uvloop.run(server.run_server(arguments))
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+            raise
+        raise ConfigError(f"the server cannot listen on {url} ({error.strerror}): give another --port") from error
+    except RuntimeError as error:
+        raise ConfigError(f"vLLM did not start ({error}): what it said above names the reason") from error
 
 
 def _entry(*names: str) -> list[Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from real_fast.errors import RolloutServerError
 
-HOW_TO_START = "start one with `real-fast serve --config FILE`, the run's own, and wait until it says that it listens"
+HOW_TO_START = "start one with `real-fast serve --config FILE`, the run's own, and wait until its /health answers"
+_CONNECT = 20.0  # seconds for the connection itself
 _PAUSES = (0.5, 2.0)  # seconds before a request without consequences is sent again
 
 
@@ -30,12 +32,12 @@ class ServerClient:
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.host, self.port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._prefix = parts.path
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[Any] = set()
         self._lock = threading.Lock()
 
     def get(self, path: str, timeout: float = 30.0) -> Any:
         """What the server says at `path`. Raises :class:`RolloutServerError`."""
-        return self._repeated("GET", path, None, timeout)
+        return self._repeated("GET", path, None, timeout, threading.Event())
 
     def post(self, path: str, body: Any = None, timeout: float = 600.0) -> Any:
         """The answer to `body`, sent once. Raises :class:`RolloutServerError`."""
@@ -51,40 +53,44 @@ class ServerClient:
         """
         if not bodies:
             return []
-        pool = ThreadPoolExecutor(min(at_a_time, len(bodies)), thread_name_prefix="rollouts")
-        try:
-            futures = [pool.submit(self._repeated, "POST", path, body, timeout) for body in bodies]
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self.close()
-            raise
-        finally:
-            pool.shutdown()
+        stopped = threading.Event()
+        with ThreadPoolExecutor(min(at_a_time, len(bodies)), thread_name_prefix="rollouts") as pool:
+            try:
+                futures = [pool.submit(self._repeated, "POST", path, body, timeout, stopped) for body in bodies]
+                return [future.result() for future in futures]
+            except BaseException:
+                stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                self.close()
+                raise
 
     def close(self) -> None:
         """Close what is open; whoever waits for an answer gets an error."""
         with self._lock:
             for connection in self._open:
-                if connection.sock is not None:
-                    connection.sock.close() if connection.sock.fileno() < 0 else connection.sock.shutdown(2)
+                with suppress(OSError):  # closed by the other side
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
-    def _repeated(self, method: str, path: str, body: Any, timeout: float) -> Any:
+    def _repeated(self, method: str, path: str, body: Any, timeout: float, stopped: threading.Event) -> Any:
         for pause in _PAUSES:
             try:
                 return self._answer(method, path, body, timeout)
             except RolloutServerError as error:
-                if not isinstance(error.__cause__, ConnectionError):
+                if not isinstance(error.__cause__, ConnectionError) or stopped.wait(pause):
                     raise
-            time.sleep(pause)
         return self._answer(method, path, body, timeout)
 
     def _answer(self, method: str, path: str, body: Any, timeout: float) -> Any:
-        connection = self._make(self.host, self.port, timeout=timeout)
-        with self._lock:
-            self._open.add(connection)
+        connection = self._make(self.host, self.port, timeout=_CONNECT)
+        sent = None if body is None else json.dumps(body).encode()
         try:
-            sent = None if body is None else json.dumps(body).encode()
+            try:
+                connection.connect()
+            except TimeoutError as error:
+                raise ConnectionError(f"no connection within {_CONNECT:g} seconds") from error
+            _patient(connection.sock, timeout)
+            with self._lock:
+                self._open.add(connection)
             connection.request(method, self._prefix + path, sent, {"Content-Type": "application/json"})
             response = connection.getresponse()
             status, raw = response.status, response.read()
@@ -123,3 +129,12 @@ class ServerClient:
             said = raw.decode(errors="replace")
         text = " ".join(str(said).split())[:400]
         return f"the rollout server {self.url} answered {path} with {status}: {text or 'no reason given'}"
+
+
+def _patient(sock: socket.socket, timeout: float) -> None:
+    """Wait so long for an answer, but no longer than two minutes for a machine that is gone without a word."""
+    sock.settimeout(timeout)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

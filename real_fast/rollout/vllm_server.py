@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,8 +230,11 @@ class VllmServerEngine(VllmSampling):
         if found == _UNTOUCHED and self._label:
             logger.warning("the rollout server %s was started anew: it gets all weights again", client.url)
             self._transfer.open(client)
-        elif self._label and not found.startswith(self._run_name):
-            self._check_label()
+        elif not found.startswith(self._run_name):
+            if self._label:
+                self._check_label()
+            elif found != _UNTOUCHED:
+                logger.warning("the rollout server %s has another run's weights; it gets this run's now", client.url)
         self._syncs += 1
         self._label = f"{self._run_name}-{self._syncs}"
         client.post("/update_weight_version", {"new_version": f"{self._label} unfinished"})
@@ -239,8 +243,11 @@ class VllmServerEngine(VllmSampling):
             for part in buckets(self._to_send(named_tensors, given)):
                 self._transfer.send(client, part, self.dtype)
                 part.clear()
-        finally:  # what has come is taken in, and the next sync finds no update under way
-            client.post("/finish_weight_update")
+        except BaseException:
+            with suppress(RolloutServerError):  # the next sync is to find no update under way
+                client.post("/finish_weight_update")
+            raise
+        client.post("/finish_weight_update")
         self._check_given(given)
         client.post("/collective_rpc", {"method": "real_fast_repack_tied_heads"})
         if not client.post("/reset_prefix_cache")["success"]:

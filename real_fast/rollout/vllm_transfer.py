@@ -17,8 +17,8 @@ from real_fast.rollout.vllm_client import ServerClient
 
 # Of a model's text config: what says that two models' weights fit each other.
 SHAPE = (
-    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
 )
 _BUCKET = 2**25  # bytes; small tensors travel together, a larger one alone
 

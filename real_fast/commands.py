@@ -24,6 +24,7 @@ _INTERRUPTED = {
     "judge": "stopped; every batch that was finished has been written",
     "compare": "stopped: no comparison was written",
     "plan": "stopped",
+    "serve": "stopped: a run that was using this server goes on with --resume, once there is another",
 }
 
 

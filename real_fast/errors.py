@@ -57,6 +57,19 @@ class EngineMismatchError(UserError, RuntimeError):
     """Engine and trainer disagree by more than the settings allow. The message has the numbers and the usual causes."""
 
 
+class RolloutServerError(UserError, RuntimeError):
+    """A server of rollouts that does not answer, is another one, or holds other weights.
+
+    Args:
+        message: What is wrong, and what to do.
+        status: The HTTP status that it answered with; 0 for no answer.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class NothingTrainedError(UserError, RuntimeError):
     """Updates in a row that trained nothing; the message says why and what to do."""
 

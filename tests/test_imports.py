@@ -19,7 +19,7 @@ FLOORS = (
     ("batching", "rollout", "data"),
     ("methods", "evaluation", "reports", "planning"),
     ("training", "judging", "comparison"),
-    ("__init__", "__main__", "commands", "train", "evaluate", "judge", "compare", "plan"),
+    ("__init__", "__main__", "commands", "train", "evaluate", "judge", "compare", "plan", "serve"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -209,6 +209,28 @@ class PlanConfig(Config):
     response_tokens: int = at_least(0, 0)
 
 
+@dataclass
+class ServeConfig(Config):
+    """What to serve: the run's own settings, of which model, scale, prompt, rollout and precision count; and where.
+
+    Args:
+        model: A folder or a model on the Hugging Face hub, the one that the run trains.
+        host: The address to listen on. Whoever reaches it can replace the weights and use the machine, since vLLM's
+            routes for training ask for no password: anything but this machine's own must be in a private network.
+        port: The port to listen on; 0 for that of rollout.url, or 8000.
+        gpus: GPUs that hold one copy of the model together (tensor parallel).
+        copies: Copies of the model, which share the requests (data parallel); `gpus` times `copies` are used.
+        transfer: How weights come in: "nccl", between GPUs; "shared-memory", from a trainer on this machine; "auto" is
+            nccl on GPUs and shared-memory elsewhere.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = at_least(0, 0)
+    gpus: int = above(0, 1)
+    copies: int = above(0, 1)
+    transfer: Literal["auto", "nccl", "shared-memory"] = "auto"
+
+
 @dataclass(frozen=True)
 class Command:
     """A command as its user sees it.
@@ -337,6 +359,21 @@ COMMANDS = {
         unused=(
             *("output", "init_from", "seed", "resume", "overwrite", "report_to", "run_name", "log_level", "debug"),
             *("profile", "data.", "warmup.", "eval.", "save."),
+        ),
+    ),
+    "serve": Command(
+        ServeConfig,
+        "Start a vLLM server that samples a run's rollouts, on GPUs or a machine of its own.",
+        "--config FILE [--host ADDRESS] [--port N] [--SETTING VALUE ...]",
+        (
+            *("model", "init_from", "host", "port", "gpus", "copies", "transfer", "train.precision"),
+            *("prompt.max_tokens", "rollout.max_tokens", "rollout.top_p", "rollout.max_num_seqs"),
+            *("rollout.gpu_memory_utilization", "rollout.url", "seed", "trust_remote_code", "log_level"),
+        ),
+        _OF_OTHERS,
+        unused=(
+            *("output", "method", "resume", "allow_changed", "overwrite", "report_to", "run_name", "debug", "profile"),
+            *("data.", "objective.", "supervised.", "warmup.", "optim.", "eval.", "save."),
         ),
     ),
 }

@@ -7,6 +7,7 @@ import math
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from real_fast.errors import ConfigError
 
@@ -111,6 +112,7 @@ def check_config(config: Any) -> None:
         )
     if config.rollout.group_size < 1:
         raise ConfigError(f"rollout.group_size is {config.rollout.group_size}: at least 1 rollout per prompt is needed")
+    check_url(config.rollout)
     if config.init_from is not None:
         folder = Path(config.init_from).expanduser()
         if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():
@@ -154,6 +156,28 @@ def check_config(config: Any) -> None:
         raise ConfigError(f"scale.values is {config.scale.values}: a score is a finite number")
     if not config.scale.phrase.strip():
         raise ConfigError("scale.phrase is empty: it is what the score stands after")
+
+
+def check_url(rollout: Any) -> None:
+    """Check the address of a rollout server against the engine. Raises :class:`ConfigError`."""
+    url = rollout.url
+    if rollout.engine != "vllm-server":
+        if url:
+            raise ConfigError(
+                f"rollout.url is {url!r}, and rollout.engine is {rollout.engine}, which needs no server: set "
+                "rollout.engine to vllm-server, or leave rollout.url out"
+            )
+        return
+    parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
+    try:
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # a port that is no number
+        right = False
+    if not right or parts.query or parts.username:
+        raise ConfigError(
+            f"rollout.url is {url!r}, and rollout.engine vllm-server needs a server's address there: "
+            "http://HOST:PORT, such as http://127.0.0.1:8000 (docs/vllm-server.md)"
+        )
 
 
 def _check_lora(lora: Any) -> None:

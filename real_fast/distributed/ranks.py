@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from real_fast.distributed.launch import launched
-from real_fast.distributed.world import ALONE, World
+from real_fast.distributed.world import ALONE, Purpose, World
 from real_fast.errors import ConfigError, ElsewhereError, UserError
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.device = device
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        # Made now, since whoever asks for one may be alone: another rank may have failed just before.
+        self._beside = {p: dist.new_group(backend="gloo", timeout=_PATIENCE) for p in get_args(Purpose)}
         self.mesh = mesh_of(device.type, self.size, replicas)
 
     @property
@@ -85,6 +88,12 @@ class Ranks:
             raise raised
         if failed:
             raise ElsewhereError(f"rank {failed[0]} failed: {said[failed[0]]}") from raised
+
+    def beside(self, purpose: Purpose) -> World:
+        """The same ranks over a gloo group of its own."""
+        other = copy.copy(self)
+        other._control = self._beside[purpose]
+        return other
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Sums over all ranks, by one message for each dtype."""

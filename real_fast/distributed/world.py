@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 
 T = TypeVar("T")
+Purpose = Literal["sampling", "saving"]
 
 
 class World(Protocol):
@@ -42,6 +43,9 @@ class World(Protocol):
         Inside, nothing may wait for another process.
         """
 
+    def beside(self, purpose: Purpose) -> World:
+        """The same processes, for a thread of its own: what it exchanges does not meet what others do."""
+
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Add up tensors (in place) over all processes, such as the gradients of weights that each of them has."""
 
@@ -73,6 +77,10 @@ class OneProcess:
     def together(self) -> Iterator[None]:
         """Errors are what they are."""
         yield
+
+    def beside(self, purpose: Purpose) -> World:
+        """Nothing is exchanged."""
+        return self
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """The tensors stay as they are."""

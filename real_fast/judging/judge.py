@@ -73,7 +73,7 @@ class Judge(PrometheusNames):
         model: Any,
         *,
         scale: Sequence[float] | ScaleConfig | None = None,
-        engine: Literal["auto", "transformers", "vllm"] = "auto",
+        engine: Literal["auto", "transformers", "vllm", "vllm-server"] = "auto",
         n: int = 1,
         temperature: float = 1.0,
         protocol: ProtocolName | None = None,
@@ -120,8 +120,10 @@ class Judge(PrometheusNames):
         if engine != "auto":
             config.rollout = replace(config.rollout, engine=engine)
         config.validate()
-        if config.rollout.engine == "vllm" and loaded:
-            raise ConfigError("engine is vllm, which loads a model itself: give the model's folder or hub name")
+        if config.rollout.engine.startswith("vllm") and loaded:
+            raise ConfigError(
+                f"engine is {config.rollout.engine}, which loads a model itself: give the model's folder or hub name"
+            )
         tokenizer = tokenizer if tokenizer is not None else load_tokenizer(name, trust_remote_code)
         with Alone(tokenizer).held():  # another judge, or thread, may be encoding with it
             self.scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)

@@ -120,7 +120,7 @@ def _pulled(start: PlanConfig, levers: tuple[Lever, ...], need_of: NeedOf, sizes
 def _smaller_share(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> PlanConfig:
     """As large a share as fits with the other settings as they are, or the smallest that vLLM can work with."""
     rollout = config.rollout
-    if rollout.engine == "transformers" or rollout.gpu_memory_utilization == "auto":
+    if rollout.engine in ("transformers", "vllm-server") or rollout.gpu_memory_utilization == "auto":
         return config
     low, high = round(100 * smallest_share(config, sizes)), round(100 * float(rollout.gpu_memory_utilization))
     if low >= high:
@@ -132,7 +132,7 @@ def _smaller_share(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> Pl
 
 
 def _sleep(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> PlanConfig:
-    if config.rollout.engine == "transformers" or config.rollout.sleep != "never":
+    if config.rollout.engine in ("transformers", "vllm-server") or config.rollout.sleep != "never":
         return config
     return replace(config, rollout=replace(config.rollout, sleep="auto"))
 

@@ -127,6 +127,8 @@ def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
         able = max(0, int((room - RESERVE - memory.held - copy) / per_sequence))
         engine = copy + at_a_time * per_sequence
         return Need(memory, engine, 0.0, 0.0, able, at_a_time, group, train.micro_batch_tokens, room, host)
+    if rollout.engine == "vllm-server":  # on devices of its own
+        return Need(memory, 0.0, 0.0, 0.0, at_a_time, 1, group, train.micro_batch_tokens, room, host)
     sleeps = rollout.sleep != "never"
     if rollout.gpu_memory_utilization == "auto":
         useful = weights + ENGINE_WORK + at_a_time * per_sequence

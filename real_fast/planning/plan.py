@@ -29,6 +29,8 @@ from real_fast.planning.shape import Shape, shape_of
 # Most tokens of a micro-batch that are looked at.
 _MOST = 2**20
 
+_ENGINES = {"transformers": "Transformers", "vllm-server": "a server"}
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -204,7 +206,7 @@ def _memory(config: PlanConfig, plan: Plan) -> list[str]:
         weights = f"weights, {'nf4' if t.nf4 else t.precision}, frozen, and adapters (rank {t.rank})"
     moments = "AdamW's moments, " + ("8 bits" if t.optimizer == "adamw8bit" else "fp32")
     step = max(0.0, m.step - m.copies - m.activations - m.head)
-    engine = "Transformers" if config.rollout.engine == "transformers" else "vLLM"
+    engine = _ENGINES.get(config.rollout.engine, "vLLM")
     sampling = f"{engine}, {n.sequences} sequences of {p + r} at a time"
     parts: dict[str, tuple[float, float]] = {  # during the update, and while feedback is sampled
         weights: (m.weights, m.weights),
@@ -237,7 +239,7 @@ def _what_fits(plan: Plan) -> list[str]:
             tokens = f"up to {rung.tokens}"
             checkpointing = "yes" if rung.config.train.activation_checkpointing else "no"
             took = f"{rung.seconds.total:.0f}" + " <" * (rung is plan.cheapest)
-            engine = "Transformers" if rung.config.rollout.engine == "transformers" else "vLLM"
+            engine = _ENGINES.get(rung.config.rollout.engine, "vLLM")
             found = (engine, checkpointing, tokens, f"{n.update / GIB:.1f}", f"{n.host / GIB:.1f}", took)
         rows.append((what, t.optimizer, t.offload, *found))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]

@@ -95,7 +95,7 @@ def _moving(config: PlanConfig, sizes: ModelSizes, batches: int, samples: bool) 
         moved += 2.0 * trained * (1 + batches)  # copies there, and gradients back from each micro-batch
         # Gradients added up, then weights, gradients and moments read and written.
         passed += (10.0 * batches + 4 * 4.0 + 2 * per_weight) * trained
-    sleeps = config.rollout.engine != "transformers" and config.rollout.sleep != "never"
+    sleeps = config.rollout.engine not in ("transformers", "vllm-server") and config.rollout.sleep != "never"
     if samples and sleeps and t.rank:
         moved += 2 * engine_weights(sizes, t)  # a base under adapters waits there while vLLM sleeps
     return (moved / BUS + passed / HOST) / config.gpus

@@ -24,9 +24,10 @@ from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
 from real_fast.rollout.assemble import eos_ids
 from real_fast.rollout.engine import RolloutEngine, publish
-from real_fast.rollout.spread import SpreadEngine
+from real_fast.rollout.spread import MainEngine, SpreadEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
+from real_fast.rollout.vllm_server import VllmServerEngine
 from real_fast.score.scale import ScoreScale
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,11 @@ def make_engine(
         ConfigError: vLLM was asked for and cannot be imported, or cannot report log-probabilities at these settings; or
             they need more positions than the model has.
     """
+    if config.rollout.engine == "vllm-server":
+        if world.size == 1:
+            return _server(config, tokenizer, scale, model_path, model.config)
+        server = _server(config, tokenizer, scale, model_path, model.config) if world.is_main else None
+        return MainEngine(server, world, VllmServerEngine.name, engine_dtype(config))
     if _takes_vllm(config, pick_device(config.train.device).type):
         packed, sleeps = config.train.quantization == "nf4", _sleeps(config.rollout.sleep)
         nf4 = packed and _on_gpu()
@@ -113,6 +119,12 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
     logger.info("loading %s", config.model)
     device, path = pick_device(config.train.device), model_folder(config.model, config.trust_remote_code)
     check_as_written(path, weights=True)
+    if config.rollout.engine == "vllm-server":
+        whole = load_model(config.model, torch.device("cpu"), engine_dtype(config), config.trust_remote_code)
+        server = _server(config, tokenizer, scale, base_folder(path), whole.config)
+        hand_over(server, whole)
+        server.eos_ids = eos_ids(tokenizer, scale, whole.generation_config)
+        return server
     if _takes_vllm(config, device.type):
         # vLLM reads the weights itself, and not all that is wrong with them stops it.
         base = base_folder(path)
@@ -131,7 +143,7 @@ def load_engine(config: Config, tokenizer: Any, scale: ScoreScale) -> RolloutEng
         if (path / "generation_config.json").is_file():
             engine.eos_ids = eos_ids(tokenizer, scale, GenerationConfig.from_pretrained(path))
         return engine
-    model = load_model(config.model, device, _dtype(config), config.trust_remote_code)
+    model = load_model(config.model, device, engine_dtype(config), config.trust_remote_code)
     return _transformers(config, model, tokenizer, scale)
 
 
@@ -140,7 +152,8 @@ def _copy_adapter(path: Path, folder: Path) -> None:
         shutil.copy(path / name, folder / name)
 
 
-def _dtype(config: Config) -> torch.dtype:
+def engine_dtype(config: Config) -> torch.dtype:
+    """What an engine computes in, as ``train.precision`` and ``train.device`` say."""
     return dtype_of(resolve(config.train.precision, pick_device(config.train.device)))
 
 
@@ -189,13 +202,13 @@ def _vllm(
     launched: int | None = None,
 ) -> VllmEngine:
     share = config.rollout.gpu_memory_utilization
-    longest = _longest(config, model_config, scale)
+    longest = longest_sequence(config, model_config, scale)
     try:
         return VllmEngine(
             model_path,
             tokenizer,
             scale,
-            dtype=_dtype(config),
+            dtype=engine_dtype(config),
             max_model_len=longest,
             seed=config.seed,
             max_num_seqs=config.rollout.max_num_seqs,
@@ -215,6 +228,22 @@ def _vllm(
         ) from error
 
 
+def _server(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path, model_config: Any) -> VllmServerEngine:
+    if why := _unreported(config):
+        raise ConfigError(f"rollout.engine is vllm-server, but {why}")
+    return VllmServerEngine(
+        config.rollout.url,
+        model_path,
+        tokenizer,
+        scale,
+        dtype=engine_dtype(config),
+        max_model_len=longest_sequence(config, model_config, scale),
+        device=pick_device(config.train.device),
+        top_p=config.rollout.top_p,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def _said(error: Exception) -> str:
     """An error's message in one line; vLLM's say what matters in the second or third."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -222,18 +251,18 @@ def _said(error: Exception) -> str:
 
 
 def _transformers(config: Config, model: Any, tokenizer: Any, scale: ScoreScale) -> TransformersEngine:
-    _longest(config, model.config, scale)
+    longest_sequence(config, model.config, scale)
     return TransformersEngine(
         model,
         tokenizer,
         scale,
         max_num_seqs=config.rollout.max_num_seqs,
-        dtype=_dtype(config),
+        dtype=engine_dtype(config),
         device=pick_device(config.train.device),
     )
 
 
-def _longest(config: Config, model_config: Any, scale: ScoreScale) -> int:
+def longest_sequence(config: Config, model_config: Any, scale: ScoreScale) -> int:
     """Tokens of the longest sequence: prompt, sampled text, appended phrase and score."""
     parts = (config.prompt.max_tokens, config.rollout.max_tokens, scale.most_appended + 1)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
@@ -245,14 +274,21 @@ def _longest(config: Config, model_config: Any, scale: ScoreScale) -> int:
     return sum(parts)
 
 
-def _obstacle(config: Config, device: str) -> str | None:
-    """Why vLLM cannot be the engine, or None."""
+def _unreported(config: Config) -> str | None:
+    """Why vLLM cannot report the log-probabilities that are needed, or None."""
     if config.rollout.top_p < 1 and {config.rollout.temperature, config.eval.temperature} - {0, 1}:
         return (
             f"with rollout.top_p {config.rollout.top_p} vLLM reports log-probabilities at temperature 1 alone, and "
             f"rollout.temperature is {config.rollout.temperature}, eval.temperature {config.eval.temperature}: "
             "set them to 1, or rollout.top_p to 1, or rollout.engine to transformers"
         )
+    return None
+
+
+def _obstacle(config: Config, device: str) -> str | None:
+    """Why vLLM cannot be the engine, or None."""
+    if why := _unreported(config):
+        return why
     if importlib.util.find_spec("vllm") is None:
         return (
             "vLLM is not installed: pip install vllm (NVIDIA GPU), or pip install --no-deps -r "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from real_fast.distributed.world import World
+from real_fast.model.lora import merged_tensors
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.types import Rollout, SamplingParams
 
@@ -25,7 +26,7 @@ class SpreadEngine:
     """
 
     def __init__(self, engine: RolloutEngine, world: World, together: int = 1) -> None:
-        self.engine, self.world, self.together = engine, world, together
+        self.engine, self.world, self.together = engine, world.beside("sampling"), together
         self.name, self.dtype, self.takes = engine.name, engine.dtype, engine.takes
 
     @property
@@ -46,6 +47,11 @@ class SpreadEngine:
         parts = self.world.gather(found if first else [])[:: self.together]
         return [parts[place % engines][place // engines] for place in range(len(prompts))]
 
+    @property
+    def beside_training(self) -> bool:
+        """Whether this rank's engine can sample while the trainer trains."""
+        return self.engine.beside_training
+
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the weights, which are whole on every rank, to each engine."""
         self.engine.sync(named_tensors)
@@ -61,3 +67,50 @@ class SpreadEngine:
     def close(self) -> None:
         """Free what this rank's engine holds."""
         self.engine.close()
+
+
+class MainEngine:
+    """An engine that the main rank alone has, such as a server's; the others get what it samples. Calls are collective.
+
+    Args:
+        engine: On the main rank; None on the others.
+        world: The ranks.
+        name: Of the engine.
+        dtype: What it computes in and keeps weights in.
+    """
+
+    beside_training = True
+    held_bytes = 0
+
+    def __init__(self, engine: RolloutEngine | None, world: World, name: str, dtype: torch.dtype) -> None:
+        self.engine, self.world, self.name = engine, world.beside("sampling"), name
+        self.dtype = self.takes = dtype
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
+        """Sample for every prompt; every rank gets all rollouts."""
+        found: list[list[Rollout]] = []
+        with self.world.together():
+            if self.engine is not None:
+                found = self.engine.generate(prompts, sampling)
+        return self.world.main(found)
+
+    def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Hand over the weights, which all ranks make whole together."""
+        if self.engine is not None:
+            self.engine.sync(named_tensors)
+        else:
+            for _ in named_tensors:
+                pass
+
+    def sync_adapters(self, model: Any) -> None:
+        """Hand over the weights that a model's adapters make."""
+        self.sync(merged_tensors(model))
+
+    def sleep(self) -> bool:
+        """Nothing: what it holds is elsewhere."""
+        return False
+
+    def close(self) -> None:
+        """Close connections."""
+        if self.engine is not None:
+            self.engine.close()

@@ -10,6 +10,47 @@ import torch
 import torch.distributed as dist
 
 
+def llm_settings(
+    *,
+    dtype: torch.dtype,
+    max_model_len: int,
+    max_num_seqs: int,
+    gpu_memory_utilization: float,
+    processed: bool,
+    seed: int,
+    trust_remote_code: bool,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """What vLLM is started with for our samples, in this process or in a server's.
+
+    Args:
+        dtype: Of weights and computation.
+        max_model_len: Longest sequence.
+        max_num_seqs: Sequences decoded at a time.
+        gpu_memory_utilization: Share of a GPU's memory for weights and cache.
+        processed: Report log-probabilities behind temperature and top_p, and not those before.
+        seed: vLLM's own.
+        trust_remote_code: Run Python code that comes with the model.
+        on_cpu: Whether vLLM runs on a CPU. Compiling takes minutes there and buys little, and a prompt computed in two
+            parts ends in "CPU Generator does not use offset", because a seeded request is to take its random number
+            back.
+    """
+    whole_prompts = {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, max_model_len)}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "enable_prefix_caching": True,
+        "enforce_eager": on_cpu,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "logprobs_mode": "processed_logprobs" if processed else "raw_logprobs",
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+        "hf_overrides": {"head_dtype": "float32"},  # bf16 logits come in steps of 1/8, and scores with them
+        **(whole_prompts if on_cpu else {}),
+    }
+
+
 def lora_settings(rank: int) -> dict[str, Any]:
     """What vLLM is started with for one adapter at a time; of the ranks that it knows, the next one up."""
     from typing import get_args

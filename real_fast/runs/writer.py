@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from real_fast.distributed.background import background_gather
 from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError, ElsewhereError
 from real_fast.runs.parts import Contents, Part, Shares, TensorFile, file_name, files_of
@@ -48,7 +47,7 @@ class FolderWriter:
         self.world, self.background = world, background
         self.device = device or torch.device("cpu")
         self._job: _Job | None = None
-        self._gather: Callable[[Any], list[Any]] | None = None
+        self._gather: Callable[[Any], list[Any]] = world.beside("saving").gather
         self._said = False
 
     def write(
@@ -68,7 +67,6 @@ class FolderWriter:
         """
         self.wait()
         temporary = target.with_name(f"{target.name}.tmp")
-        self._gather = self._gather or background_gather(self.world)
         with self.world.together():
             if self.world.is_main:
                 self._begin(target, temporary, contents, advice)

@@ -124,12 +124,22 @@ def test_dump_and_load_round_trip(tmp_path):
         ({"optim__lr": float("nan")}, "optim.lr is nan"),
         ({"warmup__steps": 1, "warmup__batch_size": 0}, "warmup.batch_size is 0: it must be above 0"),
         ({"debug": True, "resume": True}, "debug makes small runs of its own"),
+        ({"rollout__engine": "vllm-server"}, r"rollout\.url is '', .* http://HOST:PORT"),
+        ({"rollout__engine": "vllm-server", "rollout__url": "127.0.0.1:8000"}, r"rollout\.url is '127"),
+        ({"rollout__engine": "vllm-server", "rollout__url": "http://h:port"}, r"rollout\.url is 'http://h:port'"),
+        ({"rollout__engine": "vllm-server", "rollout__url": "http://me:pw@h:1"}, r"rollout\.url is"),
+        ({"rollout__url": "http://h:1"}, r"rollout\.engine is auto, which needs no server"),
         ({"method": "reel"}, "method is 'reel': did you mean real"),
     ],
 )
 def test_settings_that_cannot_work(changes, message):
     with pytest.raises(ConfigError, match=message):
         check_config(good(**changes))
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "https://engines.local", "http://[::1]:80/", "http://h"])
+def test_addresses_of_a_rollout_server(url):
+    check_config(good(rollout__engine="vllm-server", rollout__url=url))
 
 
 def test_one_rollout_is_fine_without_leave_one_out():

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from real_fast.config import Config
 from real_fast.errors import ConfigError
 from real_fast.rollout import adapter_folder as folders
-from real_fast.rollout import make, vllm_engine
+from real_fast.rollout import make, vllm_engine, vllm_sampling
 from real_fast.rollout.vllm_engine import VllmEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
@@ -89,7 +89,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.fixture
 def engine_of(fake_vllm: Any, smollm2_tokenizer: Any, scale: ScoreScale, tiny_judge: Path, monkeypatch: Any) -> Any:
-    monkeypatch.setattr(vllm_engine, "weight_names", lambda _: {"w"})
+    monkeypatch.setattr(vllm_sampling, "weight_names", lambda _: {"w"})
 
     def make_one(kind: type[VllmEngine] = VllmEngine, **settings: Any) -> VllmEngine:
         return kind(tiny_judge, smollm2_tokenizer, scale, dtype=torch.float32, max_model_len=64, **settings)

@@ -1,0 +1,417 @@
+"""What the engine says to a server, and what it says of one that is wrong: on a fake server, without vLLM."""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from real_fast.errors import RolloutServerError
+from real_fast.rollout import adapter_folder, vllm_client, vllm_server, vllm_transfer
+from real_fast.rollout.vllm_server import VllmServerEngine
+from real_fast.rollout.vllm_transfer import SharedMemory, buckets, tensors_in, transfer_of
+from real_fast.score.scale import ScoreScale
+from real_fast.types import SamplingParams
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+
+
+class FakeServer:
+    """vLLM's routes as far as the engine knows them; what each answers can be changed."""
+
+    def __init__(self, state: dict[str, Any], text: list[int]) -> None:
+        self.state, self.text = state, text
+        self.label, self.weights = "default", dict[str, torch.Tensor]()
+        self.calls: list[Any] = []
+        self.active = False
+        self.files: list[int] = []
+        self.answers: dict[str, Callable[[Any], Any]] = {}
+        self.drop = 0  # connections closed without an answer
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(None)
+
+            def do_POST(self) -> None:
+                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                self.answer(json.loads(sent) if sent else None)
+
+            def answer(self, body: Any) -> None:
+                if fake.drop and "generate" in self.path:
+                    fake.drop -= 1
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                status, said = fake.said(self.path, body)
+                raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def said(self, path: str, body: Any) -> tuple[int, Any]:
+        name = path.strip("/").replace("/", "_")
+        self.calls.append((name, body) if name == "update_weight_version" else name)
+        if name in self.answers:
+            return self.answers[name](body)  # type: ignore[no-any-return]
+        return getattr(self, name, lambda _: (404, {"detail": "Not Found"}))(body)  # type: ignore[no-any-return]
+
+    def collective_rpc(self, body: Any) -> tuple[int, Any]:
+        return 200, {"results": [self.state if body["method"] == "real_fast_state" else "False"]}
+
+    def weight_info(self, _: Any) -> tuple[int, Any]:
+        return 200, {"weight_version": self.label}
+
+    def update_weight_version(self, body: Any) -> tuple[int, Any]:
+        self.label = body["new_version"]
+        return 200, {}
+
+    def init_weight_transfer_engine(self, body: Any) -> tuple[int, Any]:
+        info = body["init_info"]
+        return (200, {}) if Path(info["path"]).read_text() == info["text"] else failed("not on the server's machine")
+
+    def start_weight_update(self, _: Any) -> tuple[int, Any]:
+        if self.active:
+            return failed("start_weight_update called while a weight update is already active.")
+        self.active = True
+        return 200, {}
+
+    def update_weights(self, body: Any) -> tuple[int, Any]:
+        info = dict(body["update_info"])
+        self.files.append(Path(info["path"]).stat().st_size)
+        self.weights |= {name: tensor.clone() for name, tensor in tensors_in(info.pop("path"), info)}
+        return 200, {}
+
+    def finish_weight_update(self, _: Any) -> tuple[int, Any]:
+        self.active = False
+        return 200, {}
+
+    def reset_prefix_cache(self, _: Any) -> tuple[int, Any]:
+        return 200, {"success": True}
+
+    def inference_v1_generate(self, body: Any) -> tuple[int, Any]:
+        params = body["sampling_params"]
+        tokens = self.text[: params["max_tokens"]]
+        choices = [{"index": i, **sampled(tokens, params)} for i in reversed(range(params.get("n", 1)))]
+        return 200, {"choices": choices}
+
+
+def sampled(tokens: list[int], params: Any) -> dict[str, Any]:
+    """As vLLM writes them: of the tokens asked for behind the sampled one, as many as ``logprobs`` says in all."""
+    content = []
+    for place, token in enumerate(tokens):
+        found = {token: -0.5 - place} | {i: -2.0 - i for i in params.get("logprob_token_ids", ()) if i != token}
+        top = [{"token_id": i, "logprob": value} for i, value in found.items()][: max(params["logprobs"], 1)]
+        content.append({"token_id": token, "logprob": -0.5 - place, "top_logprobs": top})
+    return {"token_ids": tokens, "logprobs": {"content": content}}
+
+
+def failed(why: str) -> tuple[int, Any]:
+    return 500, {"error": {"message": f"Worker failed with error '{why}'"}}
+
+
+@pytest.fixture
+def tensors(tiny_judge: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(tiny_judge / "model.safetensors")
+
+
+@pytest.fixture
+def fake(tiny_judge: Path, smollm2_tokenizer: Any, scale: ScoreScale) -> Iterator[FakeServer]:
+    config = json.loads((tiny_judge / "config.json").read_text())
+    state = {
+        "model": str(tiny_judge),
+        "shape": {key: config[key] for key in vllm_transfer.SHAPE},
+        "dtype": "bfloat16",
+        "head_dtype": "float32",
+        "logprobs_mode": "processed_logprobs",
+        "max_model_len": 128,
+        "max_num_seqs": 8,
+        "transfer": SharedMemory.backend,
+        "workers": 1,
+        "tied": True,
+    }
+    server = FakeServer(state, smollm2_tokenizer.encode(" It is good. So the overall score is 4"))
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+@pytest.fixture
+def engine_of(
+    fake: FakeServer, tiny_judge: Path, smollm2_tokenizer: Any, scale: ScoreScale, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., VllmServerEngine]:
+    monkeypatch.setattr(vllm_client, "_PAUSES", (0.01, 0.02))
+
+    def make_one(url: str = "", **changed: Any) -> VllmServerEngine:
+        settings: dict[str, Any] = {"dtype": torch.bfloat16, "max_model_len": 96, "device": torch.device("cpu")}
+        settings |= changed
+        return VllmServerEngine(url or fake.url, tiny_judge, smollm2_tokenizer, scale, **settings)
+
+    return make_one
+
+
+@pytest.fixture
+def engine(engine_of: Callable[..., VllmServerEngine], tensors: dict[str, torch.Tensor]) -> VllmServerEngine:
+    """With its weights at the server."""
+    one = engine_of()
+    one._vocabulary = 49152  # the fake writes with all of SmolLM2's tokens
+    one.sync(tensors.items())
+    return one
+
+
+SAMPLING = SamplingParams(n=2, max_tokens=32)
+
+
+def test_rollouts_are_what_the_server_sampled(engine: VllmServerEngine, fake: FakeServer, scale: ScoreScale) -> None:
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert [len(group) for group in groups] == [2, 2] and engine.sleep() is False
+    for rollout in groups[0] + groups[1]:
+        kept = len(rollout.sampled_ids)
+        assert rollout.finish == "phrase" and rollout.sampled_ids == fake.text[:kept] and rollout.written_score == 4
+        assert rollout.sampled_logprobs == [-0.5 - place for place in range(kept)]
+        written = scale.score_ids[scale.values.index(4)]
+        at = fake.text.index(written)
+        assert rollout.score_logprobs == [-0.5 - at if i == written else -2.0 - i for i in scale.score_ids]
+
+
+def test_no_server_is_said_with_what_to_start(engine_of: Callable[..., VllmServerEngine]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(RolloutServerError, match=rf"no rollout server answers .*127\.0\.0\.1:{port} .*real-fast serve"):
+        engine_of(f"http://127.0.0.1:{port}")
+
+
+def test_another_kind_of_server_is_said(engine_of: Callable[..., VllmServerEngine], fake: FakeServer) -> None:
+    for answer in (lambda _: (404, {}), lambda _: failed("has no attribute real_fast_state"), lambda _: (200, {})):
+        fake.answers["collective_rpc"] = answer
+        with pytest.raises(RolloutServerError, match=r"not started for rollouts.*real-fast serve"):
+            engine_of()
+    fake.answers["collective_rpc"] = lambda _: (200, b"<html>")
+    with pytest.raises(RolloutServerError, match="is no vLLM server"):
+        engine_of()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shape", {"vocab_size": 7}, "has another model .*vocab_size 7 there and .* here"),
+        ("dtype", "float32", r"computes in float32, and this run needs bfloat16: set train\.precision"),
+        ("head_dtype", "bfloat16", "has its head in bfloat16, and this run needs float32"),
+        ("logprobs_mode", "raw_logprobs", r"reports raw_logprobs, .* rollout\.top_p"),
+        ("max_model_len", 95, "takes sequences of 95 tokens, and this run's have up to 96"),
+        ("transfer", "ipc", "takes weights by ipc"),
+        ("transfer", "nccl", "by NCCL, and the trainer is on a cpu: .* --transfer shared-memory"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused(
+    engine_of: Callable[..., VllmServerEngine], fake: FakeServer, key: str, value: Any, message: str
+) -> None:
+    fake.state[key] = fake.state[key] | value if isinstance(value, dict) else value
+    with pytest.raises(RolloutServerError, match=message):
+        engine_of()
+
+
+def test_a_server_elsewhere_cannot_take_shared_memory(
+    engine_of: Callable[..., VllmServerEngine], fake: FakeServer
+) -> None:
+    fake.answers["init_weight_transfer_engine"] = lambda _: failed("is not on the server's machine")
+    with pytest.raises(RolloutServerError, match=r"cannot read the trainer's .* --transfer nccl"):
+        engine_of()
+
+
+def test_a_sync_hands_over_every_weight_under_a_new_label(
+    engine: VllmServerEngine, fake: FakeServer, tensors: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(adapter_folder, "SHARED", tmp_path)
+    monkeypatch.setattr(vllm_transfer, "_BUCKET", 4096)
+    for again in (2, 3):
+        fake.weights.clear(), fake.calls.clear(), fake.files.clear()
+        engine.sync([*tensors.items(), ("lm_head.weight", torch.zeros(1))])  # tied: it may come along
+        assert fake.weights.keys() == tensors.keys()
+        assert all(torch.equal(fake.weights[name], tensor.bfloat16()) for name, tensor in tensors.items())
+        assert max(fake.files) <= max(tensor.numel() * 2 for tensor in tensors.values()) and len(fake.files) > 3
+        label = f"{engine._run_name}-{again}"
+        first, last = fake.calls[1], fake.calls[-1]
+        assert first == ("update_weight_version", {"new_version": f"{label} unfinished"})
+        assert last == ("update_weight_version", {"new_version": label}) and fake.label == label
+        assert [c for c in fake.calls if isinstance(c, str) and c != "update_weights"] == [
+            *("weight_info", "start_weight_update", "finish_weight_update", "collective_rpc", "reset_prefix_cache")
+        ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_at_most_one_large_tensor_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_transfer, "_BUCKET", 400)
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, numbers in enumerate([10, 50, 60, 10, 200, 300, 300, 20, 100, 5]):
+            one = torch.zeros(numbers)
+            alive.append(weakref.ref(one))
+            yield str(i), one
+            del one
+
+    names: list[str] = []
+    for part in buckets(made()):
+        gc.collect()
+        held = sum(ref().nbytes for ref in alive if ref() is not None)  # type: ignore[union-attr]
+        assert held <= 400 + max(1200, sum(t.nbytes for t in part.values())) and len(part) >= 1
+        assert sum(t.nbytes for t in part.values()) <= 400 or len(part) == 1
+        names += part
+        part.clear()
+    assert names == [str(i) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ("default", "it was started anew"),
+        ("{own}-1 unfinished", "a sync was missed or did not come to its end"),
+        ("{own}-0", "a sync was missed"),
+        ("real-fast-0-1", "another run has put its weights into it"),
+    ],
+)
+def test_other_weights_than_the_last_syncs_are_found_out(
+    engine: VllmServerEngine, fake: FakeServer, label: str, why: str
+) -> None:
+    fake.label = label.format(own=engine._run_name)
+    with pytest.raises(RolloutServerError, match=f"has the weights .*{why}.*--resume"):
+        engine.generate(PROMPTS, SAMPLING)
+    assert "inference_v1_generate" not in fake.calls
+
+    def restarted(body: Any) -> tuple[int, Any]:
+        fake.label = "default"
+        return fake.inference_v1_generate(body)
+
+    fake.label, fake.answers["inference_v1_generate"] = engine._label, restarted
+    with pytest.raises(RolloutServerError, match="started anew"):  # between the samples
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def test_a_restarted_server_is_synced_and_another_runs_is_not(
+    engine: VllmServerEngine, fake: FakeServer, tensors: dict[str, torch.Tensor]
+) -> None:
+    fake.label, fake.weights = "default", {}
+    engine.sync(tensors.items())
+    assert fake.calls.count("init_weight_transfer_engine") == 2 and len(fake.weights) == len(tensors)
+    assert engine.generate(PROMPTS, SAMPLING)
+    fake.label, fake.weights = "real-fast-0-1", {}
+    with pytest.raises(RolloutServerError, match="another run"):
+        engine.sync(tensors.items())
+    assert not fake.weights
+
+
+def test_before_a_sync_nothing_is_sampled(engine_of: Callable[..., VllmServerEngine]) -> None:
+    with pytest.raises(RuntimeError, match="sync it first"):
+        engine_of().generate(PROMPTS, SAMPLING)
+
+
+def test_a_sync_that_breaks_off_leaves_no_update_open(
+    engine: VllmServerEngine, fake: FakeServer, tensors: dict[str, torch.Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=r"'model\.x'"):
+        engine.sync([*tensors.items(), ("model.x", torch.zeros(1))])
+    assert not fake.active and fake.label.endswith("unfinished")
+    with pytest.raises(ValueError, match=r"1 of the model's weights: model\.norm\.weight"):
+        engine.sync((name, tensor) for name, tensor in tensors.items() if name != "model.norm.weight")
+    with pytest.raises(RolloutServerError, match="did not come to its end"):
+        engine.generate(PROMPTS, SAMPLING)
+    fake.active = True  # as a trainer leaves it that dies in the middle
+    engine.sync(tensors.items())
+    assert engine.generate(PROMPTS, SAMPLING)
+    fake.answers["reset_prefix_cache"] = lambda _: (200, {"success": False})
+    with pytest.raises(RolloutServerError, match="did not drop its prefix cache"):
+        engine.sync(tensors.items())
+    fake.answers["update_weights"] = lambda _: failed("shapes differ")
+    with pytest.raises(RolloutServerError, match=r"answered /update_weights with 500: .*shapes differ"):
+        engine.sync(tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda choices: choices[:1], "gave 1 samples of a prompt where 2 were asked for"),
+        (lambda choices: [c | {"token_ids": [], "logprobs": {"content": []}} for c in choices], "or an empty one"),
+        (lambda choices: [c | {"logprobs": None} for c in choices], "in a way that is not known"),
+        (lambda choices: [c | {"token_ids": c["token_ids"][:-1]} for c in choices], "in a way that is not known"),
+        (lambda choices: [c | {"token_ids": c["token_ids"][::-1]} for c in choices], "in a way that is not known"),
+    ],
+)
+def test_samples_that_are_not_all_there(
+    engine: VllmServerEngine, fake: FakeServer, change: Callable[[Any], Any], message: str
+) -> None:
+    fake.answers["inference_v1_generate"] = lambda body: (
+        200,
+        {"choices": change(fake.inference_v1_generate(body)[1]["choices"])},
+    )
+    with pytest.raises(RolloutServerError, match=message):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def test_more_rollouts_than_the_server_decodes(engine: VllmServerEngine, fake: FakeServer) -> None:
+    with pytest.raises(ValueError, match=r"9 rollouts of a prompt, .* decodes 8 .*rollout\.max_num_seqs"):
+        engine.generate(PROMPTS, SamplingParams(n=9, max_tokens=4))
+
+
+def test_a_dropped_connection_is_tried_again_and_a_dead_server_is_said(
+    engine: VllmServerEngine, fake: FakeServer
+) -> None:
+    want = engine.generate(PROMPTS, SAMPLING)
+    fake.drop = 2
+    assert engine.generate(PROMPTS, SAMPLING) == want
+    fake.drop = 100
+    with pytest.raises(RolloutServerError, match="no rollout server answers"):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def test_a_server_that_hangs_is_said(
+    engine: VllmServerEngine, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = threading.Event()
+    monkeypatch.setattr(vllm_server, "_GENERATE", 0.2)
+    fake.answers["inference_v1_generate"] = lambda body: (free.wait(20), fake.inference_v1_generate(body))[1]
+    with pytest.raises(RolloutServerError, match=r"did not answer /inference/v1/generate within 0\.2 seconds"):
+        engine.generate(PROMPTS, SAMPLING)
+    free.set()
+
+
+def test_one_failure_ends_all_requests_at_once(engine: VllmServerEngine, fake: FakeServer) -> None:
+    free = threading.Event()
+
+    def answer(body: Any) -> tuple[int, Any]:
+        if body["token_ids"] == PROMPTS[0]:
+            time.sleep(0.1)
+            return failed("out of memory")
+        free.wait(20)
+        return fake.inference_v1_generate(body)
+
+    fake.answers["inference_v1_generate"] = answer
+    start = time.monotonic()
+    with pytest.raises(RolloutServerError, match="out of memory"):
+        engine.generate(PROMPTS, SAMPLING)
+    assert time.monotonic() - start < 10
+    free.set()
+
+
+def test_nccl_is_for_gpus() -> None:
+    assert transfer_of("nccl", 2, torch.device("cuda"), "u").backend == "nccl"

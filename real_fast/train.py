@@ -48,7 +48,7 @@ class Trainer:
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
-        with self.run, debugging(self.config.debug):
+        with self.run, self.groups, debugging(self.config.debug):
             try:
                 with self.stop:
                     self.train()
@@ -157,8 +157,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
+        files = self.groups.files()
         with self.timer("save"):
-            self.parts.saver.checkpoint(self.state)
+            self.parts.saver.checkpoint(self.state, files)
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""

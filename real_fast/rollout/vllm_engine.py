@@ -95,6 +95,7 @@ class VllmEngine:
     """
 
     name = "vllm"
+    beside_training = False
 
     def __init__(
         self,

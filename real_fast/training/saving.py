@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -61,12 +62,12 @@ class Saver:
         self.texts["real_fast.json"] = json.dumps(settings, indent=2, allow_nan=False)
         self.identity = identity
 
-    def checkpoint(self, state: TrainState) -> None:
-        """Everything that the next step depends on. Raises :class:`CheckpointError`."""
+    def checkpoint(self, state: TrainState, files: Mapping[str, str]) -> None:
+        """Everything that the next step depends on, `files` by name among it. Raises :class:`CheckpointError`."""
         u, model = self.updater, self.updater.policy.model
         if u.world.size > 1:
             return
-        texts = self.texts | {fingerprints.FILE: self.identity.text()}
+        texts = {**self.texts, **files, fingerprints.FILE: self.identity.text()}
         checkpoint.save(
             self.folder.checkpoints,
             partial(write_model, model, self.tokenizer, texts=texts, dtype=model.dtype),

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ class Beside(TransformersEngine):
         self.sampling, started = True, version(self.model)
         if inside:
             assert self.updated.wait(60)
+            time.sleep(0.1)  # and is at it while the trainer goes on
             if self.fails_at is not None and len(self.calls) >= self.fails_at:
                 self.sampling = False
                 raise ConnectionResetError("the server is gone")
@@ -129,6 +131,16 @@ def test_where_engine_and_trainer_are_compared_nothing_is_sampled_ahead(run, tmp
     ]  # fmt: skip
     after = [weights for what, weights in calls if what == "update"]
     assert calls[5][1] == after[1] == calls[7][1]
+
+
+@pytest.mark.e2e
+def test_an_evaluation_waits_for_what_is_being_sampled(run, tmp_path):
+    more = ["--train.steps", "3", "--rollout.check_every", "0", "--eval.every", "1", "--save.every", "0"]
+    status, calls = run(tmp_path / "run", *more)
+    assert status == 0  # or a sync came while the engine was sampling
+    assert [what for what, _ in trained(calls)] == [
+        "at once", "update", "ahead", "sync", "at once", "update", "ahead", "sync", "at once", "update",
+    ]  # fmt: skip
 
 
 @pytest.mark.e2e

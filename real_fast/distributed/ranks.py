@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -89,6 +90,12 @@ class Ranks:
             raise raised
         if failed:
             raise ElsewhereError(f"rank {failed[0]} failed: {said[failed[0]]}") from raised
+
+    def apart(self) -> Ranks:
+        """The same ranks over a gloo group of its own."""
+        other = copy.copy(self)
+        other._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        return other
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Sums over all ranks, by one message for each dtype."""

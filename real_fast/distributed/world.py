@@ -42,6 +42,9 @@ class World(Protocol):
         Inside, nothing may wait for another process.
         """
 
+    def apart(self) -> World:
+        """The same processes by a channel of its own, for a thread that talks to its like while others do."""
+
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """Add up tensors (in place) over all processes, such as the gradients of weights that each of them has."""
 
@@ -73,6 +76,10 @@ class OneProcess:
     def together(self) -> Iterator[None]:
         """Errors are what they are."""
         yield
+
+    def apart(self) -> World:
+        """There is nobody to talk to."""
+        return self
 
     def add_up(self, tensors: list[torch.Tensor]) -> None:
         """The tensors stay as they are."""

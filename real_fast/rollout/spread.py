@@ -16,7 +16,9 @@ from real_fast.types import Rollout, SamplingParams
 class SpreadEngine:
     """An engine on every rank (or every few, which compute one model together), behind the calls of one.
 
-    Every call is collective. A sample depends on its prompt's place among all prompts, not on who samples it.
+    Every call is collective. A sample depends on its prompt's place among all prompts, not on who samples it. An engine
+    that samples beside training may be called in a thread, the same one on every rank: its samples are then exchanged
+    by a channel of their own.
 
     Args:
         engine: This rank's.
@@ -25,7 +27,9 @@ class SpreadEngine:
     """
 
     def __init__(self, engine: RolloutEngine, world: World, together: int = 1) -> None:
-        self.engine, self.world, self.together = engine, world, together
+        self.beside_training = engine.beside_training
+        self.engine, self.together = engine, together
+        self.world = world.apart() if self.beside_training else world
         self.name, self.dtype, self.takes = engine.name, engine.dtype, engine.takes
 
     @property

@@ -186,6 +186,7 @@ class StepMetrics:
         self._exchange()
         if self.world.size > 1:
             self.further = [one for some in self.world.gather(_on_cpu(self.further)) for one in some]
+            self.weights = [one for some in self.world.gather(_on_cpu(self.weights)) for one in some]
         valid = self.of_batches("rollout_valid")
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]

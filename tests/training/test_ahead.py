@@ -22,7 +22,8 @@ from real_fast.utils.jsonio import read_jsonl
 from tests.golden.trajectories import run_flags
 from tests.helpers import make_groups, metric_lines, same_weights
 
-AHEAD = ["--rollout.engine", "vllm-server", "--rollout.ahead", "1", "--optim.lr_warmup_steps", "0"]
+AHEAD = ["--rollout.engine", "vllm-server", "--rollout.url", "http://127.0.0.1:9", "--rollout.ahead", "1"]
+AHEAD += ["--optim.lr_warmup_steps", "0"]
 AHEAD += ["--save.every", "1", "--save.keep", "9", "--rollout.max_tokens", "12", "--eval.bootstrap", "10"]
 AHEAD += ["--warmup.steps", "0"]
 
@@ -74,7 +75,7 @@ def run(golden_model, monkeypatch):
     """Runs whose engine is :class:`Beside`; gives their status and what was done in turn, with the weights' version."""
     made, step = [], update.Updater.step
 
-    def make(config, model, tokenizer, scale, _path):
+    def make(config, model, tokenizer, scale, *_):
         made.append(Beside(model, tokenizer, scale, dtype=torch.float32))
         return made[-1]
 
@@ -178,7 +179,7 @@ def test_an_error_of_the_engine_ends_the_run_and_loses_no_update(run, tmp_path, 
     assert newest.name == f"step-{updates:06d}" and not (newest / FILE).exists()
     monkeypatch.setattr(Beside, "fails_at", None)
     status, calls = run(output, *more, "--resume")
-    assert status == 0 and calls[0][0] == "at once"  # nothing was kept
+    assert status == 0 and trained(calls)[0][0] == "at once"  # nothing was kept
 
 
 def test_errors_keep_their_type_and_come_once():
@@ -224,6 +225,6 @@ def test_an_end_at_once_does_not_wait():
 
 @pytest.mark.parametrize("engine", ["auto", "transformers", "vllm"])
 def test_an_engine_in_the_trainers_process_is_refused(engine, golden_model, tmp_path, capsys):
-    assert main(run_flags(golden_model, tmp_path / "run", *AHEAD, "--rollout.engine", engine)) == 2
+    assert main(run_flags(golden_model, tmp_path / "run", "--rollout.ahead", "1", "--rollout.engine", engine)) == 2
     assert f"rollout.engine {engine} samples in the trainer's process" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

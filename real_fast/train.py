@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from real_fast.distributed.world import ALONE, World
 from real_fast.methods.base import LossOutput, Trained, UpdateCounts
 from real_fast.methods.registry import check_config
 from real_fast.reports import report
-from real_fast.runs import checkpoint, log
+from real_fast.runs import log
 from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.stop import Stopped, StopSignal
@@ -30,8 +29,6 @@ from real_fast.training.setup import build, settled
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.training.warmup import warm_up
 from real_fast.types import Group
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -48,12 +45,12 @@ class Trainer:
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
-        with self.run, debugging(self.config.debug):
+        with self.run, self.groups, debugging(self.config.debug):
             try:
                 with self.parts.saver, self.stop:  # a checkpoint that is being written is waited for
                     self.train()
             except Stopped:
-                logger.info("stopped after step %d; %s", self.state.step, checkpoint.kept(self.run.folder.checkpoints))
+                self.run.stopped(self.state.step)
                 return False
             self.finish()
             self.run.complete()
@@ -157,8 +154,9 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current step."""
+        files = self.groups.files()
         with self.timer("save"):
-            self.parts.saver.checkpoint(self.state)
+            self.parts.saver.checkpoint(self.state, files)
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""

@@ -199,6 +199,9 @@ class Batch:
         rows: [N] int64, positions before each sampled token.
         targets: [N] int64, the sampled tokens (a sampled EOS is a target although it is not in the input), and behind
             those of a given answer the token that ends it.
+        sampled_logprobs: [N] float64, the engine's log-probabilities of `targets` at the sampling temperature, in nats,
+            of the weights that sampled them; 0 for given tokens and for ends of answers. Sums over a rollout are
+            compared, so they are as exact as the engine gave them.
         rollout: [N] int64 in 0..M-1.
         score_rows: [M] int64, the last context token of each rollout, where the score distribution is read.
         labels: [M] float32.
@@ -219,6 +222,7 @@ class Batch:
     attention_mask: torch.Tensor | None
     rows: torch.Tensor
     targets: torch.Tensor
+    sampled_logprobs: torch.Tensor
     rollout: torch.Tensor
     score_rows: torch.Tensor
     labels: torch.Tensor

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from real_fast.batching.micro_batches import micro_batches
-from real_fast.config import Config, ObjectiveConfig
+from real_fast.config import Config, ObjectiveConfig, RolloutConfig
 from real_fast.methods.base import UpdateCounts
 from real_fast.methods.supervised import supervised_group
 from real_fast.model.policy import Policy
@@ -49,6 +49,7 @@ def groups_for(method, seed=3):
         for group in groups:
             for place, rollout in enumerate(group.rollouts):
                 rollout.outcome = (place + group.index) % 4 if rollout.has_score else None  # 3: off the scale
+                rollout.sampled_logprobs = [-5.5 - 0.1 * (token % 7) for token in rollout.sampled_ids]  # of any sampler
         return groups
     texts = ["Right.", "Partly so, not all of it.", "No", "It follows the rubric, but says nothing of why.", "Hm, well"]
     groups = []
@@ -60,8 +61,9 @@ def groups_for(method, seed=3):
     return groups
 
 
-def make(method, changes):
-    return method(Config(method=method.name, objective=ObjectiveConfig(**changes)), letters, SCALE)
+def make(method, changes, ahead=0):
+    config = Config(method=method.name, objective=ObjectiveConfig(**changes), rollout=RolloutConfig(ahead=ahead))
+    return method(config, letters, SCALE)
 
 
 def batches_of(method, groups, budget=LONG, shared=True):
@@ -93,9 +95,9 @@ def assert_close(grads, want, rtol=1e-9):
         torch.testing.assert_close(grad, want[name], rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def assert_independent_of_micro_batches(policy, cls, changes):
+def assert_independent_of_micro_batches(policy, cls, changes, ahead=0):
     """One loss and one gradient, however the groups of an update are packed and in whatever order."""
-    method, groups = make(cls, changes), groups_for(cls)
+    method, groups = make(cls, changes, ahead), groups_for(cls)
     widest = max(group.shared_tokens for group in groups)
     padded = max(len(group.rollouts) * group.longest for group in groups)
     mixed = [groups[i] for i in (3, 0, 4, 1, 2)]
@@ -121,6 +123,16 @@ def assert_independent_of_micro_batches(policy, cls, changes):
         assert_close(grads, found[0][1])
 
 
+def with_constant_weights(method):
+    """The method with importance weights that stay as they first were: no gradient goes through them."""
+    made = {}
+    if importance := getattr(method, "importance", None):
+        method.importance = lambda logp, rows, batch, *more: made.setdefault(
+            (id(batch), more[-1] is None), importance(logp, rows, batch, *more)
+        )
+    return method
+
+
 def assert_gradient_is_the_slope(policy, cls, changes):
     """The gradient against central differences of the loss along random directions of all weights.
 
@@ -129,7 +141,7 @@ def assert_gradient_is_the_slope(policy, cls, changes):
     where every ratio is 1, both have one gradient; the first's, with the gradient in the head's forward pass, is
     compared with it.
     """
-    further, groups = make(cls, changes | FURTHER), groups_for(cls)
+    further, groups = with_constant_weights(make(cls, changes | FURTHER)), groups_for(cls)
     batches = batches_of(further, groups, budget=max(group.shared_tokens for group in groups))
     _, grads, outputs = total(policy, further, groups, batches)
     old = outputs if further.iterations > 1 else None

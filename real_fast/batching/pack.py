@@ -74,6 +74,10 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         **inputs,
         rows=rows,
         targets=torch.tensor(list(chain.from_iterable(r.targets for _, r in pairs)), dtype=torch.int64),
+        sampled_logprobs=torch.tensor(
+            [x for _, r in pairs for x in (*r.sampled_logprobs, *[0.0] * (len(r.targets) - len(r.sampled_ids)))],
+            dtype=torch.float64,
+        ),
         rollout=rollout,
         score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
         labels=torch.tensor(

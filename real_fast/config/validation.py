@@ -113,6 +113,11 @@ def check_config(config: Any) -> None:
     if config.rollout.group_size < 1:
         raise ConfigError(f"rollout.group_size is {config.rollout.group_size}: at least 1 rollout per prompt is needed")
     check_url(config.rollout)
+    if config.rollout.ahead and config.rollout.engine != "vllm-server":
+        raise ConfigError(
+            f"rollout.ahead is {config.rollout.ahead}, and rollout.engine {config.rollout.engine} samples in the "
+            "trainer's process, in turn with it: set rollout.engine to vllm-server, or leave rollout.ahead out"
+        )
     if config.init_from is not None:
         folder = Path(config.init_from).expanduser()
         if (folder / "config.yaml").is_file() and not (folder / "final").is_dir():

@@ -55,6 +55,7 @@ class LossOutput:
         kl: [n] k3 estimates for the sampled tokens of valid rollouts, in nats; None where it was not measured.
         ratio: [n] probability over that of the first iteration, of the tokens that were computed; None in the first.
         clipped: [n] bool, where the clip took the gradient.
+        weights: [M] importance weights; None where they are 1.
     """
 
     loss: torch.Tensor
@@ -69,6 +70,7 @@ class LossOutput:
     kl: torch.Tensor | None = None
     ratio: torch.Tensor | None = None
     clipped: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     @property
     def off_scale_mass(self) -> torch.Tensor:

@@ -15,7 +15,9 @@ from real_fast.utils.seeds import random_stream, step_seed
 class BinaryRL(PolicyGradient):
     """A label between two scores counts as the nearer one; a score off the scale is one outcome more.
 
-    The gradient goes through log-probabilities alone: those of the feedback's tokens and of the drawn score.
+    The gradient goes through log-probabilities alone: those of the feedback's tokens and of the drawn score. The score
+    is an action like the tokens: where older weights sampled, they drew it too, and one weight of the whole sequence,
+    score included, belongs to the tokens and to the score.
     """
 
     name = "binary_rl"
@@ -34,7 +36,8 @@ class BinaryRL(PolicyGradient):
         """The reward of the drawn score, and its log-probability."""
         rewards = outcome_reward(batch.labels.to(logp.dtype), self.values(logp), batch.outcome)
         action = outcome_logprob(logp, batch.outcome)
-        return Scored(rewards, self.advantages(rewards, batch), action_logprob=action)
+        drawn = outcome_logprob(batch.engine_score_logprobs.to(logp.dtype), batch.outcome) if self.ahead else None
+        return Scored(rewards, self.advantages(rewards, batch), action_logprob=action, action_sampled=drawn)
 
 
 def draw_scores(groups: Sequence[Group], seed: int) -> None:

@@ -1,8 +1,9 @@
-"""What REAL and the binary reward have in common: advantages, the KL, the clipped ratio, and the way through the head.
+"""What REAL and the binary reward have in common: advantages, KL, clipped ratio, weights, and the way through the head.
 
 A subclass says how the score rows become rewards (:meth:`PolicyGradient.score`). Where a token's coefficient does not
-depend on its own log-probability, the head takes the gradient in the forward pass (6 N D V FLOPs). With a KL term or
-several optimiser steps on the same rollouts it does, and the head recomputes (8 N D V), with plain autograd on top.
+depend on its own log-probability, the head takes the gradient in the forward pass (6 N D V FLOPs). With a KL term,
+several optimiser steps on the same rollouts, or rollouts of older weights it does, and the head recomputes (8 N D V),
+with plain autograd on top.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from real_fast.config import Config
 from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError, ConfigError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts
+from real_fast.methods.importance import sequence_weights
 from real_fast.model.lora import is_adapted
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefAdapters, RefPolicy
@@ -43,12 +45,15 @@ class Scored:
         reward_gradient: [M] differentiable: a reward whose own gradient is followed too (REAL's refinement), or None.
         action_logprob: [M] differentiable log-probability of a score that was drawn, and so is an action like the
             feedback's tokens; or None.
+        action_sampled: [M] that of the same score under the distribution that it was drawn from, a constant; needed
+            beside `action_logprob` with ``rollout.ahead``.
     """
 
     rewards: torch.Tensor
     advantages: torch.Tensor
     reward_gradient: torch.Tensor | None = None
     action_logprob: torch.Tensor | None = None
+    action_sampled: torch.Tensor | None = None
 
 
 class PolicyGradient(Method):
@@ -65,6 +70,7 @@ class PolicyGradient(Method):
     def __init__(self, config: Config, encode_feedback: EncodeFeedback, scale: ScoreScale) -> None:
         super().__init__(config, encode_feedback, scale)
         self.options = config.objective
+        self.ahead = config.rollout.ahead > 0
         self.ref_policy: RefPolicy | RefAdapters | None = None
         self.head = HeadOptions(temperature=config.rollout.temperature, validate=False)
 
@@ -91,7 +97,7 @@ class PolicyGradient(Method):
     @property
     def recomputes(self) -> bool:
         """Whether a token's coefficient depends on its own log-probability."""
-        return self.options.kl_coef > 0 or self.options.num_iterations > 1
+        return self.options.kl_coef > 0 or self.options.num_iterations > 1 or self.ahead
 
     @property
     def keeps_ref_policy(self) -> bool:
@@ -199,11 +205,18 @@ class PolicyGradient(Method):
         return loss if self.options.kl_coef or old is not None else self._with_kl_measured(loss)
 
     def _recomputed(self, counts: UpdateCounts, old: LossOutput | None, compare: bool) -> Loss:
-        """The loss with the KL and the clipped ratio.
+        """The loss with the KL, the clipped ratio and the importance weights.
 
         The first iteration's policy gradient is that of :meth:`fused`: its ratio is 1, so A * ratio and A * logp have
         one gradient. Later ones keep its advantages, as PPO's bound supposes, which the sampling policy's rewards give.
-        The gradient of the reward itself is that at the weights as they are, in every iteration, and is not weighted.
+        The gradient of the reward itself is that at the weights as they are, in every iteration; the rollouts are those
+        of the first, and so it has the weight of :meth:`importance`.
+
+        Rollouts that older weights sampled (``rollout.ahead``) are weighted in both parts: the reward's own gradient
+        by the ratio of the policy as it is, the policy gradient by that of the first iteration, which PPO's ratio
+        multiplies (the decoupled objective, arXiv 2110.00641). Baselines are not weighted: a rollout's leave-one-out
+        baseline depends on the others alone, so whatever it is, it adds nothing to the expected gradient. Neither is
+        the KL, which then is estimated at the sampler's tokens.
         """
         share, options = self._divisor(counts), self.options
 
@@ -215,15 +228,26 @@ class PolicyGradient(Method):
                 scored = replace(scored, rewards=old.rewards, advantages=old.advantages)
             ref_logprobs = batch.ref_logprobs if options.kl_coef else None
             per_row = scored.advantages[batch.rollout] * self.explores
-            every = ref_logprobs is not None or (compare and self.explores)
+            refines = scored.reward_gradient is not None and options.beta != 0
+            weighs = self.ahead or (refines and self.iterations > 1)  # needs a rollout's tokens whatever its advantage
+            every = ref_logprobs is not None or (compare and self.explores) or weighs
             computed = batch.rollout_valid[batch.rollout] if every else per_row != 0
             rows = computed.nonzero()[:, 0]
-            logp = linear_logprob(
-                hidden[batch.rows[rows]],
-                weight,
-                batch.targets[rows],
-                head=replace(self.head, validate=not hidden.is_cuda),
-            )
+            trains = self.explores or ref_logprobs is not None  # else the log-probabilities are for the weights alone
+            with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
+                logp = linear_logprob(
+                    hidden[batch.rows[rows]],
+                    weight,
+                    batch.targets[rows],
+                    head=replace(self.head, validate=not hidden.is_cuda),
+                )
+            weights = self.importance(logp, rows, batch, scored, old) if weighs else None
+            advantages = scored.advantages
+            if self.ahead:
+                of_first = weights if old is None else old.weights
+                assert of_first is not None
+                advantages = advantages * of_first
+                per_row = per_row * of_first[batch.rollout]
             ratio, clipped = None, None
             value = weigh(per_row[rows], logp)
             if old is not None:
@@ -231,13 +255,14 @@ class PolicyGradient(Method):
             exploration = -value.sum() / share
             parts = {self.text_part: exploration}
             if scored.reward_gradient is not None:
-                parts["refinement"] = self._refinement(scored.reward_gradient, batch, counts)
+                reward = scored.reward_gradient if weights is None else scored.reward_gradient * weights
+                parts["refinement"] = self._refinement(reward, batch, counts)
             if scored.action_logprob is not None:
-                action = weigh(scored.advantages, scored.action_logprob)
+                action = weigh(advantages, scored.action_logprob)
                 if old is not None:
                     assert old.action_logprob is not None
                     action = clipped_surrogate(
-                        scored.action_logprob, old.action_logprob, scored.advantages, options.epsilon
+                        scored.action_logprob, old.action_logprob, advantages, options.epsilon
                     ).value
                 parts["score"] = -torch.where(batch.rollout_valid, action, 0.0).sum() / share
             kl = None
@@ -245,9 +270,42 @@ class PolicyGradient(Method):
                 kl = k3(logp, ref_logprobs[rows])
                 parts["kl"] = options.kl_coef * kl.sum() / share
             out = self._output(parts, scores, scored, rows, logp.detach(), computed)
-            return replace(out, kl=None if kl is None else kl.detach(), ratio=ratio, clipped=clipped)
+            kl = None if kl is None else kl.detach()
+            return replace(out, kl=kl, ratio=ratio, clipped=clipped, weights=weights)
 
         return loss
+
+    def importance(
+        self, logp: torch.Tensor, rows: torch.Tensor, batch: Batch, scored: Scored, old: LossOutput | None
+    ) -> torch.Tensor | None:
+        """[M] weights of a micro-batch's rollouts, constants, cut at ``objective.importance_cap``.
+
+        The probability of a rollout's actions now over that under the weights that sampled them: the engine's, one
+        update older, with ``rollout.ahead``; else the first iteration's. Actions are its sampled tokens and, where one
+        was drawn, its score: the reward then is of a score that the sampler drew. Where the score is integrated out,
+        as in REAL, it is no action, and the reward is that of the policy as it is.
+
+        Args:
+            logp: [n] log-probabilities of tokens, now.
+            rows: [n] which of the batch's [N] tokens these are; all of its valid rollouts.
+            batch: The micro-batch.
+            scored: Has the drawn scores' log-probabilities, if any.
+            old: What the first iteration returned; None in the first.
+
+        Returns:
+            None where they are 1: in the first iteration on rollouts of the policy as it is.
+        """
+        rollout, count, cap = batch.rollout[rows], len(batch.labels), self.options.importance_cap
+        if not self.ahead:
+            return None if old is None else sequence_weights(logp, old.logprobs[rows], rollout, count, cap)
+        sampled = batch.sampled_logprobs[rows]
+        if scored.action_logprob is not None:
+            assert scored.action_sampled is not None
+            valid = batch.rollout_valid.nonzero()[:, 0]
+            logp = torch.cat([logp, scored.action_logprob[valid]])
+            sampled = torch.cat([sampled, scored.action_sampled[valid]])
+            rollout = torch.cat([rollout, valid])
+        return sequence_weights(logp, sampled, rollout, count, cap)
 
     def _with_kl_measured(self, loss: Loss) -> Loss:
         """The loss, which measures the KL too where the batch has the reference's log-probabilities; the same bits."""

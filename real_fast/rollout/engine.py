@@ -21,11 +21,14 @@ class RolloutEngine(Protocol):
         dtype: What the body of its model computes in.
         takes: Dtype that it keeps weights in: no more of the trainer's digits than that are sent to it.
         held_bytes: Memory that it keeps while it is awake, weights that are not the trainer's and cache.
+        beside_training: Whether it may sample, in a thread of its own, while the trainer changes its weights: its own
+            weights are then those of the last sync.
     """
 
     name: str
     dtype: torch.dtype
     takes: torch.dtype
+    beside_training: bool
 
     @property
     def held_bytes(self) -> int:

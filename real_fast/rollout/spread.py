@@ -17,7 +17,9 @@ from real_fast.types import Rollout, SamplingParams
 class SpreadEngine:
     """An engine on every rank (or every few, which compute one model together), behind the calls of one.
 
-    Every call is collective. A sample depends on its prompt's place among all prompts, not on who samples it.
+    Every call is collective. A sample depends on its prompt's place among all prompts, not on who samples it. An engine
+    that samples beside training may be called in a thread, the same one on every rank: its samples are then exchanged
+    by a channel of their own.
 
     Args:
         engine: This rank's.
@@ -28,6 +30,7 @@ class SpreadEngine:
     def __init__(self, engine: RolloutEngine, world: World, together: int = 1) -> None:
         self.engine, self.world, self.together = engine, world.beside("sampling"), together
         self.name, self.dtype, self.takes = engine.name, engine.dtype, engine.takes
+        self.beside_training = engine.beside_training
 
     @property
     def held_bytes(self) -> int:
@@ -46,11 +49,6 @@ class SpreadEngine:
         first = self.world.rank % self.together == 0  # the others of an engine have sampled the same
         parts = self.world.gather(found if first else [])[:: self.together]
         return [parts[place % engines][place // engines] for place in range(len(prompts))]
-
-    @property
-    def beside_training(self) -> bool:
-        """Whether this rank's engine can sample while the trainer trains."""
-        return self.engine.beside_training
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the weights, which are whole on every rank, to each engine."""

@@ -69,6 +69,7 @@ class TransformersEngine:
 
     name = "transformers"
     held_bytes = 0
+    beside_training = False
 
     def __init__(
         self,

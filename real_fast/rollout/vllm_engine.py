@@ -71,6 +71,7 @@ class VllmEngine(VllmSampling):
     """
 
     name = "vllm"
+    beside_training = False
 
     def __init__(
         self,

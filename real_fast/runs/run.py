@@ -55,6 +55,10 @@ class Run:
         for line in lines if self.writes else ():
             self.folder.append("rollouts.jsonl", line)
 
+    def stopped(self, step: int) -> None:
+        """The run was stopped after so many updates: say what it goes on from."""
+        logger.info("stopped after step %d; %s", step, checkpoint.kept(self.folder.checkpoints))
+
     def complete(self) -> None:
         """The run has come to its end."""
         self.trackers.complete = True

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import TracebackType
 
 from real_fast.data.sampler import PromptSampler
+from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.model.policy import Policy
 from real_fast.rollout.engine import RolloutEngine, publish
 from real_fast.runs.checkpoint import TrainState
+from real_fast.training.ahead import Ahead
 from real_fast.training.peak_memory import PeakMemory
 from real_fast.training.timer import Timer
 from real_fast.types import Group, JudgeRow
@@ -23,6 +28,11 @@ class GroupSource:
 
     The engine sleeps, where it can, while the trainer trains. It gets the weights when it next samples: behind its
     wake, since a wake brings back the weights of before the sleep.
+
+    After :meth:`sample_ahead` it samples meanwhile: an update's groups are taken, the engine gets the weights as they
+    are and begins with the next update's, whose rollouts thus come from weights one update older than those that they
+    train. The first groups, those behind a checkpoint that kept none, and those by which engine and trainer are
+    compared are sampled from the weights as they are.
 
     Args:
         method: Makes groups of rows.
@@ -51,9 +61,68 @@ class GroupSource:
         self.stale = False
         self.asleep = False
         self.wakes = 0
+        self.ahead: Ahead | None = None
+        self.older = False
+        self.steps = 0
+
+    def __enter__(self) -> GroupSource:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.ahead is not None:
+            self.ahead.close(at_once=kind is not None and not issubclass(kind, Exception))
+
+    def sample_ahead(self, steps: int, resume_from: Path | None) -> None:
+        """Sample the groups of each update while the one before it trains.
+
+        Args:
+            steps: Updates of the run: behind the last, nothing is sampled.
+            resume_from: A checkpoint, which may have kept the groups that come next.
+
+        Raises:
+            ConfigError: The engine cannot sample while the trainer trains.
+            CheckpointError: What the checkpoint kept cannot be read.
+        """
+        if not self.engine.beside_training:
+            raise ConfigError(
+                f"rollout.ahead is 1, and the engine {self.engine.name} samples in the trainer's process, in turn with "
+                "it: set rollout.engine to vllm-server, or rollout.ahead to 0"
+            )
+        self.ahead, self.steps = Ahead(), steps
+        if resume_from is not None:
+            self.ahead.restore(resume_from)
 
     def next(self, state: TrainState, policy: Policy) -> list[Group]:
-        """The groups of the update that follows `state`, sampled from the policy as it is."""
+        """The groups of the update that follows `state`: those sampled ahead, or sampled from the policy as it is."""
+        groups = self._taken(state.step)
+        self.older = groups is not None
+        if groups is None:
+            groups = self._sampled(state, policy)
+        self._launch(state, len(groups), policy)
+        return groups
+
+    def _taken(self, step: int) -> list[Group] | None:
+        """What was sampled ahead; None where nothing was, or where engine and trainer are to be compared by it."""
+        if self.ahead is None:
+            return None
+        with self.timer("wait"):
+            taken = self.ahead.take(step)
+        if taken is None or self._due(step):
+            return None
+        self.memory.mark("")
+        self.timer.add("rollout", taken.seconds)
+        return taken.groups
+
+    def _launch(self, state: TrainState, rows: int, policy: Policy) -> None:
+        """Begin with the groups of the update behind the one that follows `state` and has so many rows."""
+        step = state.step + 1
+        if self.ahead is None or step >= self.steps or self._due(step):
+            return
+        self.catch_up(policy)
+        seen = state.rows_seen + rows
+        self.ahead.launch(step, partial(self.method.groups, self.sampler.batch(seen), seen, step, self.engine))
+
+    def _sampled(self, state: TrainState, policy: Policy) -> list[Group]:
         rows = self.sampler.batch(state.rows_seen)
         with self.awake(policy) if self.method.uses_rollouts else nullcontext():
             self.memory.mark("")
@@ -66,13 +135,16 @@ class GroupSource:
     @contextmanager
     def awake(self, policy: Policy) -> Iterator[None]:
         """Sampling inside: the engine has the weights as they are, and rests behind it."""
+        if self.ahead is not None:
+            with self.timer("wait"):
+                self.ahead.join()  # the weights stay as they are while something is sampled from them
         self.catch_up(policy)
         yield
         self.rest()
 
     def rest(self) -> None:
         """Training follows: an engine that can sleep gives its memory back, and needs a sync when it wakes."""
-        if not self.asleep and self.engine.sleep():
+        if self.ahead is None and not self.asleep and self.engine.sleep():
             self.asleep = self.stale = True
 
     def publish(self) -> None:
@@ -91,10 +163,22 @@ class GroupSource:
     def compares(self, step: int) -> bool:
         """Whether engine and trainer are compared in the update behind `step` others: every so many, 0 for never.
 
-        Beside those, after each of the first wakes, where a wake that lost weights would show.
+        Beside those, after each of the first wakes, where a wake that lost weights would show. Never by rollouts that
+        were sampled ahead: the trainer is one update newer, and the difference would be the update's. Where a
+        comparison is due, nothing is sampled ahead, and the groups come from the weights as they are.
         """
+        return self._due(step) and not self.older
+
+    def _due(self, step: int) -> bool:
         every, woken = self.check_every, 0 < self.wakes <= FIRST_WAKES
         return self.method.uses_rollouts and every > 0 and (step % every == 0 or woken)
+
+    def files(self) -> dict[str, str]:
+        """What a checkpoint keeps of what was sampled ahead, by the file's name; waits for it."""
+        if self.ahead is None:
+            return {}
+        with self.timer("wait"):
+            return self.ahead.files()
 
     def metrics(self) -> dict[str, float]:
         """Memory of the update at hand."""

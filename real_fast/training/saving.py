@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -68,14 +69,18 @@ class Saver:
         self.identity = identity
         self.writer = FolderWriter(updater.world, config.save.background, updater.policy.model.device)
 
-    def checkpoint(self, state: TrainState) -> None:
+    def checkpoint(self, state: TrainState, files: Mapping[str, str]) -> None:
         """Everything that the next step depends on, as it is now; it may be written while training goes on.
+
+        Args:
+            state: Where the run is.
+            files: Further files, by their names.
 
         Raises:
             CheckpointError: This one could not be written, or the one before (ElsewhereError where another rank says).
         """
         u, model = self.updater, self.updater.policy.model
-        texts = self.texts | {fingerprints.FILE: self.identity.text()}
+        texts = {**self.texts, **files, fingerprints.FILE: self.identity.text()}
         checkpoint.save(
             self.folder.checkpoints,
             self.writer,

@@ -204,6 +204,8 @@ def build(config: Config, world: World = ALONE) -> Parts:
         if world.is_main:
             write_rejected(folder.path / "rejected.jsonl", data.rejected)
     groups = GroupSource(method, sampler, engine, timer, PeakMemory(policy.device), config.rollout.check_every)
+    if config.rollout.ahead and method.uses_rollouts:
+        groups.sample_ahead(config.train.steps, resume_from)
     groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
     return Parts(

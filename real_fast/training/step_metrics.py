@@ -60,6 +60,7 @@ class StepMetrics:
         self.rollouts = [r for g in groups for r in g.rollouts]
         self.batches: list[tuple[Seen, LossOutput]] = []
         self.further: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.weights: list[torch.Tensor] = []
         self.engine_gap: EngineGap | None = None
         self._own: list[tuple[Batch, LossOutput]] = []
         self._exchanged = world.size == 1
@@ -88,6 +89,8 @@ class StepMetrics:
         Returns:
             What the first iteration returned for this micro-batch.
         """
+        if out.weights is not None:
+            self.weights.append(out.weights[batch.rollout_valid])
         if iteration == 0:
             out.loss = out.loss.detach()
             self._own.append((batch, out))
@@ -167,6 +170,10 @@ class StepMetrics:
             iterations = len(self.further) // len(self.batches)
             found["clip_ratio/region_mean"] = clipped / (iterations * tokens) if tokens else float("nan")
             found["ratio/mean"] = _mean(ratio)
+        if self.weights and len(weights := torch.cat(self.weights).cpu()):
+            name = "sampling/importance_sampling_ratio"  # TRL's, of rollouts, as cut
+            found |= {f"{name}/mean": _mean(weights), f"{name}/max": float(weights.max())}
+            found[f"{name}/min"] = float(weights.min())
         return found
 
     def histogram(self, name: str, values: torch.Tensor) -> dict[str, float]:
@@ -179,6 +186,7 @@ class StepMetrics:
         self._exchange()
         if self.world.size > 1:
             self.further = [one for some in self.world.gather(_on_cpu(self.further)) for one in some]
+            self.weights = [one for some in self.world.gather(_on_cpu(self.weights)) for one in some]
         valid = self.of_batches("rollout_valid")
         y_hat, label = self.gather("expected_score")[valid], self.of_batches("labels")[valid]
         group, off = self.of_batches("group")[valid], self.gather("off_scale_mass")[valid]

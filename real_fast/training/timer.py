@@ -32,6 +32,11 @@ class Timer:
         if within is None:
             self.run[phase] = self.run.get(phase, 0.0) + seconds
 
+    def add(self, phase: str, seconds: float) -> None:
+        """Count what ran beside the other phases."""
+        self.update[phase] = self.update.get(phase, 0.0) + seconds
+        self.run[phase] = self.run.get(phase, 0.0) + seconds
+
     def start_update(self) -> None:
         """Forget the last update's phases."""
         self.update.clear()

@@ -41,6 +41,11 @@ def test_an_update_does_not_depend_on_its_micro_batches(policy, name, changes):
     assert_independent_of_micro_batches(policy, METHODS[name], changes)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.uses_rollouts])
+def test_an_update_on_older_rollouts_does_not_depend_on_its_micro_batches(policy, name):
+    assert_independent_of_micro_batches(policy, METHODS[name], KL | FURTHER, ahead=1)
+
+
 @pytest.mark.parametrize("changes", [{}, KL], ids=["default", "kl"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_gradient_is_the_slope_of_the_loss(policy, name, changes):

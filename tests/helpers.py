@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -118,3 +119,21 @@ SUPERVISED = ["--supervised.prompts_per_step", "4", "--warmup.steps", "0", "--tr
 
 def size(group, shared):
     return group.shared_tokens if shared else len(group.rollouts) * group.longest
+
+
+CLOSE = {"rel": 1e-3, "abs": 1e-4, "nan_ok": True}
+
+
+def about_the_same(found, want, path=""):
+    if isinstance(want, dict):
+        assert found.keys() == want.keys(), path
+        for key in want:
+            about_the_same(found[key], want[key], f"{path}/{key}")
+    elif isinstance(want, float | list):
+        assert found == pytest.approx(want, **CLOSE), path
+    else:
+        assert found == want, path
+
+
+def rollout_texts(output):
+    return [(line["step"], line["id"], line["rollout"], line["text"]) for line in read_jsonl(output / "rollouts.jsonl")]

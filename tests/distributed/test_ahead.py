@@ -14,8 +14,7 @@ from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.train import main
 from real_fast.training import setup
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_runs import same, texts
-from tests.helpers import flags, metric_lines
+from tests.helpers import about_the_same, flags, metric_lines, rollout_texts
 
 AHEAD = ["--rollout.engine", "vllm-server", "--rollout.url", "http://127.0.0.1:9", "--rollout.ahead", "1"]
 
@@ -50,8 +49,8 @@ def test_a_run_that_samples_ahead_on_ranks_is_that_of_one_process(tiny_judge, tm
     assert run(flags(tiny_judge, tmp_path / "one", *more)) == 0
     argv = flags(tiny_judge, tmp_path / "many", *more)
     assert run_ranks(2, run, argv, group=False, timeout=120) == [0, 0]
-    assert texts(tmp_path / "many") == texts(tmp_path / "one")
+    assert rollout_texts(tmp_path / "many") == rollout_texts(tmp_path / "one")
     lines = metric_lines(tmp_path / "many")
     for found, want in zip(lines, metric_lines(tmp_path / "one"), strict=True):
-        same(found, want)
+        about_the_same(found, want)
     assert all("sampling/importance_sampling_ratio/max" in line for line in lines if line["phase"] == "real")

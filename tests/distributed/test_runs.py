@@ -6,27 +6,8 @@ import pytest
 
 from real_fast.distributed.slices import TensorFiles
 from real_fast.train import main
-from real_fast.utils.jsonio import read_jsonl
 from tests.distributed.ranks import run_ranks
-from tests.helpers import SUPERVISED, flags, metric_lines
-
-CLOSE = {"rel": 1e-3, "abs": 1e-4, "nan_ok": True}
-
-
-def same(found, want, path=""):
-    if isinstance(want, dict):
-        assert found.keys() == want.keys(), path
-        for key in want:
-            same(found[key], want[key], f"{path}/{key}")
-    elif isinstance(want, float | list):
-        assert found == pytest.approx(want, **CLOSE), path
-    else:
-        assert found == want, path
-
-
-def texts(output):
-    return [(line["step"], line["id"], line["rollout"], line["text"]) for line in read_jsonl(output / "rollouts.jsonl")]
-
+from tests.helpers import SUPERVISED, about_the_same, flags, metric_lines, rollout_texts
 
 KINDS = {
     "real": [],
@@ -44,9 +25,9 @@ def test_a_run_on_ranks_is_that_of_one_process(tiny_judge, tmp_path, kind, ranks
     assert main(flags(tiny_judge, tmp_path / "one", *more)) == 0
     argv = flags(tiny_judge, tmp_path / "many", *more)
     assert run_ranks(ranks, main, argv, group=False, timeout=120) == [0] * ranks
-    assert texts(tmp_path / "many") == texts(tmp_path / "one")
+    assert rollout_texts(tmp_path / "many") == rollout_texts(tmp_path / "one")
     for found, want in zip(metric_lines(tmp_path / "many"), metric_lines(tmp_path / "one"), strict=True):
-        same(found, want)
+        about_the_same(found, want)
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny_judge, tmp_path):

@@ -59,12 +59,8 @@ class RefPolicy:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
-        tensors = {}
-        for name, parameter in self.policy.model.named_parameters():
-            tensor = whole(parameter)
-            if world.is_main:
-                tensors[name] = tensor.cpu()
-        _write(run, tensors, world)
+        tensors = ((name, whole(parameter)) for name, parameter in self.policy.model.named_parameters())
+        save_tensors(run / FOLDER, tensors, world)
 
     @torch.no_grad()
     def load(self, run: Path) -> None:
@@ -109,7 +105,8 @@ class RefAdapters:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the adapters into a run's folder. Raises :class:`CheckpointError`."""
-        _write(run, adapter_state(self.policy.model) if self.state is None else self.state, world)
+        tensors = adapter_state(self.policy.model) if self.state is None else self.state
+        save_tensors(run / FOLDER, tensors.items(), world)
 
     def load(self, run: Path) -> None:
         """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""
@@ -126,12 +123,6 @@ def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Bat
         return linear_logprob(hidden[batch.rows], weight, batch.targets, head=head)
 
     return logprobs
-
-
-def _write(run: Path, tensors: dict[str, torch.Tensor], world: World) -> None:
-    with world.together():
-        if world.is_main:
-            save_tensors(run / FOLDER, tensors)
 
 
 def _read(run: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

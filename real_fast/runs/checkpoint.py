@@ -7,16 +7,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -25,14 +22,14 @@ from real_fast.distributed.world import ALONE, World
 from real_fast.errors import CheckpointError
 from real_fast.runs import optimizer_state, random_state
 from real_fast.runs.parts import Contents, Part, files_in
-from real_fast.runs.sealed import damage, writing_folder
+from real_fast.runs.sealed import damage
 from real_fast.runs.writer import FolderWriter
 from real_fast.utils.files import free_name
 
 logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
 OPTIMIZER = "optimizer"
-_TENSORS = "model.safetensors"
+_TENSORS = "model"
 _DAMAGED = ".damaged"
 
 
@@ -137,19 +134,30 @@ def save(
     return target
 
 
-def save_tensors(target: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors into a folder of their own, atomically. Raises :class:`CheckpointError`."""
-    with _disk_errors(target, "free space or repair the disk"), writing_folder(target) as folder:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
+def save_tensors(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], world: World = ALONE) -> None:
+    """Write tensors into a folder of their own, atomically, and wait for it.
+
+    Args:
+        target: Folder to make or replace.
+        tensors: Names and tensors; all ranks go through them together, each writes its share.
+        world: The ranks.
+
+    Raises:
+        CheckpointError: The disk is full or read-only (see :meth:`FolderWriter.write`).
+    """
+    writer = FolderWriter(world, "never")
+    part = Part(_TENSORS, tensors, nbytes=0)
+    writer.write(target, Contents(lambda _: None, [part]), lambda: "free space or repair the disk")
 
 
 def open_tensors(folder: Path) -> TensorFiles | None:
     """What :func:`save_tensors` wrote, or None where there is no such folder. Raises :class:`CheckpointError`."""
-    if not (folder / _TENSORS).is_file():
+    files = files_in(folder, _TENSORS)
+    if not files:
         return None
     if wrong := damage(folder):
         raise CheckpointError(f"{folder} is damaged: {wrong}")
-    return TensorFiles([folder / _TENSORS])
+    return TensorFiles(files)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -267,11 +275,3 @@ def _numbered(folder: Path) -> list[Path]:
     """Folders with a checkpoint's name, oldest first."""
     found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-[0-9]{6,}", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
-
-
-@contextmanager
-def _disk_errors(target: Path, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter on a full disk
-        raise CheckpointError(f"{target} could not be written: {error}; {advice}") from error

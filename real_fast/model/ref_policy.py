@@ -18,7 +18,6 @@ from real_fast.model.policy import Policy
 from real_fast.model.precision import rounded_weights
 from real_fast.model.sharded import frozen_copy_of_spread
 from real_fast.runs.checkpoint import open_tensors, save_tensors
-from real_fast.runs.parts import nbytes_of
 from real_fast.types import Batch
 from real_kernels import HeadOptions, linear_logprob
 
@@ -60,9 +59,8 @@ class RefPolicy:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
-        model = self.policy.model
-        tensors = ((name, whole(parameter)) for name, parameter in model.named_parameters())
-        save_tensors(run / FOLDER, tensors, nbytes_of(model.parameters()), world)
+        tensors = ((name, whole(parameter)) for name, parameter in self.policy.model.named_parameters())
+        save_tensors(run / FOLDER, tensors, world)
 
     @torch.no_grad()
     def load(self, run: Path) -> None:
@@ -107,8 +105,8 @@ class RefAdapters:
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the adapters into a run's folder. Raises :class:`CheckpointError`."""
-        state = adapter_state(self.policy.model) if self.state is None else self.state
-        save_tensors(run / FOLDER, state.items(), nbytes_of(state.values()), world)
+        tensors = adapter_state(self.policy.model) if self.state is None else self.state
+        save_tensors(run / FOLDER, tensors.items(), world)
 
     def load(self, run: Path) -> None:
         """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""

@@ -134,25 +134,26 @@ def save(
     return target
 
 
-def save_tensors(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], nbytes: int, world: World = ALONE) -> None:
-    """Write tensors into a folder of their own, atomically, with all ranks.
+def save_tensors(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], world: World = ALONE) -> None:
+    """Write tensors into a folder of their own, atomically, and wait for it.
 
     Args:
-        target: The folder.
-        tensors: Names and tensors, whole on every rank.
-        nbytes: What this rank will hold of them, about.
+        target: Folder to make or replace.
+        tensors: Names and tensors; all ranks go through them together, each writes its share.
         world: The ranks.
 
     Raises:
-        CheckpointError: The disk is full or read-only.
+        CheckpointError: The disk is full or read-only (see :meth:`FolderWriter.write`).
     """
-    contents = Contents(lambda folder: None, [Part(_TENSORS, tensors, nbytes)])
-    FolderWriter(world, "never").write(target, contents, lambda: "free space or repair the disk")
+    writer = FolderWriter(world, "never")
+    part = Part(_TENSORS, tensors, nbytes=0)
+    writer.write(target, Contents(lambda _: None, [part]), lambda: "free space or repair the disk")
 
 
 def open_tensors(folder: Path) -> TensorFiles | None:
     """What :func:`save_tensors` wrote, or None where there is no such folder. Raises :class:`CheckpointError`."""
-    if not (files := files_in(folder, _TENSORS)):
+    files = files_in(folder, _TENSORS)
+    if not files:
         return None
     if wrong := damage(folder):
         raise CheckpointError(f"{folder} is damaged: {wrong}")

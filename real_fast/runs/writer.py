@@ -81,6 +81,9 @@ class FolderWriter:
                     job.counts[part.stem] = job.take(files)
         except BaseException as error:
             job.give_up(f"{type(error).__name__}: {error}")
+            self._job = None  # the others may never come to the end, where the threads meet
+            if self.world.size == 1:
+                job.wait()
             raise
         job.end()
         if not background:
@@ -210,8 +213,8 @@ class _Job:
                     if problem is None:
                         save_file(file.tensors, path, metadata={"format": "pt", **file.part.metadata})
                         files.append((file, sizes, path, pool.submit(seal, path)))
-                except (OSError, SafetensorError) as error:  # the latter on a full disk
-                    problem = str(error)
+                except Exception as error:
+                    problem = _said(error)
                 file.tensors = {}
         written = _Written(problem)
         for file, sizes, path, checksum in () if problem else files:
@@ -234,8 +237,8 @@ class _Job:
                     self._write_index(stem, answers)
             publish(self.temporary, self.target, sums)
             self.done()
-        except OSError as error:
-            return str(error)
+        except Exception as error:
+            return _said(error)
         return None
 
     def _write_index(self, stem: str, answers: list[_Written]) -> None:
@@ -280,3 +283,9 @@ class _Written:
             os.replace(path, path.with_name(name))
         except OSError as error:
             self.problem = self.problem or str(error)
+
+
+def _said(error: Exception) -> str:
+    """What is told on all ranks, which would wait for one that does not say anything."""
+    known = isinstance(error, OSError | SafetensorError)  # the latter on a full disk
+    return str(error) if known else f"{type(error).__name__}: {error}"

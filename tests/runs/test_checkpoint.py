@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from real_fast.config import OptimConfig
 from real_fast.errors import CheckpointError
 from real_fast.model.write import contents_of
 from real_fast.runs import checkpoint, writer
+from real_fast.runs import parts as parts_module
 from real_fast.runs.checkpoint import TrainState
+from real_fast.runs.parts import Contents, Part, Shares
+from real_fast.runs.parts import files_of as files_of_part
 from real_fast.runs.writer import FolderWriter
 from real_fast.training.optim import build_optimizer, build_scheduler, clip_and_step
 
@@ -171,3 +175,152 @@ def test_a_changed_learning_rate_is_taken_on_resume(tiny_llama, tmp_path):
     checkpoint.load(path, parts[0], optimizer, scheduler)
     assert scheduler.get_last_lr()[0] == pytest.approx(parts[2].get_last_lr()[0] / 2)
     assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("tied", "limit"), [(True, None), (False, None), (False, 30_000)])
+def test_a_model_is_written_as_save_pretrained_does(tiny_llama, tmp_path, monkeypatch, tied, limit):
+    model = tiny_llama(tied=tied, vocab_size=385)
+    model.register_buffer("extra", torch.ones(3))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size=limit or "5GB")
+    if limit:
+        monkeypatch.setattr(parts_module, "FILE_BYTES", limit)
+    checkpoint.save_model(
+        FolderWriter(background="never"), tmp_path / "ours", contents_of(model, NoTokenizer(), {}, torch.float32)
+    )
+    theirs, ours = files_of(tmp_path / "theirs"), files_of(tmp_path / "ours")
+    if limit:  # how many files there are is no part of the format
+        assert {name for name in ours.keys() ^ theirs.keys() if "-of-" not in name} == {
+            "tokenizer.json",
+            "checksums.json",
+        }
+        index = json.loads(ours["model.safetensors.index.json"])
+        assert index["weight_map"].keys() == json.loads(theirs["model.safetensors.index.json"])["weight_map"].keys()
+    else:
+        assert ours.keys() == theirs.keys() | {"tokenizer.json", "checksums.json"}
+        assert {name: ours[name] for name in theirs} == theirs
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_fused_experts_are_written_one_by_one(tmp_path):
+    """As their hub's files have them, which other libraries read."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "theirs")
+    writer = FolderWriter(background="never")
+    checkpoint.save_model(writer, tmp_path / "ours", contents_of(model, NoTokenizer(), {}, torch.float32))
+    theirs, ours = (load_file(tmp_path / whose / "model.safetensors") for whose in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys() and "model.layers.1.mlp.experts.3.up_proj.weight" in ours
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_a_checkpoint_of_an_earlier_version_goes_on(tiny_llama, tmp_path, name):
+    """Written by hand as it was: save_pretrained(), one file of moments without metadata, one random state."""
+    parts = make(tiny_llama, name=name)
+    train(*parts, 3)
+    model, optimizer, scheduler = parts
+    path = tmp_path / "step-000003"
+    model.save_pretrained(path)
+    tensors = {"rng:cpu": torch.get_rng_state()}
+    for parameter_name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            inner = {part: getattr(value, part) for part in ("codes", "scale", "qmap") if hasattr(value, part)}
+            tensors |= {f"{parameter_name}:{key}:{part}": tensor.clone() for part, tensor in inner.items()}
+            if not inner:
+                tensors[f"{parameter_name}:{key}"] = value.clone()
+    save_file(tensors, path / "optimizer.safetensors")
+    state = json.dumps(asdict(TrainState(step=3, scheduler={"last_epoch": scheduler.last_epoch})))
+    (path / "trainer_state.json").write_text(state, encoding="utf-8")
+    train(*parts, 2, start=3)
+    again = make(tiny_llama, name=name)
+    again[0].load_state_dict(AutoModelForCausalLM.from_pretrained(path).state_dict())
+    assert checkpoint.load(checkpoint.newest(tmp_path), *again).step == 3
+    train(*again, 2, start=3)
+    assert all(torch.equal(a, b) for a, b in zip(again[0].parameters(), model.parameters(), strict=True))
+
+
+def test_moments_in_several_files_are_read(tiny_llama, tmp_path, monkeypatch):
+    parts = make(tiny_llama)
+    train(*parts, 1)
+    monkeypatch.setattr(parts_module, "FILE_BYTES", 30_000)
+    path = save(tmp_path, parts, 1)
+    assert len(list(path.glob("optimizer-*-of-*.safetensors"))) > 3
+    again = make(tiny_llama)
+    checkpoint.load(path, *again)
+    for a, b in zip(parts[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(parts[1].state[a]["exp_avg"], again[1].state[b]["exp_avg"])
+
+
+def test_an_error_in_the_background_is_raised_at_the_next_save(tiny_llama, tmp_path, monkeypatch):
+    parts, background = make(tiny_llama), FolderWriter(background="always")
+    train(*parts, 1)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "save_file", full)
+        save(tmp_path, parts, 1, writer=background)
+        background._job.wait()
+    with pytest.raises(CheckpointError, match=r"step-000001 could not be written: .*No space left"):
+        save(tmp_path, parts, 2, writer=background)
+    assert list(tmp_path.iterdir()) == []
+    save(tmp_path, parts, 3, writer=background)
+    background.wait()
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000003"]
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "want"),
+    [("cpu", 5.0, True), ("cpu", 3.0, False), ("cuda", 3.0, True), ("cuda", 1.2, False), ("cpu", None, False)],
+)
+def test_a_copy_is_made_where_there_is_room(tmp_path, monkeypatch, device, free, want):
+    part = Part("model", [], nbytes=10**6)
+    monkeypatch.setattr(writer, "available_memory", lambda: None if free is None else int(free * 10**6))
+    found = FolderWriter(device=torch.device(device))
+    assert found._in_background(Contents(lambda _: None, [part])) == want
+    for setting in ("always", "never"):
+        assert FolderWriter(background=setting)._in_background(Contents(lambda _: None, [part])) == (
+            setting == "always"
+        )
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_tensors_are_shared_out_alike_on_every_rank(at_once):
+    """Those that are converted together are one rank's."""
+    tensors = {name: torch.full((size,), float(size)) for name, size in (("a", 9), ("b", 4), ("c", 4), ("d", 1))}
+    seen = []
+
+    def convert(given):
+        seen.append(set(given))
+        return {f"{name}!": tensor for name, tensor in given.items()}
+
+    found = []
+    for rank in range(3):
+        part = Part("model", tensors.items(), 0, convert=convert, all_at_once=at_once)
+        files, counts = files_of_part(part, Shares(3), rank, 3, copy=False), None
+        mine = {}
+        while counts is None:
+            try:
+                mine |= next(files).tensors
+            except StopIteration as end:
+                counts = end.value
+        found.append(set(mine))
+        assert counts == ([1, 0, 0] if at_once else [1, 1, 1])
+    assert found == ([{"a!", "b!", "c!", "d!"}, set(), set()] if at_once else [{"a!"}, {"b!", "d!"}, {"c!"}])
+    assert {"a", "b", "c", "d"} in seen if at_once else all(len(given) == 1 for given in seen)

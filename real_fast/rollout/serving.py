@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from real_fast.config import Config
 from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
+from real_fast.model.folder import model_alone
 from real_fast.model.load import base_folder, load_tokenizer, model_folder
 from real_fast.rollout.make import engine_dtype, longest_sequence
 from real_fast.rollout.vllm_transfer import Nccl, SharedMemory
@@ -50,8 +51,9 @@ def serve(config: Config, host: str, port: int, gpus: int, copies: int, transfer
     folder = base_folder(model_folder(config.initial_weights, config.trust_remote_code))
     scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
     model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    settings = {"host": host, "port": port, **_settings(config, folder, longest_sequence(config, model_config, scale))}
-    _run(settings, gpus, copies, transfer)
+    longest = longest_sequence(config, model_config, scale)
+    with model_alone(folder) as alone:
+        _run({"host": host, "port": port, **_settings(config, alone, longest)}, gpus, copies, transfer)
 
 
 def _port(url: str) -> int:
@@ -126,6 +128,8 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
     backend = _TRANSFERS["shared-memory" if on_cpu else "nccl"] if transfer == "auto" else _TRANSFERS[transfer]
     if on_cpu and backend == Nccl.backend:
         raise ConfigError("transfer is nccl, and vLLM runs on a CPU here: leave --transfer out")
+    if on_cpu and gpus == 1:  # a process less, which vLLM allows where its engine may run in one
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = command_line.make_arg_parser(FlexibleArgumentParser()).parse_args([])
     place = {key: settings.pop(key) for key in ("host", "port", "model", "model_tag")}
     wanted = {
@@ -133,6 +137,7 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
         **llm_settings(on_cpu=on_cpu, **settings),
         "served_model_name": [place["model"]],
         "tensor_parallel_size": gpus,
+        "distributed_executor_backend": "uni" if gpus == 1 else "mp",
         "data_parallel_size": copies,
         "max_logprobs": 128,
         "worker_extension_cls": "real_fast.rollout.vllm_worker.Extension",

@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,6 +57,8 @@ class ServerClient:
         with ThreadPoolExecutor(min(at_a_time, len(bodies)), thread_name_prefix="rollouts") as pool:
             try:
                 futures = [pool.submit(self._repeated, "POST", path, body, timeout, stopped) for body in bodies]
+                for failed in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    failed.result()
                 return [future.result() for future in futures]
             except BaseException:
                 stopped.set()

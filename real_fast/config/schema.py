@@ -93,7 +93,9 @@ class RolloutConfig:
     """Sampling of feedback.
 
     Args:
-        engine: "auto" takes vLLM where it can be imported.
+        engine: "auto" takes vLLM where it can be imported; "vllm-server" samples on the server at `url`, beside the
+            trainer.
+        url: Where the engine "vllm-server" finds its server, such as http://127.0.0.1:8000.
         prompts_per_step: Judge prompts per update.
         group_size: K, rollouts per prompt.
         max_tokens: Longest feedback, phrase and score included, in tokens.
@@ -117,7 +119,8 @@ class RolloutConfig:
         log_prompts: Of so many prompts.
     """
 
-    engine: Literal["auto", "transformers", "vllm"] = field(default="auto", metadata=FREE)
+    engine: Literal["auto", "transformers", "vllm", "vllm-server"] = field(default="auto", metadata=FREE)
+    url: str = field(default="", metadata=FREE)
     prompts_per_step: int = above(0, 32)
     group_size: int = 8
     max_tokens: int = above(0, 512)

@@ -8,7 +8,8 @@ from pathlib import Path
 from real_fast.config.cli import parse
 from real_fast.config.commands import COMMANDS, PlanConfig
 from real_fast.planning.need import GIB, training_of
-from real_fast.planning.plan import make_plan, report, settled
+from real_fast.planning.plan import make_plan, settled
+from real_fast.planning.report import report
 
 _PLAN = re.compile(r"^# (real-fast plan (--.*))\n(?:#.*\n)*", re.M)
 

@@ -115,6 +115,8 @@ class RolloutConfig:
         max_num_seqs: Sequences decoded at a time.
         tensor_parallel: Under torchrun, let so many consecutive ranks hold one vLLM together, for a model that does not
             fit one GPU beside the trainer; 1 is an engine on every rank.
+        ahead: 1 samples the rollouts of the next update while the present one trains, from weights one update older;
+            they are weighted for it (objective.importance_cap). For the engine "vllm-server".
         log_every: Write rollouts to rollouts.jsonl on the first step and then every so many; 0 for never.
         log_prompts: Of so many prompts.
     """
@@ -134,6 +136,7 @@ class RolloutConfig:
     sleep: Literal["auto", "always", "never"] = field(default="auto", metadata=FREE)
     max_num_seqs: int = above(0, 256, resume="free")
     tensor_parallel: int = above(0, 1, resume="free")
+    ahead: Literal[0, 1] = 0
     log_every: int = at_least(0, 10, resume="free")
     log_prompts: int = above(0, 2, resume="free")
 

@@ -4,8 +4,9 @@ python -m benchmarks.scaling                     a tiny model and SmolLM2 on 1 a
 python -m benchmarks.scaling --ranks 1 2 4       other numbers of ranks; "--models tiny" a part; "--output FILE"
 python -m benchmarks.scaling --rank FOLDER ...   one rank of them: real-fast train with these arguments, its peak noted
 
-Each case is a run of ``real-fast train`` of its own, by torchrun where it has several ranks, with the same rows, seed and
-settings. The first update, which allocates what the others use again, is not counted. A rank's peak is its resident set's.
+Each case is a run of ``real-fast train`` of its own, by torchrun where it has several ranks, with the same rows, seed
+and settings. The first update, which allocates what the others use again, is not counted. A rank's peak is that of its
+resident set.
 """
 
 from __future__ import annotations

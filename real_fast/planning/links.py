@@ -18,6 +18,10 @@ from real_fast.planning.ranks import Ranks
 _TENSORS = 12
 
 
+def _width(t: Training) -> float:
+    return 2.0 if t.precision == "bf16" else 4.0
+
+
 @dataclass(frozen=True)
 class Links:
     """What GPUs are linked by.
@@ -55,26 +59,30 @@ class Links:
             kl: Whether a reference is run too.
         """
         shards, replicas = self.ranks.shards, self.ranks.replicas
-        width, trained = 2.0 if t.precision == "bf16" else 4.0, t.adapters(sizes) or sizes.parameters
-        every = sizes.parameters + t.adapters(sizes)
-        units = sizes.layers + (1 if sizes.tied else 2)
-        rate = self.rate(shards)
-        gathered = self.ring(width * (2 * every - sizes.head), 2 * units - 1, shards, rate)
+        width, units, rate = _width(t), sizes.layers + (1 if sizes.tied else 2), self.rate(shards)
+        gathered = self.ring(width * (2 * sizes.parameters - sizes.head), 2 * units - 1, shards, rate)
         if kl:
             gathered += self.ring(width * sizes.parameters, units, shards, rate)
-        summed = self.ring(4.0 * trained, units, shards, rate)
+        if t.rank:
+            return gathered
+        summed = self.ring(4.0 * sizes.parameters, units, shards, rate)
         # A shard's sum is added up over the replicas: shared out and gathered, twice round the ring.
         apart = LINKS * (self.card.link if self.ranks.gpus <= self.ranks.per_node else self.network)
-        return gathered + summed + 2 * self.ring(4.0 * trained / shards, units, replicas, apart)
+        return gathered + summed + 2 * self.ring(4.0 * sizes.parameters / shards, units, replicas, apart)
+
+    def update(self, sizes: ModelSizes, t: Training, batches: int, kl: bool) -> float:
+        """Seconds of the collectives of an update: its micro-batches', and at its end adapters' gradients, summed."""
+        took = batches * self.micro_batch(sizes, t, kl)
+        if t.rank:
+            gpus = self.ranks.gpus
+            took += 2 * self.ring(4.0 * t.adapters(sizes), 1, gpus, self.rate(gpus))
+        return took
 
     def sync(self, sizes: ModelSizes, t: Training) -> float:
         """Seconds in which new weights reach the engines: gathered tensor by tensor, and sent to servers once."""
-        if self.ranks.gpus == 1 and not self.ranks.apart:
-            return 0.0
-        width = 2.0 if t.precision == "bf16" else 4.0
-        sent = width * (t.adapters(sizes) or sizes.parameters)
-        shards = self.ranks.shards
-        gathered = self.ring(sent, _TENSORS * sizes.layers, shards, self.rate(shards))
+        shards, adapters = self.ranks.shards, t.adapters(sizes)
+        sent = _width(t) * (adapters or sizes.parameters)
+        gathered = 0.0 if adapters else self.ring(sent, _TENSORS * sizes.layers, shards, self.rate(shards))
         return gathered + sent / (LINKS * self.network) * self.ranks.apart
 
     def decoding(self, sizes: ModelSizes, tokens: float) -> float:

@@ -191,36 +191,36 @@ def update_memory(
     width = 2.0 if half else 4.0
     own = 2.0 if t.weights == "bf16" and not t.rank else 4.0
     trained = adapters or p
-    weights = own * trained + (_under_adapters(sizes, t) if t.rank else 0.0)
+    weights, frozen = own * trained, _under_adapters(sizes, t) if t.rank else 0.0
     on_host = t.offload == "all" and not t.rank
     # The head's gradient is added up on the device, whatever the others are.
     gradients = 4.0 * sizes.head * (t.device == "cuda") if on_host else own * trained
     per_weight = MOMENTS_8BIT if t.optimizer == "adamw8bit" else 2 * own
     copies, summed, shards, mode = _copies(sizes, t, adapters), 0.0, gpus // replicas, t.mode
     if gpus > 1:
-        # The layer that is computed and the next, the head, and an embedding of its own.
-        copies = width * (2 * sizes.layer + (1 if sizes.tied else 2) * sizes.head + 2 * adapters / sizes.layers)
-        # In the precision of the products, as autograd makes it, and in float32, as it is sent. The head's waits for
-        # the end of the backward pass.
-        summed = (width + 4.0) * adapters / sizes.layers
+        copies = _gathered(sizes, t, adapters)
         if not t.rank:
+            # In the precision of the products, as autograd makes it, and in float32, as it is sent. The head's waits
+            # for the end of the backward pass.
             summed = max(width * sizes.head + (width + 4.0) * sizes.layer, (width + 4.0) * sizes.head)
         # Gathered weights are in that precision without autocast, and what goes from layer to layer is too.
         t = replace(t, fused_head=True)
         mode = replace(t, weights="bf16").mode if half else mode
+    # Every rank has all of the adapters.
+    parts = 1 if t.rank else shards
     kept = sizes.kept.get(mode) or sizes.kept[mode.removesuffix(" liger")]  # where Liger has no kernels
     layer = (kept.layer + kept.rank * t.rank) * tokens + width * sizes.kv_width * repeated_keys
     activations = sizes.layers * kept.boundary * tokens + layer if checkpointing else sizes.layers * layer
     return UpdateMemory(
-        weights=0.0 if on_host else weights / shards,
-        gradients=gradients / shards,
-        moments=(t.offload == "none") * per_weight * trained / shards,
+        weights=0.0 if on_host else weights / parts + frozen / shards,
+        gradients=gradients / parts,
+        moments=(t.offload == "none") * per_weight * trained / parts,
         copies=copies,
         activations=activations + kept.other * tokens,
         head=_head(sizes, t, head_rows),
         # Linear layers in 16 bits; the embedding in float32, see real_fast.model.ref_policy.
         reference=(kl and not t.rank) * (width * p + (4.0 - width) * sizes.head) / shards,
-        step=_step(sizes, t, per_weight, trained) / shards,
+        step=_step(sizes, t, per_weight, trained) / parts,
         summed=summed,
     )
 
@@ -254,6 +254,17 @@ def _copies(sizes: ModelSizes, t: Training, adapters: int) -> float:
         whole = 0.0 if head or sizes.tied else 4.0 * sizes.head
         return (2.0 if half else 4.0) * sizes.linear + 4.0 * others + head + whole
     return (2.0 * sizes.linear + head) * (half and t.weights == "fp32")
+
+
+def _gathered(sizes: ModelSizes, t: Training, adapters: int) -> float:
+    """Bytes of weights that are whole at a time: the layer that is computed, the next, the head and the embedding."""
+    half = t.precision == "bf16"
+    width, embedding = 2.0 if half else 4.0, 0 if sizes.tied else sizes.head
+    if not t.rank:
+        return width * (2 * sizes.layer + sizes.head + embedding)
+    # The embedding and a tied head are kept in float32; the latter, and the adapters, are copied too.
+    head = (4.0 + 2.0 * half) if sizes.tied else width
+    return width * 2 * sizes.layer + head * sizes.head + 4.0 * embedding + 2.0 * adapters * half
 
 
 def _head(sizes: ModelSizes, t: Training, rows: int) -> float:

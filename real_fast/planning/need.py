@@ -142,11 +142,12 @@ def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
     of_device = (group, train.micro_batch_tokens, room)
     if rollout.engine == "transformers":
         # It samples with the trainer's model, of float32 weights with a 16-bit copy, and takes max_num_seqs sequences
-        # at a time, whatever the memory. Of a sharded one it has a whole copy.
-        copy = weights if (training.precision == "bf16" and not training.rank) or ranks.gpus > 1 else 0.0
+        # at a time, whatever the memory. Beside a sharded one it has a model of its own, in float32.
+        own = 4.0 * sizes.parameters * (ranks.gpus > 1)
+        copy = own + (weights if training.precision == "bf16" and (own or not training.rank) else 0.0)
         able = max(0, int((room - reserve - memory.held - copy) / per_sequence))
         engine = copy + at_a_time * per_sequence
-        return Need(memory, engine, 0.0, 0.0, able, at_a_time, *of_device, host, reserve)
+        return Need(memory, engine, own, 0.0, able, at_a_time, *of_device, host, reserve)
     held, total = (0.0, 0.0) if ranks.apart else (memory.held, memory.total)
     sleeps = rollout.sleep != "never" or ranks.apart
     if rollout.gpu_memory_utilization == "auto":

@@ -81,13 +81,20 @@ class Ranks:
 
 
 def check_spread(config: PlanConfig) -> None:
-    """Refuse settings that are for one GPU. Raises :class:`ConfigError`, which names them."""
+    """Refuse what a run on several GPUs refuses. Raises :class:`ConfigError`, which names the setting."""
     if config.gpus == 1:
         return
+    if config.gpus > (prompts := config.rollout.prompts_per_step):
+        raise ConfigError(
+            f"gpus is {config.gpus}, and rollout.prompts_per_step is {prompts}: some GPUs would never have a prompt to "
+            "train on"
+        )
     for key, value, usual in (
         ("optim.offload", config.optim.offload, "none"),
         ("train.quantization", config.train.quantization, "none"),
+        ("train.weights", config.train.weights, "fp32"),
         ("train.compile", config.train.compile, False),
+        ("train.liger", config.train.liger, False),
     ):
         if value != usual:
             raise ConfigError(f"{key} is {value}, which is for one GPU, and gpus is {config.gpus}: leave it out")

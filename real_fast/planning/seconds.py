@@ -71,7 +71,7 @@ def seconds(
         update,
         _rollouts(config, sizes, needed, rate, links) if samples else 0.0,
         _moving(config, sizes, batches, samples),
-        _waiting(batches * links.micro_batch(sizes, training, kl), update),
+        _waiting(links.update(sizes, training, batches, kl), update),
         links.sync(sizes, training) * samples,
         samples and ranks.apart and config.rollout.ahead > 0,
     )

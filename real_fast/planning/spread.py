@@ -41,8 +41,9 @@ def spread(config: PlanConfig, counted: Callable[[PlanConfig], tuple[Need, Secon
         config: The settings.
         counted: What settings need, and their seconds.
     """
+    most = config.rollout.prompts_per_step // config.gpus  # each GPU has one at least
     points, first = [], gpu_seconds(config, counted(config)[1])
-    for times in (2**n for n in range(_DOUBLED + 1)):
+    for times in (2**n for n in range(_DOUBLED + 1) if 2**n <= most):
         ways = dict.fromkeys((config.train.replicas, config.train.replicas * times))
         for replicas in ways:
             more = replace(

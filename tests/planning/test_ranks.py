@@ -253,11 +253,43 @@ def test_gpus_that_do_not_divide(settings, message):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--optim.offload", "moments"], ["--train.compile"], ["--train.lora.r", "8", "--train.quantization", "nf4"]],
+    [
+        ["--optim.offload", "moments"],
+        ["--train.compile"],
+        ["--train.liger"],
+        ["--train.lora.r", "8", "--train.quantization", "nf4"],
+    ],
 )
 def test_what_is_for_one_gpu_is_refused(flags, capsys):
     assert main(["--model", MODEL, "--gpus", "8", *flags]) == 2
     assert "is for one GPU, and gpus is 8" in capsys.readouterr().err
+
+
+def test_adapters_are_whole_on_every_rank():
+    """And the weights under them in parts; their gradients are added up once an update."""
+    sizes, lora = shape_of(MODEL).sizes, Training(rank=16)
+    one, many = (update_memory(sizes, 64, lora, head_rows=32, gpus=gpus) for gpus in (1, 8))
+    adapters = lora.adapters(sizes)
+    assert many.gradients == one.gradients == 4 * adapters and many.moments == one.moments and many.summed == 0
+    assert many.weights == pytest.approx(4 * adapters + (one.weights - 4 * adapters) / 8)
+    links = Links.of(H100, Ranks(8, 8, 1, 1, 8, False), 0.0)
+    rate = LINKS * 450e9
+    more = links.update(sizes, lora, 3, False) - links.update(sizes, lora, 2, False)
+    assert more == pytest.approx(links.micro_batch(sizes, lora, False))
+    assert links.update(sizes, lora, 0, False) == pytest.approx(2 * ring(4 * adapters, 8, rate))
+    assert links.sync(sizes, lora) == 0 < links.sync(sizes, Training())
+
+
+def test_transformers_samples_with_a_model_of_its_own_on_every_rank():
+    """In float32, beside the sharded one, all along."""
+    sizes = shape_of("Qwen/Qwen3-1.7B").sizes
+    found = need(config_of("Qwen/Qwen3-1.7B", rollout__engine="transformers"), sizes, False)
+    assert found.beside == 4 * sizes.parameters and found.engine > 6 * sizes.parameters
+
+
+def test_more_gpus_than_prompts_are_refused(capsys):
+    assert main(["--model", MODEL, "--gpus", "64"]) == 2
+    assert "rollout.prompts_per_step is 32: some GPUs would never have a prompt" in capsys.readouterr().err
 
 
 def test_a_run_is_checked_for_its_ranks(caplog):

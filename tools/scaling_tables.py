@@ -58,7 +58,7 @@ def plan_table(found: list[tuple[Path, PlanConfig]]) -> str:
             ("reference-style", plan.flops.reference),
             ("the authors' code", AUTHORS_PASSES * forward(config, plan)),
         ):
-            row(f"PFLOP an update, and seconds at the same rate: {name}", f"{flops / 1e15:,.0f}, {flops / rate:.0f}")
+            row(f"PFLOP an update, and seconds at the same rate: {name}", f"{flops / 1e15:,.0f}, {flops / rate:,.0f}")
     models = [config.model.rpartition("/")[2] for _, config, _ in plans]
     lines = [f"| | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
     return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])

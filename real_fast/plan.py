@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from real_fast.commands import run
 from real_fast.config.commands import PlanConfig
 from real_fast.errors import ConfigError
-from real_fast.planning.plan import make_plan, report, settled
+from real_fast.planning.plan import make_plan, settled
+from real_fast.planning.report import report
 
 
 def main(argv: Sequence[str] | None = None) -> int:

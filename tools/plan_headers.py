@@ -8,20 +8,26 @@ from pathlib import Path
 from real_fast.config.cli import parse
 from real_fast.config.commands import COMMANDS, PlanConfig
 from real_fast.planning.need import GIB, training_of
-from real_fast.planning.plan import make_plan, report, settled
+from real_fast.planning.plan import make_plan, settled
+from real_fast.planning.report import report
 
 _PLAN = re.compile(r"^# (real-fast plan (--.*))\n(?:#.*\n)*", re.M)
 
 
+def planned(configs: Path) -> list[tuple[Path, PlanConfig]]:
+    """The configurations whose header has a plan, by their names, and what is planned."""
+    found = [(path, _PLAN.search(path.read_text(encoding="utf-8"))) for path in sorted(configs.glob("*.yaml"))]
+    return [(path, _config(called[2])) for path, called in found if called is not None]
+
+
 def table(configs: Path) -> str:
-    """A line for each configuration whose header has a plan: its card, what is trained, memory and hours."""
+    """A line for each configuration for one GPU with a plan: its card, what is trained, memory and hours."""
     out = ["| card | configuration | trains | GiB: update, sampling | seconds an update | updates, hours | install |"]
     out.append("|---" * 7 + "|")
-    for path in sorted(configs.glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        if (called := _PLAN.search(text)) is None:
+    for path, config in planned(configs):
+        if config.gpus > 1:
             continue
-        config = _config(called[2])
+        text = path.read_text(encoding="utf-8")
         plan, t, steps = make_plan(config), training_of(config), config.train.steps
         optimiser = t.optimizer + (f", {t.offload} on the host" if t.offload != "none" else "")
         trains = f"adapters of rank {t.rank}" + ", the rest in nf4" * t.nf4 if t.rank else f"all weights, {optimiser}"

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import read
-from tools import benchmark_tables, experiment_tables, memory_tables, plan_headers, run_tables
+from tools import benchmark_tables, experiment_tables, memory_tables, plan_headers, run_tables, scaling_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "tools.tables"
@@ -56,6 +56,7 @@ def tables(root: Path) -> dict[str, str]:
         **benchmark_tables.tables(root / "benchmarks" / "results", root),
         **memory_tables.tables(root / "benchmarks" / "results"),
         **experiment_tables.tables(root / "experiments"),
+        **scaling_tables.tables(root / "configs", root / "benchmarks" / "results"),
         "one-gpu": plan_headers.table(root / "configs"),
     }
 

@@ -196,7 +196,10 @@ class PlanConfig(Config):
         model: A folder with a config.json, such a file, a model on the hub, or "smollm2-135m".
         card: What it runs on, for the seconds and, where gpu_memory is not given, for the memory: rtx-4090, rtx-3090,
             a10, l4, rtx-5090, a100-40gb, l40s, h100, a100-80gb, h200 or b200.
-        gpus: Devices that weights, gradients and optimiser state are sharded over.
+        gpus: GPUs of the trainer in all, which weights, gradients and optimiser state are sharded over.
+        gpus_per_node: GPUs of a machine; those of one are linked as its card's maker does.
+        network: Gbit/s between machines for each GPU; 0 for what the card's maker builds into its own.
+        engine_gpus: GPUs of the engines of rollout.engine vllm-server; 0 for those of one engine.
         gpu_memory: Memory of one device in GiB; 0 for the card's, or 80.
         prompt_tokens: P, tokens of a prompt; 0 for the longest that prompt.max_tokens allows.
         response_tokens: R, tokens of a response; 0 for the longest that rollout.max_tokens allows.
@@ -204,6 +207,9 @@ class PlanConfig(Config):
 
     card: str = ""
     gpus: int = above(0, 1)
+    gpus_per_node: int = above(0, 8)
+    network: float = at_least(0, 0.0)
+    engine_gpus: int = at_least(0, 0)
     gpu_memory: float = at_least(0, 0.0)
     prompt_tokens: int = at_least(0, 0)
     response_tokens: int = at_least(0, 0)
@@ -349,7 +355,8 @@ COMMANDS = {
         "Will a run fit, and how much work is it? From the model's shape alone, in seconds.",
         "--config FILE [--gpu_memory GIB] [--SETTING VALUE ...]",
         (
-            *("model", "card", "gpu_memory", "gpus", "prompt_tokens", "response_tokens", "method"),
+            *("model", "card", "gpu_memory", "gpus", "gpus_per_node", "network", "engine_gpus"),
+            *("prompt_tokens", "response_tokens", "method", "rollout.tensor_parallel", "train.replicas"),
             *("prompt.max_tokens", "rollout.engine", "rollout.prompts_per_step", "rollout.group_size"),
             *("rollout.max_tokens", "rollout.gpu_memory_utilization", "train.micro_batch_tokens"),
             *("train.precision", "train.shared_prompt", "train.activation_checkpointing", "objective.kl_coef"),

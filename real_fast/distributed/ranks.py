@@ -38,6 +38,7 @@ class Ranks:
 
     def __init__(self, device: torch.device, replicas: int = 1) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.here = int(os.environ["LOCAL_WORLD_SIZE"])
         self.device = device
         self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
         # Made now, since whoever asks for one may be alone: another rank may have failed just before.

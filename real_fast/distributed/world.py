@@ -15,11 +15,14 @@ Purpose = Literal["sampling", "saving"]
 class World(Protocol):
     """What a trainer needs to know of, and from, the other processes.
 
+    `here` are the processes on this machine.
+
     Every method but the properties is a collective one: all processes call it, in the same order.
     """
 
     rank: int
     size: int
+    here: int
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class OneProcess:
     """A world of one, where everybody agrees."""
 
     rank = 0
-    size = 1
+    size = here = 1
     is_main = True
 
     def all(self, flag: bool) -> bool:

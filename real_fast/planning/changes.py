@@ -13,6 +13,7 @@ from real_fast.planning.memory import ModelSizes, largest
 from real_fast.planning.need import Need, need, smallest_share
 
 NeedOf = Callable[[PlanConfig], Need]
+Engine = Literal["auto", "transformers", "vllm", "vllm-server"]
 Lever = Callable[[PlanConfig, NeedOf, ModelSizes], PlanConfig]
 
 # Micro-batches are named in such steps.
@@ -24,9 +25,10 @@ def smallest_change(config: PlanConfig, sizes: ModelSizes, kl: bool, free: bool 
 
     First what changes no number of the training: one such change goes before two, two before three; among as many, in
     this order: the share that vLLM takes, its sleep during the update, the size of the micro-batch, activation
-    checkpointing, the sequences that Transformers decodes at a time. Then, in this order and with as few of those as it
-    takes: the optimiser (moments in the host's memory, in 8 bits, both, everything in the host's memory), adapters,
-    adapters over 4 bits; Transformers in place of vLLM; at last smaller groups. `free` stops in front of the adapters.
+    checkpointing, the sequences that Transformers decodes at a time, the GPUs that an engine is spread over. Then, in
+    this order and with as few of those as it takes: the optimiser (moments in the host's memory, in 8 bits, both,
+    everything in the host's memory), adapters, adapters over 4 bits; Transformers in place of vLLM; at last smaller
+    groups. What is for one GPU alone is not tried on several. `free` stops in front of the adapters.
     """
 
     def need_of(changed: PlanConfig) -> Need:
@@ -57,13 +59,17 @@ def rungs(config: PlanConfig, same: bool = False) -> Iterator[PlanConfig]:
                 yield replace(config, optim=optim)
         if not same:
             yield with_adapters(config, "none")
-    if config.train.quantization == "none" and (config.train.lora is not None or not same):
+    if config.gpus == 1 and config.train.quantization == "none" and (config.train.lora is not None or not same):
         yield with_adapters(config, "nf4")
 
 
 def optimisers(config: PlanConfig) -> list[OptimConfig]:
     """The optimiser in ever less of the device's memory."""
-    return [replace(config.optim, name=name, offload=offload) for name, offload in _OPTIMISERS]
+    return [
+        replace(config.optim, name=name, offload=offload)
+        for name, offload in _OPTIMISERS
+        if config.gpus == 1 or offload == "none"
+    ]
 
 
 def with_adapters(config: PlanConfig, quantization: Literal["none", "nf4"]) -> PlanConfig:
@@ -86,7 +92,7 @@ def changed_flags(before: PlanConfig, after: PlanConfig) -> str:
     """The difference as flags of the command line."""
     flags = []
     for section, names in (
-        ("rollout", ("engine", "gpu_memory_utilization", "sleep", "max_num_seqs", "group_size")),
+        ("rollout", ("engine", "gpu_memory_utilization", "sleep", "tensor_parallel", "max_num_seqs", "group_size")),
         ("optim", ("name", "offload")),
         ("train", ("quantization", "micro_batch_tokens", "activation_checkpointing")),
     ):
@@ -99,10 +105,16 @@ def changed_flags(before: PlanConfig, after: PlanConfig) -> str:
     return " ".join(flags)
 
 
+def engines(config: PlanConfig) -> list[Engine]:
+    """The engine, and what may stand in its place: Transformers, where the model is not sharded."""
+    own = config.rollout.engine
+    return [own] if config.gpus > 1 or own == "transformers" else [own, "transformers"]
+
+
 def _starts(config: PlanConfig) -> Iterator[PlanConfig]:
     size = config.rollout.group_size
     while True:
-        for engine in dict.fromkeys((config.rollout.engine, "transformers")):
+        for engine in engines(config):
             yield from rungs(replace(config, rollout=replace(config.rollout, group_size=size, engine=engine)))
         if size < 4:
             return
@@ -171,4 +183,23 @@ def _fewer_sequences(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> 
     return replace(config, rollout=replace(config.rollout, max_num_seqs=able))
 
 
-_LEVERS: tuple[Lever, ...] = (_smaller_share, _sleep, _smaller_micro_batch, _checkpointing, _fewer_sequences)
+def _wider_engines(config: PlanConfig, need_of: NeedOf, sizes: ModelSizes) -> PlanConfig:
+    """Each engine over as few GPUs of a machine as it takes, where the run has several, or over all of one's."""
+    wider = config
+    for gpus in range(config.rollout.tensor_parallel + 1, min(config.gpus, config.gpus_per_node) + 1):
+        # Heads are shared out evenly, and there are powers of two of them.
+        if config.gpus > 1 and config.gpus % gpus == 0 and gpus & (gpus - 1) == 0:
+            wider = replace(config, rollout=replace(config.rollout, tensor_parallel=gpus))
+            if need_of(wider).fits:
+                break
+    return wider
+
+
+_LEVERS: tuple[Lever, ...] = (
+    _smaller_share,
+    _sleep,
+    _smaller_micro_batch,
+    _checkpointing,
+    _fewer_sequences,
+    _wider_engines,
+)

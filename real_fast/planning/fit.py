@@ -13,7 +13,7 @@ from real_fast.errors import ConfigError, ModelError
 from real_fast.planning.changes import changed_flags, smallest_change
 from real_fast.planning.memory import ModelSizes
 from real_fast.planning.need import GIB, RESERVE, need
-from real_fast.planning.plan import why_not
+from real_fast.planning.report import why_not
 from real_fast.planning.shape import counted, known_models
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ class Sequences:
     sampled: bool = True
 
 
-def check_fits(config: Config, model_config: Any, rows: Sequences, free: int, total: int) -> float | None:
+def check_fits(
+    config: Config, model_config: Any, rows: Sequences, free: int, total: int, gpus: int = 1, gpus_per_node: int = 8
+) -> float | None:
     """Refuse a run that cannot fit a GPU, and find the share of it that is left for vLLM.
 
     What is refused is what needs more than there is without the plan's reserve; less than the reserve is said in a
@@ -53,17 +55,20 @@ def check_fits(config: Config, model_config: Any, rows: Sequences, free: int, to
         rows: Its longest sequences.
         free: Bytes of the GPU that are free.
         total: All its bytes, of which vLLM's share is one.
+        gpus: GPUs of the run, such as this one.
+        gpus_per_node: Of a machine.
 
     Returns:
         What ``rollout.gpu_memory_utilization: auto`` is; None for Transformers, and where the model cannot be counted.
 
     Raises:
-        ConfigError: It does not fit. The message names the smallest change with which it does.
+        ConfigError: GPUs that do not divide, or it does not fit: the message names the smallest change with which it
+            does.
     """
     sizes = _sizes(config.initial_weights, model_config)
     if sizes is None:
         return None
-    plan = _plan_config(config, rows, free / GIB)
+    plan = replace(_plan_config(config, rows, free / GIB), gpus=gpus, gpus_per_node=gpus_per_node)
     kl = rows.sampled and config.objective.kl_coef > 0
     found = need(plan, sizes, kl)
     if found.fits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 # As in real_kernels.head, which brings PyTorch along; a test holds them equal.
@@ -132,11 +132,12 @@ class UpdateMemory:
         weights: Trained weights, or those under adapters and the adapters.
         gradients: Their gradients.
         moments: AdamW's two moments.
-        copies: 16-bit copies of weights that the update (or gathering a sharded layer) makes.
+        copies: 16-bit copies of weights that the update makes; of sharded ones, what is gathered of them at a time.
         activations: What the forward pass keeps for the backward pass.
         head: A chunk of logits, the head's gradient, the hidden states' gradient.
         reference: The frozen copy of the weights that the KL is measured from.
         step: What the optimiser's step takes for a moment, when copies, activations and head are gone.
+        summed: A unit's whole gradient, before ranks have added it up and kept a part each.
     """
 
     weights: float
@@ -147,6 +148,7 @@ class UpdateMemory:
     head: float
     reference: float = 0.0
     step: float = 0.0
+    summed: float = 0.0
 
     @property
     def held(self) -> float:
@@ -156,7 +158,7 @@ class UpdateMemory:
     @property
     def total(self) -> float:
         """The peak."""
-        return self.held + self.gradients + max(self.copies + self.activations + self.head, self.step)
+        return self.held + self.gradients + max(self.copies + self.activations + self.head + self.summed, self.step)
 
 
 def update_memory(
@@ -167,6 +169,7 @@ def update_memory(
     head_rows: int,
     checkpointing: bool = False,
     gpus: int = 1,
+    replicas: int = 1,
     repeated_keys: int = 0,
     kl: bool = False,
 ) -> UpdateMemory:
@@ -178,7 +181,8 @@ def update_memory(
         training: What is trained, and how.
         head_rows: Rows of it that go through the head.
         checkpointing: Activation checkpointing: layer inputs are kept, and one layer's activations at a time.
-        gpus: Weights, gradients and moments are sharded over so many, and layers gathered one ahead.
+        gpus: Weights, gradients and moments are sharded over so many by FSDP2, which gathers layers one ahead.
+        replicas: Copies of the sharded model, over as many GPUs each.
         repeated_keys: Keys that a varlen kernel sees beyond the micro-batch's own tokens.
         kl: Whether the KL is in the loss; a copy for measuring alone waits on the host, and adapters need none.
     """
@@ -187,27 +191,37 @@ def update_memory(
     width = 2.0 if half else 4.0
     own = 2.0 if t.weights == "bf16" and not t.rank else 4.0
     trained = adapters or p
-    weights = own * trained + (_under_adapters(sizes, t) if t.rank else 0.0)
+    weights, frozen = own * trained, _under_adapters(sizes, t) if t.rank else 0.0
     on_host = t.offload == "all" and not t.rank
     # The head's gradient is added up on the device, whatever the others are.
     gradients = 4.0 * sizes.head * (t.device == "cuda") if on_host else own * trained
     per_weight = MOMENTS_8BIT if t.optimizer == "adamw8bit" else 2 * own
-    copies = _copies(sizes, t, adapters)
+    copies, summed, shards, mode = _copies(sizes, t, adapters), 0.0, gpus // replicas, t.mode
     if gpus > 1:
-        copies = width * (2 * sizes.layer + sizes.head)
-    kept = sizes.kept.get(t.mode) or sizes.kept[t.mode.removesuffix(" liger")]  # where Liger has no kernels
+        copies = _gathered(sizes, t, adapters)
+        if not t.rank:
+            # In the precision of the products, as autograd makes it, and in float32, as it is sent. The head's waits
+            # for the end of the backward pass.
+            summed = max(width * sizes.head + (width + 4.0) * sizes.layer, (width + 4.0) * sizes.head)
+        # Gathered weights are in that precision without autocast, and what goes from layer to layer is too.
+        t = replace(t, fused_head=True)
+        mode = replace(t, weights="bf16").mode if half else mode
+    # Every rank has all of the adapters.
+    parts = 1 if t.rank else shards
+    kept = sizes.kept.get(mode) or sizes.kept[mode.removesuffix(" liger")]  # where Liger has no kernels
     layer = (kept.layer + kept.rank * t.rank) * tokens + width * sizes.kv_width * repeated_keys
     activations = sizes.layers * kept.boundary * tokens + layer if checkpointing else sizes.layers * layer
     return UpdateMemory(
-        weights=0.0 if on_host else weights / gpus,
-        gradients=gradients / gpus,
-        moments=(t.offload == "none") * per_weight * trained / gpus,
+        weights=0.0 if on_host else weights / parts + frozen / shards,
+        gradients=gradients / parts,
+        moments=(t.offload == "none") * per_weight * trained / parts,
         copies=copies,
         activations=activations + kept.other * tokens,
         head=_head(sizes, t, head_rows),
         # Linear layers in 16 bits; the embedding in float32, see real_fast.model.ref_policy.
-        reference=(kl and not t.rank) * (width * p + (4.0 - width) * sizes.head) / gpus,
-        step=_step(sizes, t, per_weight, trained),
+        reference=(kl and not t.rank) * (width * p + (4.0 - width) * sizes.head) / shards,
+        step=_step(sizes, t, per_weight, trained) / parts,
+        summed=summed,
     )
 
 
@@ -240,6 +254,17 @@ def _copies(sizes: ModelSizes, t: Training, adapters: int) -> float:
         whole = 0.0 if head or sizes.tied else 4.0 * sizes.head
         return (2.0 if half else 4.0) * sizes.linear + 4.0 * others + head + whole
     return (2.0 * sizes.linear + head) * (half and t.weights == "fp32")
+
+
+def _gathered(sizes: ModelSizes, t: Training, adapters: int) -> float:
+    """Bytes of weights that are whole at a time: the layer that is computed, the next, the head and the embedding."""
+    half = t.precision == "bf16"
+    width, embedding = 2.0 if half else 4.0, 0 if sizes.tied else sizes.head
+    if not t.rank:
+        return width * (2 * sizes.layer + sizes.head + embedding)
+    # The embedding and a tied head are kept in float32; the latter, and the adapters, are copied too.
+    head = (4.0 + 2.0 * half) if sizes.tied else width
+    return width * 2 * sizes.layer + head * sizes.head + 4.0 * embedding + 2.0 * adapters * half
 
 
 def _head(sizes: ModelSizes, t: Training, rows: int) -> float:

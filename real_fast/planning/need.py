@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from real_fast.config.commands import GPU_SHARE, PlanConfig
 from real_fast.planning.memory import NF4, ModelSizes, Training, UpdateMemory, host_memory, update_memory
+from real_fast.planning.ranks import Ranks
 
 GIB = 2**30
 
@@ -15,6 +16,9 @@ RESERVE = 2 * GIB
 # What vLLM takes beside weights and cache (a prefill's activations, graphs, logits), and what it keeps while it sleeps.
 # Assumed, not measured.
 ENGINE_WORK, ASLEEP = 1.5 * GIB, 1.0 * GIB
+
+# What NCCL's communicators of the trainer, and of engines over several GPUs, keep on a GPU: assumed.
+CHANNELS = 1.0 * GIB
 
 # Tokens of "So the overall score is " where no tokenizer is at hand.
 PHRASE_TOKENS = 6
@@ -35,6 +39,8 @@ class Need:
         tokens: Tokens of a micro-batch.
         room: The device's memory, bytes.
         host: What waits in the host's memory, bytes.
+        reserve: What the context, libraries and links to other GPUs take, bytes.
+        apart: Whether the engine has GPUs of its own: those hold nothing of the trainer while it samples.
     """
 
     memory: UpdateMemory
@@ -47,16 +53,23 @@ class Need:
     tokens: int
     room: float
     host: float
+    reserve: float = RESERVE
+    apart: bool = False
 
     @property
     def update(self) -> float:
         """Bytes on a device during the update."""
-        return self.memory.total + self.beside + RESERVE
+        return self.memory.total + self.beside + self.reserve
 
     @property
     def rollouts(self) -> float:
         """Bytes on a device while feedback is sampled."""
-        return self.memory.held + self.engine + RESERVE
+        return self.held + self.engine + self.reserve
+
+    @property
+    def held(self) -> float:
+        """Bytes of the trainer on a device that samples."""
+        return 0.0 if self.apart else self.memory.held
 
     @property
     def total(self) -> float:
@@ -103,44 +116,52 @@ def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
     """
     (p, r), k, train, rollout = lengths(config), config.rollout.group_size, config.train, config.rollout
     group = p + k * r if train.shared_prompt else k * (p + r)
-    groups = max(min(train.micro_batch_tokens // group, rollout.prompts_per_step), 1)
+    ranks = Ranks.of(config)
+    prompts = ranks.of_rank(rollout.prompts_per_step)
+    groups = max(min(train.micro_batch_tokens // group, prompts), 1)
     training = training_of(config)
     memory = update_memory(
         sizes,
         # No more than there is of it, and one group where even that is too much.
-        max(min(train.micro_batch_tokens, rollout.prompts_per_step * group), group),
+        max(min(train.micro_batch_tokens, prompts * group), group),
         training,
         head_rows=groups * k * r,
         checkpointing=train.activation_checkpointing,
-        gpus=config.gpus,
+        gpus=ranks.gpus,
+        replicas=ranks.replicas,
         repeated_keys=groups * k * p if train.shared_prompt else 0,
         kl=kl,
     )
     room = config.gpu_memory * GIB
-    weights, per_sequence = engine_weights(sizes, training) / config.gpus, _cache(sizes, p + r) / config.gpus
-    host = host_memory(sizes, training) / config.gpus
-    at_a_time = min(rollout.max_num_seqs, k * rollout.prompts_per_step)
+    weights, per_sequence = (n / ranks.tensor_parallel for n in (engine_weights(sizes, training), _cache(sizes, p + r)))
+    host, reserve = (
+        host_memory(sizes, training),
+        RESERVE + CHANNELS * ((ranks.gpus > 1) + (ranks.tensor_parallel > 1 and not ranks.apart)),
+    )
+    at_a_time = min(rollout.max_num_seqs, k * ranks.of_engine(rollout.prompts_per_step))
+    of_device = (group, train.micro_batch_tokens, room)
     if rollout.engine == "transformers":
         # It samples with the trainer's model, of float32 weights with a 16-bit copy, and takes max_num_seqs sequences
-        # at a time, whatever the memory.
-        copy = weights if training.precision == "bf16" and not training.rank else 0.0
-        able = max(0, int((room - RESERVE - memory.held - copy) / per_sequence))
+        # at a time, whatever the memory. Beside a sharded one it has a model of its own, in float32.
+        own = 4.0 * sizes.parameters * (ranks.gpus > 1)
+        copy = own + (weights if training.precision == "bf16" and (own or not training.rank) else 0.0)
+        able = max(0, int((room - reserve - memory.held - copy) / per_sequence))
         engine = copy + at_a_time * per_sequence
-        return Need(memory, engine, 0.0, 0.0, able, at_a_time, group, train.micro_batch_tokens, room, host)
-    if rollout.engine == "vllm-server":  # on devices of its own
-        return Need(memory, 0.0, 0.0, 0.0, at_a_time, 1, group, train.micro_batch_tokens, room, host)
-    sleeps = rollout.sleep != "never"
+        return Need(memory, engine, own, 0.0, able, at_a_time, *of_device, host, reserve)
+    held, total = (0.0, 0.0) if ranks.apart else (memory.held, memory.total)
+    sleeps = rollout.sleep != "never" or ranks.apart
     if rollout.gpu_memory_utilization == "auto":
         useful = weights + ENGINE_WORK + at_a_time * per_sequence
-        free = room - RESERVE - (memory.held if sleeps else memory.total)
+        free = room - reserve - (held if sleeps else total)
         share = max(0, math.floor(100 * min(useful / room + 0.01, free / room, GPU_SHARE) + 1e-9)) / 100
     else:
         share = float(rollout.gpu_memory_utilization)
-    # Sharded over the devices, each sequence's cache is as well. vLLM decodes as many as its cache holds.
+    # vLLM decodes as many sequences as its cache holds.
     sequences = max(0, int((share * room - weights - ENGINE_WORK) / per_sequence))
-    beside = ASLEEP if sleeps else share * room
-    host += weights * (sleeps and training.rank > 0)  # a base under adapters waits there while vLLM sleeps
-    return Need(memory, share * room, beside, share, sequences, 1, group, train.micro_batch_tokens, room, host)
+    beside = 0.0 if ranks.apart else ASLEEP if sleeps else share * room
+    # A base under adapters waits there while vLLM sleeps.
+    host += weights * (sleeps and training.rank > 0 and not ranks.apart)
+    return Need(memory, share * room, beside, share, sequences, 1, *of_device, host, reserve, ranks.apart)
 
 
 def engine_weights(sizes: ModelSizes, training: Training) -> float:
@@ -154,7 +175,7 @@ def smallest_share(config: PlanConfig, sizes: ModelSizes) -> float:
     """The smallest rollout.gpu_memory_utilization, in hundredths, with which vLLM decodes one group at a time."""
     p, r = lengths(config)
     cache = _cache(sizes, p + r) * config.rollout.group_size
-    held = (engine_weights(sizes, training_of(config)) + cache) / config.gpus + ENGINE_WORK
+    held = (engine_weights(sizes, training_of(config)) + cache) / config.rollout.tensor_parallel + ENGINE_WORK
     return math.ceil(held * 100 / (config.gpu_memory * GIB)) / 100
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from real_fast.batching.micro_batches import REMEDY
 from real_fast.config import Config, RolloutConfig, TrainConfig
+from real_fast.distributed.world import ALONE, World
 from real_fast.errors import BatchError, ConfigError, ModelError
 from real_fast.methods.base import Method
 from real_fast.model.experts import is_mixture
@@ -175,7 +176,13 @@ def check_rows_fit(
 
 
 def check_memory(
-    rows: Sequence[JudgeRow], method: Method, config: Config, longest: int, model_config: Any, gpu: tuple[int, int]
+    rows: Sequence[JudgeRow],
+    method: Method,
+    config: Config,
+    longest: int,
+    model_config: Any,
+    gpu: tuple[int, int],
+    world: World = ALONE,
 ) -> float | None:
     """Refuse a run that a GPU cannot hold.
 
@@ -186,6 +193,7 @@ def check_memory(
         longest: Tokens of the longest sequence, from :func:`check_rows_fit`.
         model_config: The Transformers config of its model.
         gpu: Bytes of the GPU that are free, and all.
+        world: The ranks, each on a GPU such as this one.
 
     Returns:
         The share of the GPU that is left for vLLM; None where the model cannot be counted.
@@ -199,7 +207,7 @@ def check_memory(
     else:
         each, prompts = supervised.feedbacks_per_prompt, supervised.prompts_per_step
         sequences = Sequences(prompt, max(longest - prompt, 1), each, prompts, sampled=False)
-    return check_fits(config, model_config, sequences, *gpu)
+    return check_fits(config, model_config, sequences, *gpu, world.size, world.here)
 
 
 def longest_with_rollout(rows: Sequence[JudgeRow], scale: ScoreScale, rollout: RolloutConfig) -> int:

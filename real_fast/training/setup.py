@@ -168,9 +168,9 @@ def build(config: Config, world: World = ALONE) -> Parts:
         longest = check_rows_fit(data.train, method, config, encode_feedback, scale)
         base = base_folder(resolve_model(config.initial_weights))
         share = None
-        if world.size == 1 and (gpu := gpu_memory(pick_device(config.train.device))):
+        if gpu := gpu_memory(pick_device(config.train.device)):
             model_config = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code)
-            share = check_memory(data.train, method, config, longest, model_config, gpu)
+            share = check_memory(data.train, method, config, longest, model_config, gpu, world)
         order = sft_order(data.train, config.warmup, describe(config.data.train), config.seed)
 
         torch.manual_seed(config.seed)

@@ -18,12 +18,14 @@ def test_the_header_has_the_plan(path: Path) -> None:
     assert plan_headers.with_plan(text) == text, "run: make tables"
     assert f"# real-fast plan --config {path.stem} --card " in text
     memory = re.search(r"^# FITS: the update takes [\d.]+ of (\d+) GiB, ", text, re.M)
-    assert memory and path.stem.endswith(f"-{memory[1]}gb")
+    gpus = re.search(r"^# real-fast plan .* --gpus (\d+)$", text, re.M)
+    assert memory and path.stem.endswith(f"-{gpus[1] + 'x' if gpus else ''}{memory[1]}gb")
 
 
 def test_there_is_one_for_each_card_and_way() -> None:
     assert [path.stem for path in CONFIGS] == [
-        *("qwen3-1.7b-full-24gb", "qwen3-4b-full-80gb", "qwen3-8b-lora-80gb", "qwen3-8b-qlora-24gb"),
+        *("qwen3-1.7b-full-24gb", "qwen3-32b-full-16x80gb", "qwen3-4b-full-80gb", "qwen3-8b-full-8x80gb"),
+        *("qwen3-8b-lora-80gb", "qwen3-8b-qlora-24gb"),
     ]
 
 

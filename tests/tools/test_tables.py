@@ -31,6 +31,9 @@ WHERE = {
     "experiment": "docs/methods.md",
     "plan-check": "docs/planning.md",
     "one-gpu": "docs/one-gpu.md",
+    "scaling-plan": "docs/scaling.md",
+    "scaling-efficiency": "docs/scaling.md",
+    "scaling-measured": "docs/scaling.md",
 } | dict.fromkeys(
     ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
     "docs/experiment.md",

@@ -355,8 +355,7 @@ COMMANDS = {
         "Will a run fit, and how much work is it? From the model's shape alone, in seconds.",
         "--config FILE [--gpu_memory GIB] [--SETTING VALUE ...]",
         (
-            *("model", "card", "gpu_memory", "gpus", "gpus_per_node", "network", "engine_gpus"),
-            *("prompt_tokens", "response_tokens", "method", "rollout.tensor_parallel", "train.replicas"),
+            *("model", "card", "gpu_memory", "gpus", "gpus_per_node", "prompt_tokens", "response_tokens", "method"),
             *("prompt.max_tokens", "rollout.engine", "rollout.prompts_per_step", "rollout.group_size"),
             *("rollout.max_tokens", "rollout.gpu_memory_utilization", "train.micro_batch_tokens"),
             *("train.precision", "train.shared_prompt", "train.activation_checkpointing", "objective.kl_coef"),

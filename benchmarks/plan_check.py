@@ -92,7 +92,7 @@ def measure(way: str, name: str) -> dict[str, Any]:
 
     def update(groups: Sequence[Any]) -> None:
         nonlocal tokens, rows
-        counts = UpdateCounts.of(groups, ALONE)
+        counts = UpdateCounts.of(groups)
         policy.train()
         batches = updater.micro_batches(groups)
         for i, batch in enumerate(batches):

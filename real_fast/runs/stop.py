@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -13,12 +14,18 @@ from real_fast.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+_TWICE = 5.0  # seconds
+
+
 class Stopped(Exception):
     """The run was asked to stop where there is nothing to finish first."""
 
 
 class StopSignal:
     """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once.
+
+    A SIGTERM that comes twice within a few seconds is one: a cluster's manager sends it to every process, and torchrun
+    sends it on.
 
     A run that finds out by itself that it must stop does so in the same way, see :meth:`give_up`. Of several ranks, all
     stop where one was signalled, at the same step.
@@ -29,7 +36,7 @@ class StopSignal:
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
-        self._signalled = False
+        self._signalled, self._at = False, 0.0
         self._error: UserError | None = None
         self._old: dict[int, Any] = {}
 
@@ -63,8 +70,10 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:
+            if number == signal.SIGTERM and time.monotonic() - self._at < _TWICE:
+                return
             raise KeyboardInterrupt
-        self._signalled = True
+        self._signalled, self._at = True, time.monotonic()
         logger.info(
             "\nstopping: an update is finished and a checkpoint written, an evaluation or a warm-up is left; once more "
             "to stop at once"

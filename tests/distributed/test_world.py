@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -93,6 +95,19 @@ def stopping(signalled):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step():
     assert run_ranks(3, stopping, 2) == [[False, True, True]] * 3
+
+
+def test_a_sigterm_that_comes_twice_at_once_is_one():
+    stop = StopSignal()
+    stop._handle(signal.SIGTERM, None)
+    stop._handle(signal.SIGTERM, None)
+    assert stop.requested
+    stop._at -= 60
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGTERM, None)
+    stop._at += 60
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
 
 
 TORCHRUN = {

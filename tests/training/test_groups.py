@@ -54,7 +54,7 @@ def run(golden_model, output, monkeypatch, engine, *flags):
     """A run whose engine is `engine`; returns the exit status and what was done in turn."""
     made, step = [], update.Updater.step
 
-    def make(config, model, tokenizer, scale, _path):
+    def make(config, model, tokenizer, scale, _path, _world):
         made.append(engine(model, tokenizer, scale, dtype=torch.float32))
         return made[0]
 

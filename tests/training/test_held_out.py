@@ -19,7 +19,9 @@ def test_an_evaluation_that_looks_wrong_is_said(
 ) -> None:
     summary = {"protocol": "real", "n": 3, "off_scale_mass": 0.9, "truncated": 0.0, "no_score": 0}
     monkeypatch.setattr("real_fast.training.held_out.evaluate", lambda *_, **__: EvalResult([], summary))
-    run: Any = SimpleNamespace(folder=SimpleNamespace(save_evaluation=lambda *_: None), log=lambda *_: None)
+    run: Any = SimpleNamespace(
+        writes=True, folder=SimpleNamespace(save_evaluation=lambda *_: None), log=lambda *_: None
+    )
     nothing: Any = None
     with caplog.at_level(logging.WARNING):
         evaluate_held_out(name, 10, run, nothing, [], nothing, Config(), lambda: None)

@@ -24,7 +24,7 @@ from real_fast.errors import EngineMismatchError, RolloutServerError
 from real_fast.model.lora import add_adapters, merge
 from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
 from real_fast.rollout.engine import publish
-from real_fast.rollout.make import load_engine, make_engine
+from real_fast.rollout.make import hand_over, load_engine, make_engine
 from real_fast.rollout.vllm_client import ServerClient
 from real_fast.rollout.vllm_server import VllmServerEngine
 from real_fast.score.scale import ScoreScale
@@ -92,6 +92,7 @@ def served(
         scale = ScoreScale.from_config(tokenizer, config.scale, config.prompt)
         engine = make_engine(config, trainer, tokenizer, scale, folder)
         assert isinstance(engine, VllmServerEngine)
+        hand_over(engine, trainer)
         yield Served(config, folder, trainer, tokenizer, scale, engine)
         engine.close()
         server.terminate()
@@ -122,6 +123,7 @@ def ids(groups: list[list[Rollout]]) -> list[list[list[int]]]:
 def test_samples_are_those_of_vllm_in_process(served: Served) -> None:
     config = replace(served.config, rollout=replace(served.config.rollout, engine="vllm", url=""))
     inside = make_engine(config, served.trainer, served.tokenizer, served.scale, served.folder)
+    hand_over(inside, served.trainer)
     try:
         for sampling in (SAMPLING, replace(SAMPLING, temperature=0.7), replace(SAMPLING, temperature=0.0)):
             want, found = inside.generate(PROMPTS, sampling), served.engine.generate(PROMPTS, sampling)

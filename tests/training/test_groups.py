@@ -77,7 +77,7 @@ def test_the_engine_sleeps_in_every_update_and_is_synced_behind_every_wake(golde
     before_and_after_the_warmup = evaluated * 2
     for_another_stage = ["wake", "sync"]
     trained = [*updated * 2, *evaluated, *updated, *evaluated]
-    assert calls == ["sleep", *before_and_after_the_warmup, *trained, *for_another_stage]
+    assert calls == ["sync", "sleep", *before_and_after_the_warmup, *trained, *for_another_stage]
     lines = [line for line in read_jsonl(tmp_path / "metrics.jsonl") if line["phase"] == "real"]
     assert all(line["memory/engine_gib"] == 1 and line["memory/engine_update_gib"] == 0 for line in lines)
 

@@ -111,12 +111,17 @@ def check(found, ranks):
         assert one["samples"] == found[0]["samples"] and one["world"] == ranks
 
 
-def test_an_engine_on_every_rank(folder):
-    found = run_ranks(2, sampled, folder, 1, timeout=200)
-    check(found, 2)
+@pytest.fixture(scope="module")
+def apart(folder):
+    return run_ranks(2, sampled, folder, 1, timeout=200)
 
 
-def test_two_ranks_hold_an_engine_together(folder):
+def test_an_engine_on_every_rank(apart):
+    check(apart, 2)
+
+
+def test_two_ranks_hold_an_engine_together(folder, apart):
     no_segments_left()
     found = run_ranks(2, sampled, folder, 2, timeout=200)
     check(found, 2)
+    assert found[0]["samples"] == apart[0]["samples"]  # of a prompt's place, whoever samples it

@@ -179,6 +179,7 @@ def test_more_ranks_than_gpus(environment, monkeypatch):
         ({"rollout": RolloutConfig(prompts_per_step=4)}, 5, "prompts_per_step is 4, and torchrun started 5 ranks: 1"),
         ({"train": TrainConfig(compile=True)}, 2, "train.compile is true"),
         ({"train": TrainConfig(quantization="nf4")}, 2, "train.quantization is nf4"),
+        ({"train": TrainConfig(head_gradient="fused")}, 2, "train.head_gradient is fused"),
         ({"optim": OptimConfig(offload="all")}, 2, "optim.offload is all"),
     ],
 )

@@ -89,7 +89,7 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, files: TensorFil
             optimizer.state[parameter] = {}
             for key, parts in states[name].items():
                 empty = _empty(optimizer, parameter, key)
-                _fill(f"{name}:{key}", empty, parts, files)
+                _fill(f"{name}:{key}", empty, parts, files, _is_8_bits(optimizer))
                 optimizer.state[parameter][key] = empty
     return missing
 
@@ -157,16 +157,15 @@ def _empty(optimizer: Any, parameter: torch.Tensor, key: str) -> torch.Tensor:
     return made
 
 
-def _fill(name: str, empty: torch.Tensor, parts: set[str], files: TensorFiles) -> None:
-    """Read this rank's part of a moment, from 8 bits or not into 8 bits or not."""
+def _fill(name: str, empty: torch.Tensor, parts: set[str], files: TensorFiles, in_8_bits: bool) -> None:
+    """Read this rank's part of a moment, from 8 bits or not into 8 bits or not; `in_8_bits` is the optimiser."""
     local, stored = _local(empty), f"{name}:{_CODES}" if _CODES in parts else name
     own = _parts(local)
-    rounded = files.metadata.get(_KIND) == "8 bits"
-    fits = parts == {_CODES, _SCALE, _TABLE} if _CODES in parts else parts == {""}
-    if fits and _CODES not in parts:
-        fits = rounded if own else rounded or files.dtype(name) == local.dtype
-    elif fits:
-        fits = bool(own) or rounded
+    rounded = files.metadata.get(_KIND) == "8 bits"  # an earlier version did not say so
+    if _CODES in parts:
+        fits = in_8_bits and parts == {_CODES, _SCALE, _TABLE}
+    else:
+        fits = parts == {""} and (in_8_bits if rounded else not own and files.dtype(name) == local.dtype)
     if not fits or files.shape(stored) != tuple(empty.shape):
         raise ValueError(f"{name} is of another kind or shape")
     if _CODES not in parts:

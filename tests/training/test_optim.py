@@ -94,13 +94,14 @@ def test_the_schedule_reaches_torchao():
     assert rates == pytest.approx([0.0, 2.5e-4, 5e-4])
 
 
-def test_another_optimisers_state_is_refused(tmp_path):
+@pytest.mark.parametrize(("name", "other"), [("adamw", "adamw8bit"), ("adamw8bit", "adamw")])
+def test_another_optimisers_state_is_refused(tmp_path, name, other):
     model = layer()
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=1e-3))
     train(model, optimizer, 1)
-    save_file(dict(tensors_of(model, optimizer)), tmp_path / "a.safetensors")
+    save_file(dict(tensors_of(model, optimizer)), tmp_path / "a.safetensors", metadata=metadata(optimizer))
     with pytest.raises(ValueError, match=r"0\.weight:exp_avg is of another kind"):
-        restore(model, build_optimizer(model, OptimConfig(name="adamw8bit")), TensorFiles([tmp_path / "a.safetensors"]))
+        restore(model, build_optimizer(model, OptimConfig(name=other)), TensorFiles([tmp_path / "a.safetensors"]))
 
 
 def test_torchao_is_named_where_it_is_missing(monkeypatch):

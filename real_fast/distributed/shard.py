@@ -29,14 +29,13 @@ def shard(
         root: The module that is called; what its ``forward`` gets is handed on as it is.
         units: Modules in it that are gathered and freed by themselves.
         mesh: The ranks, in a line, or (replicas, ranks of one).
-        dtype: What the units' weights are gathered and computed in; None for their own. Gradients are added up in
-            float32.
+        dtype: What the units' weights are gathered in; None for their own. Gradients are added up in float32. What goes
+            through a unit stays in the dtype that it has: autocast decides what is computed in which.
         root_dtype: The same for the rest of the root.
     """
     for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=_precision(dtype, True))
-    # Labels and the engine's log-probabilities come in float32, and the root's cast would round them.
-    fully_shard(root, mesh=mesh, mp_policy=_precision(root_dtype, False))
+        fully_shard(unit, mesh=mesh, mp_policy=_precision(dtype))
+    fully_shard(root, mesh=mesh, mp_policy=_precision(root_dtype))
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -44,9 +43,10 @@ def shard(
     root.register_forward_hook(_free)
 
 
-def _precision(dtype: torch.dtype | None, cast_inputs: bool) -> MixedPrecisionPolicy:
+def _precision(dtype: torch.dtype | None) -> MixedPrecisionPolicy:
     reduce = None if dtype is None else torch.float32
-    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=cast_inputs)
+    # A cast of inputs would round labels and the engine's log-probabilities, and what is handed from layer to layer.
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce, cast_forward_inputs=False)
 
 
 def _free(root: nn.Module, inputs: object, output: object) -> None:

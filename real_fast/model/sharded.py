@@ -102,7 +102,9 @@ def spread(
     Args:
         policy: Its parameters may be on "meta".
         mesh: The ranks.
-        dtype: What layers compute in; None for their weights' own.
+        dtype: What layers' weights are gathered in, half of what is sent; None for their own. Products are computed in
+            autocast's dtype in either case, and what layers hand on stays in float32, as on one process: rounded to
+            bf16 from layer to layer, a gradient of SmolLM2's is off by 21 % of its size instead of 6 %.
         root_dtype: The same for embedding, last norm and head.
 
     Raises:
@@ -121,7 +123,13 @@ def spread(
     if embedding.weight is not head.weight:
         units.append(embedding)
     shard(policy, units, mesh, dtype, root_dtype)
+    if dtype is not None:
+        embedding.register_forward_hook(_in_float32)
     policy.spread = Spread(mesh, dtype, root_dtype)
+
+
+def _in_float32(embedding: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return output.float()
 
 
 @torch.no_grad()

@@ -278,9 +278,9 @@ def load_policy(config: Config, resume_from: Path | None) -> Policy:
 def spread_policy(config: Config, resume_from: Path | None, world: World) -> Policy:
     """As :func:`load_policy`, spread over ranks, each of which reads its part of the weights.
 
-    Layers compute in ``train.precision`` and are kept in float32; on a CPU, whose head computes in float32 in any case,
-    so do embedding, last norm and head. Beside adapters, which every rank has whole, the model's own weights are kept
-    in what they are computed in.
+    Weights are kept in float32 and gathered in ``train.precision``; on a CPU, whose head computes in float32 in any
+    case, embedding, last norm and head are gathered in float32, too. Beside adapters, which every rank has whole, the
+    model's own weights are kept in what they are computed in.
 
     Raises:
         ConfigError: Adapters as start weights of a run that trains all.
@@ -307,7 +307,7 @@ def spread_policy(config: Config, resume_from: Path | None, world: World) -> Pol
         model.requires_grad_(False)
         rounded = rounded_weights(model, half, device)
         kept = {name: half for name, p in model.named_parameters() if half is not None and id(p) in rounded}
-    policy = Policy(model, half if lora_settings is not None else None, attention, tried=True)
+    policy = Policy(model, half, attention, tried=True)
     layers = half if lora_settings is None else None
     spread(policy, world.mesh, layers, layers if device.type == "cuda" else None)
     if lora_settings is None:

@@ -25,16 +25,16 @@ from tests.helpers import SCALE, make_groups, make_method
 CPU = torch.device("cpu")
 
 
-def tiny(tied, vocabulary=301, dtype=torch.float32, seed=0):
+def tiny(tied, vocabulary=301, dtype=torch.float32, seed=0, **changes):
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
         pad_token_id=0,
+        **{"num_hidden_layers": 2} | changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -203,3 +203,22 @@ def eight_bits():
 def test_moments_in_8_bits():
     for far_off, kind in run_ranks(2, eight_bits):
         assert far_off <= 0.01 and kind == "OptimState8bit"
+
+
+def in_16_bits():
+    """Relative errors of a bf16 gradient, against float32's: by one process, and on ranks."""
+    world, method, groups = Ranks(CPU), make_method("real", PLAIN), make_groups(n=5)
+    deep = {"num_hidden_layers": 12}
+    exact, alone, many = (Policy(tiny(False, **deep), half, "sdpa") for half in (None, torch.bfloat16, torch.bfloat16))
+    spread(many, world.mesh, torch.bfloat16)
+    found = []
+    for policy, speaker in ((exact, ALONE), (alone, ALONE), (many, world)):
+        updater = updater_of(policy, speaker)
+        found.append(one_update(policy, updater, speaker, groups, method, step=False)[1])
+    want = torch.cat([found[0][name].flatten() for name in found[0]])
+    return [float((torch.cat([g[n].flatten() for n in found[0]]) - want).norm() / want.norm()) for g in found[1:]]
+
+
+def test_16_bits_are_as_exact_as_on_one_process():
+    for one, many in run_ranks(2, in_16_bits):
+        assert 0.001 < one < 0.1 and many < 1.1 * one

@@ -14,7 +14,7 @@ from real_fast.config import cli
 from real_fast.config.commands import COMMANDS
 from real_fast.config.keys import one_of
 from real_fast.distributed.launch import check_alone
-from real_fast.errors import run_command
+from real_fast.errors import UserError, run_command
 from real_fast.model.judge_settings import defaults_of
 from real_fast.runs import log
 
@@ -43,7 +43,11 @@ def run(name: str, argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         if name != "train":
             check_alone(prog)
-        settings = cli.parse(command, prog, argv, defaults_of if command.asks_model else None)
+        try:
+            settings = cli.parse(command, prog, argv, defaults_of if command.asks_model else None)
+        except UserError as error:
+            error.on_all_ranks = True
+            raise
         log.set_up(getattr(settings, "log_level", "info"))
         return int(import_module(f"real_fast.{name}").work(settings))
 

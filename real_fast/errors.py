@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -11,6 +12,9 @@ from real_fast.utils.unread import nobody_reads
 
 class UserError(Exception):
     """What a user can mend: a wrong setting, file or model. The message names it and says what to do."""
+
+    on_all_ranks = False
+    """Whether all ranks of a run come to it together, so that the main one says it for all."""
 
 
 class ConfigError(UserError, ValueError):
@@ -56,6 +60,8 @@ class BatchError(UserError, ValueError):
 class EngineMismatchError(UserError, RuntimeError):
     """Engine and trainer disagree by more than the settings allow. The message has the numbers and the usual causes."""
 
+    on_all_ranks = True
+
 
 class RolloutServerError(UserError, RuntimeError):
     """A server of rollouts that does not answer, is another one, or holds other weights.
@@ -73,6 +79,8 @@ class RolloutServerError(UserError, RuntimeError):
 class NothingTrainedError(UserError, RuntimeError):
     """Updates in a row that trained nothing; the message says why and what to do."""
 
+    on_all_ranks = True
+
 
 class OutputError(UserError, OSError):
     """An output folder that cannot, or must not, be written."""
@@ -88,6 +96,8 @@ class NoEvaluationError(UserError, ValueError):
 
 class ElsewhereError(UserError, RuntimeError):
     """Another rank of a run failed, and says why; this one stops with it."""
+
+    on_all_ranks = True
 
 
 class GradeError(UserError, ValueError):
@@ -122,7 +132,7 @@ def run_command(
     except expected as error:
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
-        if not isinstance(error, ElsewhereError):
+        if not getattr(error, "on_all_ranks", False) or os.environ.get("RANK", "0") == "0":
             print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

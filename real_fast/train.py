@@ -40,8 +40,6 @@ class Trainer:
         self.world, self.state, self.timer, self.run = p.world, p.state, p.timer, p.run
         self.method, self.policy, self.updater, self.groups = p.method, p.policy, p.updater, p.groups
         self.stop = StopSignal(world)
-        if world.is_main:
-            report.start(config, p.data, p.scale, p.policy, p.groups.engine.name, p.state.step)
 
     def fit(self) -> bool:
         """The whole run. Returns False where a signal ended it before its end."""
@@ -160,17 +158,18 @@ class Trainer:
 
     def finish(self) -> None:
         """Write final/, summary.json and the report."""
+        p, name = self.parts, self.groups.engine.name
         with self.timer("save"):
-            self.parts.saver.final()
+            p.saver.final()
         if self.world.is_main:
-            engine, data = self.groups.engine.name, self.parts.data
-            report.finish(self.run.folder, self.config, self.state, data, engine, self.policy.device)
+            report.finish(self.run.folder, self.config, self.state, p.data, name, self.policy.device)
 
 
 def train(config: Config, world: World = ALONE) -> bool:
     """All stages of the method. Returns False where a signal ended it before its end. Raises :class:`UserError`."""
-    stages = check_config(config).stages(config, world)
     done: Trained | None = None
+    with world.together():  # what is wrong everywhere is said once
+        stages = check_config(config).stages(config, world)
     with alone_in(config.output, world):
         while True:
             try:

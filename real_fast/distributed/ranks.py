@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 # A rank waits for the slowest of an update's rollouts, or of an evaluation's.
 _PATIENCE = timedelta(hours=1)
+# Within an update, nobody waits long unless a rank is gone.
+_STUCK = timedelta(minutes=15)
 
 
 class Ranks:
@@ -149,7 +151,7 @@ def joined(device: str, replicas: int = 1) -> Iterator[World]:
     place = _device(device)
     if own:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        dist.init_process_group(backend, timeout=_STUCK)
     yield Ranks(place, replicas)
     if own:  # not behind an error, where others may never come to their end
         dist.destroy_process_group()

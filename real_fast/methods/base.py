@@ -178,7 +178,7 @@ class Method(ABC):
             CheckpointError: It cannot be written.
         """
 
-    def resume(self, policy: Policy, run: Path) -> None:  # noqa: B027
+    def resume(self, policy: Policy, run: Path, world: World = ALONE) -> None:  # noqa: B027
         """As :meth:`begin`, with what it wrote; `policy` has the weights of a checkpoint.
 
         Raises:

@@ -19,7 +19,7 @@ import torch
 
 from real_fast.config import Config
 from real_fast.distributed.world import ALONE, World
-from real_fast.errors import CheckpointError, ConfigError
+from real_fast.errors import CheckpointError, ConfigError, ElsewhereError
 from real_fast.methods.base import Loss, LossOutput, Method, UpdateCounts
 from real_fast.methods.importance import sequence_weights
 from real_fast.model.lora import is_adapted
@@ -110,14 +110,15 @@ class PolicyGradient(Method):
             self.ref_policy = self._frozen(policy)
             self.ref_policy.save(run, world)
 
-    def resume(self, policy: Policy, run: Path) -> None:
+    def resume(self, policy: Policy, run: Path, world: World = ALONE) -> None:
         """Read the reference policy; a run that only measures the KL goes on without one that it does not have."""
         if not self.keeps_ref_policy:
             return
         found = self._frozen(policy)
         try:
-            found.load(run)
-        except CheckpointError as error:
+            with world.together():
+                found.load(run, check=world.is_main)
+        except (CheckpointError, ElsewhereError) as error:
             if self.options.kl_coef:
                 raise
             logger.warning("the KL to the start is not measured: %s", error)

@@ -40,38 +40,72 @@ class RefPolicy:
     def __init__(self, policy: Policy, temperature: float, resident: bool) -> None:
         self.temperature = temperature
         self.device = policy.device
-        if policy.spread is not None:  # a slice on each rank, which stays where it is
-            self.home, self.policy = self.device, frozen_copy_of_spread(policy)
-        else:
-            self.home = self.device if resident else torch.device("cpu")
+        self.home = self.device if resident else torch.device("cpu")
+        self.away: list[torch.Tensor] = []
+        if policy.spread is None:
             self.policy = frozen_copy(policy, self.home)
+        else:
+            self.policy = frozen_copy_of_spread(policy)
+            self._leave()
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """[N] log-probabilities of each micro-batch's sampled tokens, by one forward pass without gradients each."""
 
-        if self.home != self.device:
-            self.policy.to(self.device)
+        self._come()
         found = [self.policy(batch, _of_targets(self.temperature)) for batch in batches]
-        if self.home != self.device:
-            self.policy.to(self.home)
+        self._leave()
         return found
+
+    def _come(self) -> None:
+        """To the device that it computes on."""
+        if self.policy.spread is None:
+            self.policy.to(self.device)
+        for part, kept in zip(self._slices() if self.away else (), self.away, strict=True):
+            part.untyped_storage().resize_(len(kept))
+            _bytes_of(part).copy_(kept)
+        self.away = []
+
+    def _leave(self) -> None:
+        """To where it waits. FSDP2 keeps hold of a rank's slices, so their memory alone is given back."""
+        if self.policy.spread is None:
+            self.policy.to(self.home)
+        elif self.home != self.device:
+            for part in self._slices():
+                self.away.append(_bytes_of(part).to("cpu", copy=True))
+                part.untyped_storage().resize_(0)
+
+    def _slices(self) -> list[torch.Tensor]:
+        return [local(parameter) for parameter in self.policy.parameters()]
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
+        self._come()
         tensors = ((name, whole(parameter)) for name, parameter in self.policy.model.named_parameters())
         save_tensors(run / FOLDER, tensors, world)
+        self._leave()
 
     @torch.no_grad()
-    def load(self, run: Path) -> None:
+    def load(self, run: Path, check: bool = True) -> None:
         """Take the weights that :meth:`save` wrote.
+
+        Args:
+            run: The run's folder.
+            check: Read all of it for its checksums, which one rank does for all.
 
         Raises:
             CheckpointError: There are none, or they are another model's.
         """
+        self._come()
         own = dict(self.policy.model.named_parameters())
-        for name, tensor in _read(run, own).items():
+        for name, tensor in _read(run, own, check).items():
             local(own[name]).copy_(tensor)
+        self._leave()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 class RefAdapters:
@@ -108,11 +142,11 @@ class RefAdapters:
         tensors = adapter_state(self.policy.model) if self.state is None else self.state
         save_tensors(run / FOLDER, tensors.items(), world)
 
-    def load(self, run: Path) -> None:
+    def load(self, run: Path, check: bool = True) -> None:
         """Take the adapters that :meth:`save` wrote. Raises :class:`CheckpointError`, as :meth:`RefPolicy.load`."""
         own = adapter_state(self.policy.model)
         device = self.policy.model.device
-        self.state = self._kept({name: tensor.to(device) for name, tensor in _read(run, own).items()})
+        self.state = self._kept({name: tensor.to(device) for name, tensor in _read(run, own, check).items()})
 
 
 def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Batch], torch.Tensor]:
@@ -125,9 +159,9 @@ def _of_targets(temperature: float) -> Callable[[torch.Tensor, torch.Tensor, Bat
     return logprobs
 
 
-def _read(run: Path, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _read(run: Path, own: Mapping[str, torch.Tensor], check: bool) -> dict[str, torch.Tensor]:
     """This rank's part of the reference's weights in a run's folder, like `own`. Raises CheckpointError."""
-    tensors = open_tensors(run / FOLDER)
+    tensors = open_tensors(run / FOLDER, check)
     if tensors is None:
         raise CheckpointError(
             f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "

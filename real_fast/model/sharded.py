@@ -19,6 +19,7 @@ from real_fast.attention.interface import Backend
 from real_fast.distributed.shard import shard
 from real_fast.distributed.slices import TensorFiles
 from real_fast.errors import ModelError
+from real_fast.model.experts import is_mixture
 from real_fast.model.folder import read_json, weight_files
 from real_fast.model.load import check_head, without_dropout
 from real_fast.model.policy import Policy, Spread
@@ -32,7 +33,7 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
     """The model of a Hugging Face folder in float32, without its weights: parameters on "meta", buffers as they are.
 
     Raises:
-        ModelError: It is quantised.
+        ModelError: It is quantised, or a mixture of experts.
     """
     if read_json(folder / "config.json").get("quantization_config"):
         raise ModelError(
@@ -40,6 +41,11 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> PreTrainedMode
             "was made from, or train on one GPU"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if is_mixture(config):  # a rank whose tokens pass by an expert would wait for another's gradient of it
+        raise ModelError(
+            f"the model in {folder} is a mixture of experts ({config.model_type}), which is not spread over ranks yet: "
+            "train it on one GPU, or take a dense model"
+        )
     with _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -152,6 +158,7 @@ def frozen_copy_of_spread(policy: Policy) -> Policy:
     return found.eval()
 
 
+@torch.no_grad()
 def read_weights(
     model: PreTrainedModel, folder: Path, device: torch.device, kept: Mapping[str, torch.dtype] | None = None
 ) -> None:
@@ -188,6 +195,9 @@ def read_weights(
         local = files.local(name, parameter, (kept or {}).get(name, torch.float32))
         check_finite(folder, [(name, local)])
         read[id(parameter)] = _as_placed(local.to(device), parameter)
+    for name, buffer in model.named_buffers():
+        if name in files.names:
+            buffer.copy_(files.whole(name))
     for name in tied & files.names:
         shared = next(n for n, p in own.items() if p is model.get_parameter(name))
         if not torch.equal(files.local(name, own[shared]), files.local(shared, own[shared])):

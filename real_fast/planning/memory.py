@@ -203,9 +203,7 @@ def update_memory(
             # In the precision of the products, as autograd makes it, and in float32, as it is sent. The head's waits
             # for the end of the backward pass.
             summed = max(width * sizes.head + (width + 4.0) * sizes.layer, (width + 4.0) * sizes.head)
-        # Gathered weights are in that precision without autocast, and what goes from layer to layer is too.
         t = replace(t, fused_head=True)
-        mode = replace(t, weights="bf16").mode if half else mode
     # Every rank has all of the adapters.
     parts = 1 if t.rank else shards
     kept = sizes.kept.get(mode) or sizes.kept[mode.removesuffix(" liger")]  # where Liger has no kernels
@@ -218,8 +216,8 @@ def update_memory(
         copies=copies,
         activations=activations + kept.other * tokens,
         head=_head(sizes, t, head_rows),
-        # Linear layers in 16 bits; the embedding in float32, see real_fast.model.ref_policy.
-        reference=(kl and not t.rank) * (width * p + (4.0 - width) * sizes.head) / shards,
+        # Linear layers in 16 bits; the embedding in float32, see real_fast.model.ref_policy. Slices are all in float32.
+        reference=(kl and not t.rank) * (4.0 * p if gpus > 1 else width * p + (4.0 - width) * sizes.head) / shards,
         step=_step(sizes, t, per_weight, trained) / parts,
         summed=summed,
     )

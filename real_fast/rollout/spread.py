@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,8 @@ class SpreadEngine:
         engines = self.world.size // self.together
         mine = range(self.world.rank // self.together, len(prompts), engines)
         found: list[list[Rollout]] = []
-        with self.world.together():
+        # Ranks of one engine wait for each other within it, so an error there cannot wait to be told.
+        with self.world.together() if self.together == 1 else nullcontext():
             if mine:
                 places = tuple(sampling.place(place) for place in mine)
                 found = self.engine.generate([prompts[place] for place in mine], replace(sampling, places=places))

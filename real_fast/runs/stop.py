@@ -10,11 +10,9 @@ from typing import Any
 
 from real_fast.distributed.world import ALONE, World
 from real_fast.errors import UserError
+from real_fast.utils.interrupt import TWICE
 
 logger = logging.getLogger(__name__)
-
-
-_TWICE = 5.0  # seconds
 
 
 class Stopped(Exception):
@@ -70,7 +68,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._signalled:
-            if number == signal.SIGTERM and time.monotonic() - self._at < _TWICE:
+            if number == signal.SIGTERM and time.monotonic() - self._at < TWICE:
                 return
             raise KeyboardInterrupt
         self._signalled, self._at = True, time.monotonic()

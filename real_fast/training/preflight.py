@@ -85,10 +85,8 @@ def check_ranks(config: Config, rows: tuple[str, int], ranks: int) -> None:
     Raises:
         ConfigError: The message names the setting and what to do.
     """
-    for key, number in (
-        ("train.replicas", config.train.replicas),
-        ("rollout.tensor_parallel", config.rollout.tensor_parallel),
-    ):
+    together = config.rollout.tensor_parallel if config.rollout.engine != "vllm-server" else 1
+    for key, number in (("train.replicas", config.train.replicas), ("rollout.tensor_parallel", together)):
         if number > 1 and (ranks == 1 or ranks % number):
             raise ConfigError(
                 f"{key} is {number}, and there {'is 1 rank' if ranks == 1 else f'are {ranks} ranks'}: start a multiple "

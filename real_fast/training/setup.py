@@ -34,6 +34,7 @@ from real_fast.model.smollm2 import SMOLLM2
 from real_fast.planning.fit import with_share
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
+from real_fast.reports import report
 from real_fast.rollout.make import hand_over, make_engine
 from real_fast.runs import checkpoint, trackers
 from real_fast.runs.checkpoint import TrainState
@@ -128,21 +129,21 @@ def build(config: Config, world: World = ALONE) -> Parts:
     Raises:
         UserError: Something that is missing, wrong or does not fit together; nothing of an earlier run was touched.
     """
-    method_class = check_config(config)
-    trackers.check_installed(config)
-    adamw(config.optim.name)
-    if config.train.lora is not None:
-        lora.import_peft()
-    if config.train.quantization == "nf4":
-        nf4.quantization(torch.float32)  # raises where what it needs is missing
-    if config.train.compile:
-        check_compiler(pick_device(config.train.device))
-    if config.train.liger:
-        liger.import_liger(pick_device(config.train.device))
-    check_ranks(config, method_class.prompts_per_step(config), world.size)
     state = TrainState()
     timer = Timer(state.seconds)
     with timer("load"), world.together():
+        method_class = check_config(config)
+        trackers.check_installed(config)
+        adamw(config.optim.name)
+        if config.train.lora is not None:
+            lora.import_peft()
+        if config.train.quantization == "nf4":
+            nf4.quantization(torch.float32)  # raises where what it needs is missing
+        if config.train.compile:
+            check_compiler(pick_device(config.train.device))
+        if config.train.liger:
+            liger.import_liger(pick_device(config.train.device))
+        check_ranks(config, method_class.prompts_per_step(config), world.size)
         folder = RunFolder(config)
         found = checkpoint.newest(folder.checkpoints) if folder.resumed and world.is_main else None
     resume_from = world.main(found)  # which has read it whole
@@ -188,9 +189,11 @@ def build(config: Config, world: World = ALONE) -> Parts:
         if resume_from:
             state = checkpoint.load(resume_from, model, optimizer, scheduler, world)
             timer.run = state.seconds
-            method.resume(policy, folder.path)
-        engine = make_engine(with_share(config, share), model, tokenizer, scale, base, world)
     with timer("load"):
+        if resume_from:
+            method.resume(policy, folder.path, world)
+        # vLLM's own start waits for other ranks: one that fails ends with its message, and torchrun ends the others.
+        engine = make_engine(with_share(config, share), model, tokenizer, scale, base, world)
         hand_over(engine, model)
     updater = Updater(
         policy, optimizer, scheduler, config.optim, config.train, tokenizer.pad_token_id, world, timer, state
@@ -208,6 +211,8 @@ def build(config: Config, world: World = ALONE) -> Parts:
         groups.sample_ahead(config.train.steps, resume_from)
     groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
+    if world.is_main:
+        report.start(config, data, scale, policy, engine.name, state.step)
     return Parts(
         world,
         state,

@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 GRACE = 3.0
 """Seconds that a command has, after the second signal, to end in good order."""
+TWICE = 5.0
+"""Seconds within which a SIGTERM behind another is the same one: a cluster's manager sends it to all, torchrun on."""
 
 
 @contextmanager
@@ -43,9 +46,12 @@ def second_signal_ends(message: str, grace: float = GRACE) -> Iterator[None]:
 
 def _watch(hears: int, over: threading.Event, message: str, grace: float) -> None:
     """Count signals, a byte each, until the pipe is closed."""
-    count = 0
+    count, terminated = 0, -TWICE
     while heard := os.read(hears, 64):
-        count += sum(number in (signal.SIGINT, signal.SIGTERM) for number in heard)
+        for number in heard:
+            again = number == signal.SIGTERM and time.monotonic() - terminated < TWICE
+            terminated = time.monotonic() if number == signal.SIGTERM and not again else terminated
+            count += number in (signal.SIGINT, signal.SIGTERM) and not again
         if count >= 2 and not over.wait(grace):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{message}\n".encode())
             os._exit(130)

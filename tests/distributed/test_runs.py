@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import pytest
+import torch
 
 from real_fast.distributed.slices import TensorFiles
 from real_fast.train import main
@@ -41,3 +45,33 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny_judge, tmp_path):
     one, many = (TensorFiles((tmp_path / name / "final").glob("*.safetensors")) for name in ("one", "many"))
     assert one.names == many.names
     assert max(float((one.whole(name) - many.whole(name)).abs().max()) for name in one.names) <= 1e-6
+
+
+def test_a_run_that_resumes_on_as_many_ranks_is_the_same_to_the_last_bit(tiny_judge, tmp_path):
+    more = ["--objective.kl_coef", "0.05", "--optim.lr_warmup_steps", "1"]
+    assert run_ranks(2, main, flags(tiny_judge, tmp_path / "once", *more), group=False, timeout=120) == [0, 0]
+    argv = flags(tiny_judge, tmp_path / "twice", *more)
+    assert run_ranks(2, main, [*argv, "--train.steps", "3"], group=False, timeout=120) == [0, 0]
+    assert run_ranks(2, main, [*argv, "--resume"], group=False, timeout=120) == [0, 0]
+    once, twice = (TensorFiles((tmp_path / name / "final").glob("*.safetensors")) for name in ("once", "twice"))
+    assert once.names == twice.names
+    assert all(torch.equal(once.whole(name), twice.whole(name)) for name in once.names)
+
+
+def said(argv):
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        status = main(argv)
+    return status, text.getvalue()
+
+
+def test_debug_has_a_row_for_every_rank_and_a_mistake_is_said_once(tiny_judge, tmp_path):
+    argv = flags(tiny_judge, tmp_path / "small", "--debug")
+    assert run_ranks(3, main, argv, group=False, timeout=120) == [0, 0, 0]
+    for mistake, message in (
+        (["--rollout.prompts_per_step", "2"], "error: rollout.prompts_per_step is 2, and torchrun started 3 ranks"),
+        (["--objective.lam", "nan"], "error: objective.lam is nan"),
+        (["--optim.lr", "-1"], "error: optim.lr is -1"),
+    ):
+        found = run_ranks(3, said, flags(tiny_judge, tmp_path / "wrong", *mistake), group=False, timeout=60)
+        assert [status for status, _ in found] == [2, 2, 2]
+        assert "".join(text for _, text in found).count(message) == 1

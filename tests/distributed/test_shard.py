@@ -13,6 +13,7 @@ from real_fast.distributed.shard import whole, whole_bytes
 from real_fast.distributed.world import ALONE
 from real_fast.methods.base import UpdateCounts
 from real_fast.model.policy import Policy
+from real_fast.model.ref_policy import RefPolicy
 from real_fast.model.sharded import spread
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.optim import build_optimizer, build_scheduler
@@ -222,3 +223,24 @@ def in_16_bits():
 def test_16_bits_are_as_exact_as_on_one_process():
     for one, many in run_ranks(2, in_16_bits):
         assert 0.001 < one < 0.1 and many < 1.1 * one
+
+
+def reference():
+    """How far a sharded reference's log-probabilities are from a whole one's, before and behind a wait elsewhere."""
+    world = Ranks(CPU)
+    alone, many = Policy(tiny(False, 303), None, "sdpa"), Policy(tiny(False, 303), None, "sdpa")
+    spread(many, world.mesh)
+    batches = updater_of(many, world).micro_batches(make_groups(n=5))
+    want = torch.cat(RefPolicy(alone, 1.0, True).logprobs(batches))
+    ref = RefPolicy(many, 1.0, False)
+    here = torch.cat(ref.logprobs(batches))
+    ref.home = torch.device("meta")  # anywhere else: on a GPU it is the host's memory
+    ref._leave()
+    held = sum(part.untyped_storage().nbytes() for part in ref._slices())
+    behind = torch.cat(ref.logprobs(batches))
+    return float((here - want).abs().max()), torch.equal(here, behind), held
+
+
+def test_the_reference_of_the_kl_leaves_the_device_and_comes_back():
+    for off, same, held in run_ranks(2, reference):
+        assert off < 1e-6 and same and held == 0

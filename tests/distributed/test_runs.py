@@ -69,7 +69,7 @@ def test_debug_has_a_row_for_every_rank_and_a_mistake_is_said_once(tiny_judge, t
     assert run_ranks(3, main, argv, group=False, timeout=120) == [0, 0, 0]
     for mistake, message in (
         (["--rollout.prompts_per_step", "2"], "error: rollout.prompts_per_step is 2, and torchrun started 3 ranks"),
-        (["--objective.lam", "nan"], "error: objective.lam is nan"),
+        (["--rollout.group_size", "0"], "error: rollout.group_size is 0"),
     ):
         found = run_ranks(3, said, flags(tiny_judge, tmp_path / "wrong", *mistake), group=False, timeout=60)
         assert [status for status, _ in found] == [2, 2, 2]

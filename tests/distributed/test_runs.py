@@ -35,8 +35,11 @@ def test_a_run_on_ranks_is_that_of_one_process(tiny_judge, tmp_path, kind, ranks
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(tiny_judge, tmp_path):
-    """2 ranks, then 1 process, then 3 ranks: the weights are those of one process all the way."""
-    more = ["--objective.normalize_std", "false", "--objective.kl_coef", "0.05"]
+    """2 ranks, then 1 process, then 3 ranks: the weights are those of one process all the way.
+
+    Moments that were lost would be a change of the size of the rate, 1e-4.
+    """
+    more = ["--objective.normalize_std", "false", "--objective.kl_coef", "0.05", "--optim.lr", "1e-4"]
     assert main(flags(tiny_judge, tmp_path / "one", *more)) == 0
     argv = flags(tiny_judge, tmp_path / "many", *more)
     assert run_ranks(2, main, [*argv, "--train.steps", "2"], group=False, timeout=120) == [0, 0]

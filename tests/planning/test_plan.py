@@ -210,7 +210,7 @@ def test_memory_by_part(tiny_llama):
     one = update_memory(sizes, 100, head_rows=50)
     assert (one.weights, one.gradients, one.moments) == tuple(n * sizes.parameters for n in (4, 4, 8))
     sharded = update_memory(sizes, 100, head_rows=50, gpus=4)
-    assert sharded.weights == one.weights / 4 and sharded.activations < one.activations
+    assert sharded.weights == one.weights / 4 and sharded.activations == one.activations
     assert one.step == 0 and one.total == 16 * sizes.parameters + one.copies + one.activations + one.head
     recomputed = update_memory(sizes, 100, head_rows=50, checkpointing=True)
     assert recomputed.activations < one.activations

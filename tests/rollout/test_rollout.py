@@ -707,7 +707,7 @@ def test_weights_that_vllm_does_not_know_by_name(
     tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Foreign:
-        closed = False
+        name, takes, closed = "vllm", torch.float32, False
 
         def sync(self, _weights: Any) -> None:
             raise ValueError("sync got the weight 'experts.gate_up_proj'")
@@ -717,8 +717,9 @@ def test_weights_that_vllm_does_not_know_by_name(
 
     monkeypatch.setattr(make, "_obstacle", lambda *_: None)
     monkeypatch.setattr(make, "VllmEngine", lambda *_args, **_kwargs: Foreign())
+    engine = make.make_engine(config(engine="vllm"), tiny, smollm2_tokenizer, scale, tmp_path)
     with pytest.raises(ConfigError, match=r"gate_up_proj.*rollout\.engine to transformers"):
-        make.make_engine(config(engine="vllm"), tiny, smollm2_tokenizer, scale, tmp_path)
+        make.hand_over(engine, tiny)
     assert Foreign.closed
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from real_fast.distributed.world import ALONE, Purpose, World
 from real_fast.errors import ConfigError, ElsewhereError, UserError
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 # A rank waits for the slowest of an update's rollouts, or of an evaluation's.
 _PATIENCE = timedelta(hours=1)
@@ -138,13 +136,7 @@ def joined(device: str, replicas: int = 1) -> Iterator[World]:
     Raises:
         ConfigError: A launch that cannot work.
     """
-    size = launched()
-    if size == 1:
-        if replicas > 1:
-            raise ConfigError(
-                f"train.replicas is {replicas}, and this is one process: start the ranks with torchrun "
-                "--nproc-per-node N -m real_fast.train ..., or leave it out"
-            )
+    if launched() == 1:
         yield ALONE
         return
     own = not dist.is_initialized()

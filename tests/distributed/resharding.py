@@ -38,16 +38,16 @@ def world_of(replicas=1):
     return ALONE if alone else Ranks(torch.device("cpu"), replicas)
 
 
-def tiny(tied=False, vocabulary=385, hidden=32, seed=0):
+def tiny(tied=False, vocabulary=385, hidden=32, seed=0, **changes):
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
         pad_token_id=0,
+        **{"num_hidden_layers": 2} | changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

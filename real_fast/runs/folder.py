@@ -18,13 +18,14 @@ from real_fast.config import Config, cli
 from real_fast.errors import OutputError
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.lock import move_lock
-from real_fast.utils.files import free_name
+from real_fast.utils.files import free_name, replacing
 from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 # Any of these is a run's. config.yaml alone would not do: it can be lost.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
 _RESULTS = ("predictions.jsonl", "report.html", "final", "summary.json")
+_FOLDERS = ("final", "adapter", "reference")  # written whole, see real_fast.runs.sealed
 
 
 @contextmanager
@@ -40,8 +41,15 @@ def check_writable(folder: Path) -> None:
     """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.", suffix=".tmp") as probe:
             probe.write(b"0")
+
+
+def remove_left_over(*folders: Path) -> None:
+    """Remove what a kill in the middle of a file has left of it under its temporary name."""
+    for folder in folders:
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -104,8 +112,10 @@ class RunFolder:
         self.path.resolve().mkdir(parents=True, exist_ok=True)
         if self.finished and self.resumed:
             self._set_results_aside()
-        for left in self.path.glob(".*.tmp"):  # by a kill in the middle of a file
-            left.unlink(missing_ok=True)
+        remove_left_over(self.path, self.path / "eval", self.path / "profile")
+        for name in _FOLDERS:
+            for left in (f"{name}.tmp", f"{name}.replaced.tmp"):
+                shutil.rmtree(self.path / left, ignore_errors=True)
         cli.dump(config, self.path / "config.yaml")
 
     def _set_results_aside(self) -> None:
@@ -113,7 +123,8 @@ class RunFolder:
         steps = json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("steps")
         target = free_name(self.path / "superseded" / f"{steps}-steps")
         target.mkdir(parents=True)
-        shutil.copyfile(self.path / "config.yaml", target / "config.yaml")
+        with replacing(target / "config.yaml") as temporary:
+            shutil.copyfile(self.path / "config.yaml", temporary)
         # The summary last: it marks the run as finished.
         for path in (*self.path.glob("*.png"), *(self.path / name for name in _RESULTS)):
             if path.exists():

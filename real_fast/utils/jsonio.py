@@ -55,22 +55,24 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
 def read_jsonl(path: str | Path) -> list[Any]:
     """The values of a JSON Lines file. Empty lines are passed over.
 
-    A last line that is cut off (no line end, and not JSON) is what a killed writer leaves, and is left out.
+    A last line that is cut off (no line end, and not JSON) is what a killed writer leaves, and is left out, also where
+    the cut is in the middle of a character.
 
     Raises:
         ValueError: Any other line that is not JSON; the message names file and line.
     """
     rows: list[Any] = []
-    with Path(path).open(encoding="utf-8", newline="\n") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
+                rows.append(json.loads(line.decode("utf-8")))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                if not line.endswith(b"\n"):
                     break
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+                what = error.msg if isinstance(error, json.JSONDecodeError) else f"not UTF-8, {error.reason}"
+                raise ValueError(f"{path}, line {number}: not valid JSON ({what})") from error
     return rows
 
 

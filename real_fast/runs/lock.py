@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from real_fast.distributed.world import ALONE, World
-from real_fast.errors import OutputError
+from real_fast.errors import OutputError, remedy
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -53,13 +53,18 @@ def _held(output: str | Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"output {folder} cannot be written: {remedy(error)}") from error
     try:
         yield
     finally:
         # Of this folder as it is now: it may have been moved aside, and its lock taken along (see move_lock).
-        if _is(file, folder / LOCK):
-            (folder / LOCK).unlink(missing_ok=True)
+        try:
+            if _is(file, folder / LOCK):
+                (folder / LOCK).unlink(missing_ok=True)
+        except OSError as error:  # a file that nobody has locked is no lock
+            logger.warning(
+                "%s could not be removed (%s), and is in nobody's way: remove it", folder / LOCK, error.strerror
+            )
         file.close()
 
 

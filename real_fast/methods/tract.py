@@ -20,6 +20,7 @@ from real_fast.distributed.world import ALONE, World
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
+from real_fast.model.folder import check_as_written
 from real_fast.model.judge_settings import trained_settings
 from real_fast.runs import logged
 from real_fast.runs.folder import move_aside
@@ -101,7 +102,10 @@ class Tract(Supervised):
         data = DataConfig(train=str(generated), eval=held_out.get("", held_out), max_rejected=1)
         # The template as the first stage was trained with it: the file may have been edited since.
         first_judge = folder / "stage1" / "final"
-        known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}
+        known: dict[str, Any] = {}
+        if first_judge.is_dir():
+            check_as_written(first_judge, weights=False)
+            known = trained_settings(str(first_judge)).get("prompt", {})
         prompt = replace(config.prompt, template=known.get("template", config.prompt.template))
         yield replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2")
 

@@ -73,6 +73,7 @@ class Damage:
         files: These are damaged.
         seed: Of the places.
         stops: The run must stop, or be none the worse.
+        early: The run was cut off before its first checkpoint, which would know what it was made from.
     """
 
     what: str
@@ -80,6 +81,7 @@ class Damage:
     files: list[str]
     seed: int = 0
     stops: bool = False
+    early: bool = False
 
 
 class CutOff:
@@ -132,6 +134,8 @@ class CutOff:
         """Damage, resume; what is lost."""
         shutil.rmtree(self.output, ignore_errors=True)
         shutil.copytree(self.kept, self.output)
+        if damage.early:
+            shutil.rmtree(self.output / "checkpoints")
         for file in damage.files:
             WAYS[damage.way](self.output / file, random.Random(f"{file} {damage.seed}"))
         before = _listing(self.output)
@@ -144,7 +148,8 @@ class CutOff:
         if "Traceback" in ended.said or ended.status not in (0, 2):
             return f"status {ended.status}, {ended.said.strip()[-300:]}"
         file = Path(damage.files[0])
-        name = file.parent.name if file.name == "checksums.json" else file.name  # what else it does not fit
+        # What else the checksums do not fit, and what reads a file under another name.
+        name = {"checksums.json": file.parent.name, "handover.json": ".json"}.get(file.name, file.name)
         named = [line for line in ended.said.splitlines() if name in line and ("warning" in line or "error" in line)]
         if ended.status == 2:
             if not named:
@@ -172,18 +177,26 @@ def others(run: CutOff) -> list[Damage]:
     return found
 
 
+def handed_over(run: CutOff) -> list[Damage]:
+    """Damage to what the second stage of TRACT reads of the first."""
+    names = ("self_generated.jsonl", "held_out.jsonl", "handover.json", "stage1/final/real_fast.json")
+    return [
+        Damage(name, way, [name], stops=True, early=early) for early in (True, False) for name in names for way in WAYS
+    ]
+
+
 def _listing(output: Path) -> list[str]:
     """Names and sizes of all that lies there."""
     return sorted(f"{p} {p.stat().st_size if p.is_file() else ''}" for p in output.rglob("*"))
 
 
 def trials(
-    home: Home, share: float, cases: Sequence[str] = ("real", "LoRA, merged")
+    home: Home, share: float, cases: Sequence[str] = ("real", "LoRA, merged", "tract")
 ) -> Iterator[tuple[str, str | None]]:
     """Try them; gives kinds, and what was lost."""
     for case in cases:
         run = CutOff(home, case)
-        todo = [*run.damages(), *(others(run) if case == "real" else [])]
+        todo = handed_over(run) if case == "tract" else [*run.damages(), *(others(run) if case == "real" else [])]
         count = max(1, round(len(todo) * share))
         for damage in (todo[i * len(todo) // count] for i in range(count)):
             where = damage.what.partition(":")[0].partition("/")[0]

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from real_fast.errors import OutputError, remedy, run_command
+from real_fast.errors import DataError, OutputError, remedy, run_command
+from real_fast.methods import tract
 from real_fast.model.write import _refused
 from real_fast.runs import checkpoint, logged
 from real_fast.runs.folder import check_writable
@@ -213,6 +214,20 @@ def test_a_log_that_changed_behind_a_checkpoint_is_named(tmp_path, caplog):
     (run / "rollouts.jsonl").unlink()
     logged.check(run, step)
     assert "rollouts.jsonl: not as it was" in caplog.text
+
+
+def test_rows_that_changed_behind_stage_1_are_refused(tmp_path):
+    generated, handover = tmp_path / "self_generated.jsonl", tmp_path / tract._HANDOVER
+    generated.write_text('{"score": 1}\n')
+    tract._check_handover(tmp_path, generated)  # of an earlier version, which kept no checksums
+    handover.write_text(logged.text_of(tmp_path, [generated.name]))
+    tract._check_handover(tmp_path, generated)
+    generated.write_text('{"score": 2}\n')
+    with pytest.raises(DataError, match=r"self_generated\.jsonl: not as stage 1 wrote it.* --resume"):
+        tract._check_handover(tmp_path, generated)
+    handover.write_text("[")
+    with pytest.raises(DataError, match=r"handover\.json is damaged"):
+        tract._check_handover(tmp_path, generated)
 
 
 def test_a_trackers_state_with_another_digit_is_not_believed(tmp_path, caplog):

@@ -113,8 +113,8 @@ _REMEDIES = {
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there, or have the quota raised",
     errno.EROFS: "make that disk writable, or write to another one",
-    errno.EACCES: "make it writable, or write elsewhere",
-    errno.EPERM: "make it writable, or write elsewhere",
+    errno.EACCES: "give this user the right to it, or take another place",
+    errno.EPERM: "give this user the right to it, or take another place",
     errno.EIO: "look at the disk, which may be failing",
 }
 

@@ -75,6 +75,9 @@ class RunFolder:
         check_writable(self.path)
         self.resumed = self._started and not config.overwrite
         if self.resumed:
+            for path in (*self.path.glob("*.json*"), self.path / "config.yaml", *self.path.glob("eval/*.json*")):
+                if path.is_dir():
+                    raise OutputError(f"{path} is a folder, where the run has a file: move it away, and --resume")
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 self.lines(name)  # what is broken there is found before the model is loaded
 

@@ -190,14 +190,11 @@ def _listing(output: Path) -> list[str]:
     return sorted(f"{p} {p.stat().st_size if p.is_file() else ''}" for p in output.rglob("*"))
 
 
-def trials(
-    home: Home, share: float, cases: Sequence[str] = ("real", "LoRA, merged", "tract")
-) -> Iterator[tuple[str, str | None]]:
-    """Try them; gives kinds, and what was lost."""
-    for case in cases:
-        run = CutOff(home, case)
-        todo = handed_over(run) if case == "tract" else [*run.damages(), *(others(run) if case == "real" else [])]
-        count = max(1, round(len(todo) * share))
-        for damage in (todo[i * len(todo) // count] for i in range(count)):
-            where = damage.what.partition(":")[0].partition("/")[0]
-            yield f"{case}, {where}: {damage.way}", run.trial(damage)
+def trials(home: Home, case: str, share: float) -> Iterator[tuple[str, str | None]]:
+    """Try what there is to damage in a run of a case, or a share of it; gives kinds, and what was lost."""
+    run = CutOff(home, case)
+    todo = handed_over(run) if case == "tract" else [*run.damages(), *(others(run) if case == "real" else [])]
+    count = max(1, round(len(todo) * share))
+    for damage in (todo[i * len(todo) // count] for i in range(count)):
+        where = damage.what.partition(":")[0].partition("/")[0]
+        yield f"{case}, {where}: {damage.way}", run.trial(damage)

@@ -26,7 +26,9 @@ SHARES = {
     "evaluate": 1.0,
     "judge": 3.0,
     "compare": 2.0,
-    "damage": 0.5,
+    "damage of real": 0.6,
+    "damage of LoRA, merged": 0.2,
+    "damage of tract": 0.5,
 }
 
 

@@ -188,11 +188,12 @@ class Trackers:
             except Exception as error:  # each tracker has its own kinds, and none is worth the run
                 del self._active[name]
                 logger.warning(
-                    "%s failed (%s) and is left out from step %d on; metrics.jsonl has all of it, and a --resume logs "
-                    "what is missing",
+                    "%s failed (%s) and is left out from step %d on; %s has all of it, and a --resume logs what is "
+                    "missing",
                     name,
                     _said(error),
                     step,
+                    self._file.with_name("metrics.jsonl"),
                 )
             else:
                 sent[kind] = step

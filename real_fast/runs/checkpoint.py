@@ -76,7 +76,9 @@ def save_model(writer: FolderWriter, target: Path, contents: Contents) -> None:
     Raises:
         CheckpointError: The disk is full or read-only (see :meth:`FolderWriter.write`).
     """
-    writer.write(target, contents, lambda: "checkpoints are untouched")
+    writer.write(
+        target, contents, lambda: "free space or repair the disk; checkpoints are untouched: go on with --resume"
+    )
 
 
 def save(
@@ -134,14 +136,6 @@ def save(
     return target
 
 
-def _remove(checkpoint: Path) -> None:
-    """Under another name first: what a kill leaves of it is then no checkpoint, and :func:`tidy` removes it."""
-    leaving = checkpoint.with_name(f"{checkpoint.name}.removed.tmp")
-    shutil.rmtree(leaving, ignore_errors=True)
-    os.replace(checkpoint, leaving)
-    shutil.rmtree(leaving)
-
-
 def save_tensors(target: Path, tensors: Iterable[tuple[str, torch.Tensor]], world: World = ALONE) -> None:
     """Write tensors into a folder of their own, atomically, and wait for it.
 
@@ -167,7 +161,10 @@ def open_tensors(folder: Path, check: bool = True) -> TensorFiles | None:
     if not files:
         return None
     if check and (wrong := damage(folder)):
-        raise CheckpointError(f"{folder} is damaged: {wrong}")
+        raise CheckpointError(
+            f"{folder} is damaged: {wrong}: bring it back from a copy, or start over with --overwrite, which moves the "
+            "run aside"
+        )
     return TensorFiles(files)
 
 
@@ -268,6 +265,18 @@ def load(
             group["lr"] = lr
     random_state.restore(files, world)
     return state
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint; half of one has no checkpoint's name. A disk that refuses costs room, and not the run."""
+    half = old.with_name(f"{old.name}.old.tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        os.replace(old, half)
+        shutil.rmtree(half)
+    except OSError as error:
+        left = half if half.is_dir() else old
+        logger.warning("%s could not be removed (%s) and takes room: remove it yourself", left, error.strerror)
 
 
 def _read_state(path: Path) -> TrainState:

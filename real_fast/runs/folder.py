@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any
 import yaml
 
 from real_fast.config import Config, cli
-from real_fast.errors import OutputError
+from real_fast.errors import OutputError, remedy
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.lock import move_lock
 from real_fast.utils.files import free_name, replacing
-from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
+from real_fast.utils.jsonio import append_jsonl, clean, encode, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 # Any of these is a run's. config.yaml alone would not do: it can be lost.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_DIGEST = "sha256"  # the key of an evaluation's own, in its summary
 _RESULTS = ("predictions.jsonl", "report.html", "final", "summary.json")
 _FOLDERS = ("final", "adapter", "reference")  # written whole, see real_fast.runs.sealed
 
@@ -34,15 +35,19 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"output {folder} cannot be written: {remedy(error)}") from error
 
 
 def check_writable(folder: Path) -> None:
     """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.", suffix=".tmp") as probe:
-            probe.write(b"0")
+        probe = folder / f".probe.{os.getpid()}.tmp"  # if it stays, whoever claims the folder removes it
+        try:
+            probe.write_bytes(b"0")
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
 
 
 def remove_left_over(*folders: Path) -> None:
@@ -78,6 +83,9 @@ class RunFolder:
         check_writable(self.path)
         self.resumed = self._started and not config.overwrite
         if self.resumed:
+            for path in (*self.path.glob("*.json*"), self.path / "config.yaml", *self.path.glob("eval/*.json*")):
+                if path.is_dir():
+                    raise OutputError(f"{path} is a folder, where the run has a file: move it away, and --resume")
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 self.lines(name)  # what is broken there is found before the model is loaded
 
@@ -227,6 +235,8 @@ class RunFolder:
             return None
         try:
             summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if (want := summary.pop(_DIGEST, None)) and want != self._digest(name, summary):
+                raise ValueError(f"it or {name}.predictions.jsonl is not as it was written")
             count = len(self.predictions(name))
             if count != summary["n"]:
                 raise ValueError(f"{count} predictions of {summary['n']}")
@@ -243,7 +253,12 @@ class RunFolder:
         """Write an evaluation; the summary comes last and marks it complete."""
         (self.path / "eval").mkdir(exist_ok=True)
         write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
-        write_json(self.path / "eval" / f"{name}.json", summary)
+        write_json(self.path / "eval" / f"{name}.json", {**summary, _DIGEST: self._digest(name, summary)})
+
+    def _digest(self, name: str, summary: dict[str, Any]) -> str:
+        """SHA-256 of an evaluation, of which either file may be damaged: its summary's values and its predictions."""
+        predictions = (self.path / "eval" / f"{name}.predictions.jsonl").read_bytes()
+        return hashlib.sha256(encode(summary) + predictions).hexdigest()
 
 
 def move_aside(folder: Path) -> None:

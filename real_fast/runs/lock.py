@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from real_fast.distributed.world import ALONE, World
-from real_fast.errors import OutputError
+from real_fast.errors import OutputError, remedy
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -62,15 +62,20 @@ def _held(folder: Path, share: bool) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"output {folder} cannot be written: {remedy(error)}") from error
     _held_files.add(file)
     try:
         yield
     finally:
         # Of this folder as it is now: it may have been moved aside, and its lock taken along (see move_lock). Not in a
         # forked process, which has no part in it.
-        if file in _held_files and _is(file, folder / LOCK):
-            (folder / LOCK).unlink(missing_ok=True)
+        try:
+            if file in _held_files and _is(file, folder / LOCK):
+                (folder / LOCK).unlink(missing_ok=True)
+        except OSError as error:  # a file that nobody has locked is no lock
+            logger.warning(
+                "%s could not be removed (%s), and is in nobody's way: remove it", folder / LOCK, error.strerror
+            )
         _held_files.discard(file)
         file.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from real_fast.utils.files import replacing
+from real_fast.utils.files import named, replacing
 
 
 def clean(obj: Any) -> Any:
@@ -48,7 +48,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Add one line to the end of a file, made if it is not there. Raises as :func:`write_json` does."""
     data = encode(obj)
-    with Path(path).open("ab") as file:
+    with named(path), Path(path).open("ab") as file:
         file.write(data)
 
 

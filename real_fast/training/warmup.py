@@ -86,7 +86,9 @@ def warm_up(
                 loss, score_loss = map(sum, zip(*updater.world.gather((loss, score_loss)), strict=True))
                 lr = float(decay.get_last_lr()[0])
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
-                decay.step()
+                if stepped:
+                    decay.step()
+                    updater.spikes.see(norm)
                 updater.idle.step(stepped)
             log(
                 {

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from real_fast.errors import RolloutServerError
-from real_fast.rollout import adapter_folder, vllm_client, vllm_server, vllm_transfer
+from real_fast.rollout import adapter_folder, vllm_client, vllm_transfer
 from real_fast.rollout.vllm_server import VllmServerEngine
 from real_fast.rollout.vllm_transfer import SharedMemory, buckets, tensors_in, transfer_of
 from real_fast.score.scale import ScoreScale
@@ -175,7 +175,7 @@ def engine_of(
 def engine(engine_of: Callable[..., VllmServerEngine], tensors: dict[str, torch.Tensor]) -> VllmServerEngine:
     """With its weights at the server."""
     one = engine_of()
-    one._vocabulary = 49152  # the fake writes with all of SmolLM2's tokens
+    one.vocabulary = 49152  # the fake writes with all of SmolLM2's tokens
     one.sync(tensors.items())
     return one
 
@@ -399,7 +399,7 @@ def test_a_server_that_hangs_is_said(
     engine: VllmServerEngine, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
-    monkeypatch.setattr(vllm_server, "_GENERATE", 0.2)
+    monkeypatch.setattr(engine, "_timeout", 0.2)
     fake.answers["inference_v1_generate"] = lambda body: (free.wait(20), fake.inference_v1_generate(body))[1]
     with pytest.raises(RolloutServerError, match=r"did not answer /inference/v1/generate within 0\.2 seconds"):
         engine.generate(PROMPTS, SAMPLING)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from real_fast.errors import EngineError, UserError
-from real_fast.rollout.engine import RolloutEngine
+from real_fast.rollout.engine import RolloutEngine, publish
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 
@@ -46,18 +47,37 @@ def sample(
     except UserError:
         raise
     except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
-        logger.debug("the rollout engine failed", exc_info=error)
-        said = " ".join(str(error).split())[:_LONGEST]
-        raise EngineError(
-            f"the rollout engine {engine.name} failed while it sampled for {len(prompts)} rows, {names[0]!r} to "
-            f"{names[-1]!r} ({type(error).__name__}: {said or 'no reason given'}; --log_level debug shows where)"
-        ) from error
+        what = f"while it sampled for {len(prompts)} rows, {names[0]!r} to {names[-1]!r}"
+        raise EngineError(f"the rollout engine {engine.name} failed {what} {_said(error)}") from error
     try:
         check(found, engine, len(prompts), sampling, scale, names, scored)
     except EngineError as error:
         error.on_all_ranks = True  # which all have these rollouts
         raise
     return found
+
+
+def give_weights(engine: RolloutEngine, model: Any) -> None:
+    """Hand the trainer's weights to an engine; all ranks call this.
+
+    Raises:
+        EngineError: The engine failed, in whatever way.
+        UserError: As :func:`sample`.
+    """
+    try:
+        publish(engine, model)
+    except UserError:
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"the rollout engine {engine.name} failed while it took the trainer's weights over {_said(error)}"
+        ) from error
+
+
+def _said(error: Exception) -> str:
+    logger.debug("the rollout engine failed", exc_info=error)
+    text = " ".join(str(error).split())[:_LONGEST]
+    return f"({type(error).__name__}: {text or 'no reason given'}; --log_level debug shows where)"
 
 
 def check(
@@ -87,6 +107,21 @@ def check(
     Raises:
         EngineError: Names the row, the rollout and what is wrong.
     """
+    try:
+        _check(found, engine, prompts, sampling, scale, names, scored)
+    except (TypeError, AttributeError) as error:  # None in the place of a list, say
+        raise EngineError(f"the rollout engine {engine.name} gave no lists of rollouts: {error}") from error
+
+
+def _check(
+    found: Sequence[Sequence[Rollout]],
+    engine: RolloutEngine,
+    prompts: int,
+    sampling: SamplingParams,
+    scale: ScoreScale,
+    names: Sequence[str],
+    scored: bool,
+) -> None:
     if len(found) != prompts:
         raise EngineError(f"the rollout engine {engine.name} gave rollouts of {len(found)} prompts, and got {prompts}")
     for place, group in enumerate(found):
@@ -139,8 +174,13 @@ def _scores(r: Rollout, sampling: SamplingParams, scale: ScoreScale, scored: boo
         return f"{len(r.score_logprobs)} score log-probabilities, and the scale has {len(scale.values)} scores"
     if any(math.isnan(x) for x in r.score_logprobs):
         return "the score log-probabilities are NaN" if scored else ""
-    if max(r.score_logprobs) > _ROUNDING:
-        return f"a score's log-probability is {max(r.score_logprobs):.4g}, and none is above 0"
-    if (total := sum(map(math.exp, r.score_logprobs))) > 1 + _ROUNDING:
+    return no_distribution(r.score_logprobs)
+
+
+def no_distribution(logprobs: Sequence[float]) -> str:
+    """Why log-probabilities of some tokens of a vocabulary, which are not NaN, cannot be that; or ""."""
+    if max(logprobs) > _ROUNDING:
+        return f"a score's log-probability is {max(logprobs):.4g}, and none is above 0"
+    if (total := sum(map(math.exp, logprobs))) > 1 + _ROUNDING:
         return f"the scores' probabilities add up to {total:.4g}"
     return ""

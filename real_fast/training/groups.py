@@ -14,7 +14,8 @@ from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.model.policy import Policy
 from real_fast.rollout.agreement import EngineGap
-from real_fast.rollout.engine import RolloutEngine, publish
+from real_fast.rollout.checked import give_weights
+from real_fast.rollout.engine import RolloutEngine
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.ahead import Ahead
 from real_fast.training.peak_memory import PeakMemory
@@ -182,7 +183,7 @@ class GroupSource:
         """Wake the engine and hand it the weights, if it does not have them."""
         if self.stale:
             with self.timer("sync"):
-                publish(self.engine, policy.model)
+                give_weights(self.engine, policy.model)
             self.wakes += self.asleep
             self.stale = self.asleep = False
 

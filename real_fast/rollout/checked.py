@@ -43,7 +43,9 @@ def sample(
     try:
         found = engine.generate(prompts, sampling)
     except EngineError as error:
-        raise error if error.place is None else EngineError(f"row {names[error.place]!r}: {error}") from error
+        if error.place is None:
+            raise
+        raise EngineError(f"row {names[error.place]!r}: {error}") from error
     except UserError:
         raise
     except Exception as error:  # engines raise a dozen unrelated kinds, memory among them

@@ -24,14 +24,16 @@ class Spikes:
         self._norms: deque[float] = deque(maxlen=_KNOWN)
 
     def see(self, norm: float) -> None:
-        """A step was taken on a gradient of this norm, before clipping."""
+        """A step was taken on a gradient of this norm, before clipping; 0 (all rewards were alike) tells nothing."""
+        if norm == 0:
+            return
         if len(self._norms) >= _FEWEST and norm > _TIMES * (usual := median(self._norms)):
             done = f"it was clipped to {self.max_grad_norm:g}" if self.max_grad_norm else "and it was not clipped"
             logger.warning(
                 "the gradient's norm is %.3g, %.3g times its median over the last %d steps; %s (optim.max_grad_norm). "
                 "Where this comes again and again, lower optim.lr, and look at the step's rollouts",
                 norm,
-                norm / usual if usual else float("inf"),
+                norm / usual,
                 len(self._norms),
                 done,
             )

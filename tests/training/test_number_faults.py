@@ -78,7 +78,7 @@ def test_a_first_step_that_is_skipped_makes_no_moments():
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_an_exploding_gradient_is_clipped_and_said(clip, caplog):
     spikes = Spikes(clip)
-    for norm in (2.0, 1.0, 3.0, 2.5, 900.0, 2.0):
+    for norm in (0.0, 2.0, 1.0, 3.0, 0.0, 2.5, 900.0, 2.0):
         spikes.see(norm)
     assert not caplog.records
     spikes.see(2e6)

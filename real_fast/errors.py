@@ -10,6 +10,9 @@ from collections.abc import Callable
 from real_fast.utils.interrupt import second_signal_ends
 from real_fast.utils.unread import nobody_reads
 
+ON_ALL_RANKS = "(every rank of the run stops here)"
+"""A note on an error that one rank met, and that all of them raise at this point, each in its way."""
+
 
 class UserError(Exception):
     """What a user can mend: a wrong setting, file or model. The message names it and says what to do."""
@@ -62,6 +65,19 @@ class EngineMismatchError(UserError, RuntimeError):
     """Engine and trainer disagree by more than the settings allow. The message has the numbers and the usual causes."""
 
     on_all_ranks = True
+
+
+class EngineError(UserError, RuntimeError):
+    """A rollout engine that failed, or that gave what cannot be samples of what it got.
+
+    Args:
+        message: What is wrong, and with which row.
+        place: Of the prompt among those that the engine got, where the message does not name its row.
+    """
+
+    def __init__(self, message: str, place: int | None = None) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 class RolloutServerError(UserError, RuntimeError):
@@ -130,6 +146,16 @@ def _for_people(error: Exception) -> str:
     if isinstance(error, UserError) or not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return str(error)
     return f"{error.filename}: {remedy(error)}" if error.filename else f"a file cannot be written: {remedy(error)}"
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether all ranks of a run raise at the point where this error comes from, so that they can still act together.
+
+    One that an error was made of counts too.
+    """
+    if getattr(error, "on_all_ranks", False) or ON_ALL_RANKS in getattr(error, "__notes__", ()):
+        return True
+    return error.__cause__ is not None and raised_by_all(error.__cause__)
 
 
 def run_command(

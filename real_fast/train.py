@@ -139,7 +139,7 @@ class Trainer:
                 if iteration == 0 and self.method.uses_rollouts:
                     gap = metrics.compare_engine()
                     if compare and metrics.finite:
-                        gap.raise_if_above(self.config.rollout, self.state.step, self.groups.engine.dtype)
+                        self.groups.check(gap, self.config.rollout, self.state.step)
             self.updater.step()  # clip, skip what is not finite, optimiser, schedule
 
     def evaluate(self, name: str) -> None:
@@ -188,7 +188,7 @@ def train(config: Config, world: World = ALONE) -> bool:
 def work(config: Config) -> int:
     """What the command does. Returns the exit status: 130 for a run that was stopped."""
     config = smaller(config) if config.debug else config
-    with joined(config.train.device, config.train.replicas) as world:
+    with joined(config.train.device, config.train.replicas, config.rollout.timeout) as world:
         log.set_up(config.log_level, world.is_main)  # smaller's, which shows more
         return 0 if train(config, world) else 130
 

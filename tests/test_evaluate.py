@@ -34,7 +34,7 @@ def rollout(
 class ScriptedEngine:
     """Hands out prepared rollouts by the prompt's first token, and remembers how it was called."""
 
-    name = "scripted"
+    name, vocabulary = "scripted", 100
     dtype = torch.float32
 
     def __init__(self, answers: list[list[Rollout]]) -> None:

@@ -113,6 +113,9 @@ class RolloutConfig:
         sleep: Whether vLLM gives its memory back while the trainer updates, and takes it again for the rollouts: "auto"
             where it can (on a GPU), "always" or "never".
         max_num_seqs: Sequences decoded at a time.
+        timeout: Seconds that a request to a rollout server may take, waiting for room included, and that a rank waits
+            for what others sample. Three hours, since it is there for a server that hangs: one that died or that
+            cannot be reached is found out in seconds to minutes.
         tensor_parallel: Under torchrun, let so many consecutive ranks hold one vLLM together, for a model that does not
             fit one GPU beside the trainer; 1 is an engine on every rank.
         ahead: 1 samples the rollouts of the next update while the present one trains, from weights one update older;
@@ -135,6 +138,7 @@ class RolloutConfig:
     gpu_memory_utilization: float | Literal["auto"] = above(0, "auto", at_most=1, resume="free")
     sleep: Literal["auto", "always", "never"] = field(default="auto", metadata=FREE)
     max_num_seqs: int = above(0, 256, resume="free")
+    timeout: float = above(0, 10800.0, resume="free")
     tensor_parallel: int = above(0, 1, resume="free")
     ahead: Literal[0, 1] = 0
     log_every: int = at_least(0, 10, resume="free")

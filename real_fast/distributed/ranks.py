@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from real_fast.distributed.launch import launched
 from real_fast.distributed.world import ALONE, Purpose, World
-from real_fast.errors import ConfigError, ElsewhereError, UserError
+from real_fast.errors import ON_ALL_RANKS, ConfigError, ElsewhereError, UserError
 
 T = TypeVar("T")
 
-# A rank waits for the slowest of an update's rollouts, or of an evaluation's.
-_PATIENCE = timedelta(hours=1)
+# A rank waits for the slowest of an update's rollouts, or of an evaluation's: longer than an engine's own time-out.
+_PATIENCE, _MARGIN = timedelta(hours=3), timedelta(minutes=10)
 # Within an update, nobody waits long unless a rank is gone.
 _STUCK = timedelta(minutes=15)
 
@@ -34,15 +34,16 @@ class Ranks:
     Args:
         device: Where this process computes.
         replicas: Of the sharded model (HSDP): each is spread over size / replicas consecutive ranks.
+        patience: How long a rank waits for another outside of an update.
     """
 
-    def __init__(self, device: torch.device, replicas: int = 1) -> None:
+    def __init__(self, device: torch.device, replicas: int = 1, patience: timedelta = _PATIENCE) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.here = int(os.environ["LOCAL_WORLD_SIZE"])
         self.device = device
-        self._control = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._control = dist.new_group(backend="gloo", timeout=patience)
         # Made now, since whoever asks for one may be alone: another rank may have failed just before.
-        self._beside = {p: dist.new_group(backend="gloo", timeout=_PATIENCE) for p in get_args(Purpose)}
+        self._beside = {p: dist.new_group(backend="gloo", timeout=patience) for p in get_args(Purpose)}
         self.mesh = mesh_of(device.type, self.size, replicas)
 
     @property
@@ -86,6 +87,7 @@ class Ranks:
         said = self.gather(None if raised is None else _said(raised))
         failed = [rank for rank, one in enumerate(said) if one]
         if raised is not None and self.rank == failed[0]:
+            raised.add_note(ON_ALL_RANKS)
             raise raised
         if failed:
             raise ElsewhereError(f"rank {failed[0]} failed: {said[failed[0]]}") from raised
@@ -124,7 +126,7 @@ def _said(error: Exception) -> str:
 
 
 @contextmanager
-def joined(device: str, replicas: int = 1) -> Iterator[World]:
+def joined(device: str, replicas: int = 1, timeout: float = _PATIENCE.total_seconds()) -> Iterator[World]:
     """The world of a command: alone, or the ranks of the torchrun that started it; their group ends with the ``with``.
 
     Where torch.distributed has been set up already, that group is taken, and left as it is.
@@ -132,6 +134,7 @@ def joined(device: str, replicas: int = 1) -> Iterator[World]:
     Args:
         device: ``train.device``.
         replicas: ``train.replicas``.
+        timeout: ``rollout.timeout``.
 
     Raises:
         ConfigError: A launch that cannot work.
@@ -144,7 +147,7 @@ def joined(device: str, replicas: int = 1) -> Iterator[World]:
     if own:
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=_STUCK)
-    yield Ranks(place, replicas)
+    yield Ranks(place, replicas, timedelta(seconds=timeout) + _MARGIN)
     if own:  # not behind an error, where others may never come to their end
         dist.destroy_process_group()
 

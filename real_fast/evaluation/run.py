@@ -12,6 +12,7 @@ from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.data.rows import row_key
 from real_fast.evaluation.benchmarks import EvalResult, together
 from real_fast.evaluation.metrics import calibration, summarize
+from real_fast.rollout.checked import sample
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.protocol import ProtocolName, probabilities, read, sampling
 from real_fast.score.scale import ScoreScale
@@ -75,7 +76,9 @@ def evaluate(
     for name in names:
         some = [row for row in rows if row.benchmark == name]
         start = time.perf_counter()
-        rollouts = _sample(engine, some, config.n, lambda at: sampling(config, rollout, call_seed(seed, at)), progress)
+        rollouts = _sample(
+            engine, some, config.n, scale, lambda at: sampling(config, rollout, call_seed(seed, at)), progress
+        )
         seconds = time.perf_counter() - start
         predictions = [
             _predict(row, group, scale, config.protocol, renormalize) for row, group in zip(some, rollouts, strict=True)
@@ -93,6 +96,7 @@ def _sample(
     engine: RolloutEngine,
     rows: Sequence[JudgeRow],
     n: int,
+    scale: ScoreScale,
     params: Callable[[int], SamplingParams],
     progress: Callable[[int], object] | None,
 ) -> list[list[Rollout]]:
@@ -101,7 +105,8 @@ def _sample(
     step = max(1, _SEQUENCES_PER_CALL // n)
     for at in range(0, len(rows), step):
         some = rows[at : at + step]
-        rollouts.extend(engine.generate([row.prompt_ids for row in some], params(at)))
+        prompts, names = [row.prompt_ids for row in some], [row.id for row in some]
+        rollouts.extend(sample(engine, prompts, params(at), scale, names, scored=False))
         if progress is not None:
             progress(len(some))
     return rollouts

@@ -22,6 +22,7 @@ from real_fast.judging.waiting import CLOSED, Waiting
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
+from real_fast.rollout.checked import check
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.make import load_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -281,7 +282,9 @@ class Judge(PrometheusNames):
     ) -> list[list[Rollout] | str]:
         """Rollouts of every prompt, or what went wrong with it; a batch that fails is halved until that is known."""
         try:
-            return list(engine.generate(prompts, params))
+            found = list(engine.generate(prompts, params))
+            check(found, engine, len(prompts), params, self.scale, scored=False)
+            return [*found]
         except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
             if len(prompts) == 1:
                 # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.

@@ -15,6 +15,7 @@ from real_fast.judging.grade import Grade, verdict
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
+from real_fast.rollout.checked import no_distribution
 from real_fast.score.scale import ScoreScale
 from real_fast.score.verdict import phrases_outside, thought_left_open, written_behind
 from real_fast.types import JudgeTexts, Rollout
@@ -94,7 +95,7 @@ class ServedJudge:
                 or as the JSON that it came as. Of several choices, score distributions are averaged.
 
         Raises:
-            GradeError: The answer holds no log-probabilities, or is not one of the two.
+            GradeError: The answer holds no log-probabilities, or ones that cannot be, or is not one of the two.
         """
         answer = completion.model_dump() if hasattr(completion, "model_dump") else completion
         try:
@@ -107,6 +108,10 @@ class ServedJudge:
         if not tokens:
             raise GradeError("the completion has no choices")
         rollouts = [self._rollout(one) for one in tokens]
+        for rollout in rollouts:
+            known = [x for x in rollout.score_logprobs or () if x is not None]
+            if known and (wrong := no_distribution(known)):
+                raise GradeError(f"the completion's log-probabilities are none: {wrong}")
         return verdict(rollouts, self.scale, "real", self.config.objective.renormalize)
 
     def _rollout(self, tokens: list[tuple[str, dict[str, float]]]) -> Rollout:

@@ -26,6 +26,7 @@ from real_fast.model.lora import is_adapted
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefAdapters, RefPolicy
 from real_fast.prompt.guard import EncodeFeedback
+from real_fast.rollout.checked import sample
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group, JudgeRow, SamplingParams
@@ -145,7 +146,7 @@ class PolicyGradient(Method):
             seed=step_seed(self.config.seed, step),
             scores=compare or self.reads_engine_scores,
         )
-        rollouts = engine.generate([row.prompt_ids for row in rows], params)
+        rollouts = sample(engine, [row.prompt_ids for row in rows], params, self.scale, [row.id for row in rows])
         return [
             Group(n, row.prompt_ids, row.label, r, row_id=row.id)
             for n, (row, r) in enumerate(zip(rows, rollouts, strict=True))

@@ -22,6 +22,7 @@ from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
 from real_fast.model.folder import check_as_written
 from real_fast.model.judge_settings import trained_settings
+from real_fast.rollout.checked import sample
 from real_fast.runs import logged
 from real_fast.runs.folder import move_aside
 from real_fast.runs.progress import progress_bar
@@ -146,7 +147,7 @@ def sample_feedback(stage: Trained, config: Config) -> list[list[Rollout]]:
                 seed=step_seed(config.seed, at),
                 scores=False,
             )
-            rollouts += stage.engine.generate([row.prompt_ids for row in some], params)
+            rollouts += sample(stage.engine, [r.prompt_ids for r in some], params, stage.scale, [r.id for r in some])
             bar.update(len(some))
     return rollouts
 

@@ -20,6 +20,7 @@ class RolloutEngine(Protocol):
         name: For logs and reports.
         dtype: What the body of its model computes in.
         takes: Dtype that it keeps weights in: no more of the trainer's digits than that are sent to it.
+        vocabulary: Rows of its model's embedding; no token id is above.
         held_bytes: Memory that it keeps while it is awake, weights that are not the trainer's and cache.
         beside_training: Whether it may sample, in a thread of its own, while the trainer changes its weights: its own
             weights are then those of the last sync.
@@ -28,6 +29,7 @@ class RolloutEngine(Protocol):
     name: str
     dtype: torch.dtype
     takes: torch.dtype
+    vocabulary: int
     beside_training: bool
 
     @property

@@ -242,6 +242,7 @@ def _server(config: Config, tokenizer: Any, scale: ScoreScale, model_path: Path,
         max_model_len=longest_sequence(config, model_config, scale),
         device=pick_device(config.train.device),
         top_p=config.rollout.top_p,
+        timeout=config.rollout.timeout,
         trust_remote_code=config.trust_remote_code,
     )
 

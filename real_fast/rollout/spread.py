@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,21 @@ from real_fast.distributed.world import World
 from real_fast.model.lora import merged_tensors
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.types import Rollout, SamplingParams
+
+
+@contextmanager
+def _together(
+    world: World, named_tensors: Iterable[tuple[str, torch.Tensor]], telling: bool = True
+) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """A sync by all ranks: one whose engine fails still takes its part in making the rest whole, and then tells."""
+    tensors = iter(named_tensors)
+    # Ranks of one engine wait for each other within it, so an error there cannot wait to be told.
+    with world.together() if telling else nullcontext():
+        try:
+            yield tensors
+        finally:
+            for _ in tensors if telling else ():
+                pass
 
 
 class SpreadEngine:
@@ -31,6 +46,7 @@ class SpreadEngine:
     def __init__(self, engine: RolloutEngine, world: World, together: int = 1) -> None:
         self.engine, self.world, self.together = engine, world.beside("sampling"), together
         self.name, self.dtype, self.takes = engine.name, engine.dtype, engine.takes
+        self.vocabulary = engine.vocabulary
         self.beside_training = engine.beside_training
 
     @property
@@ -54,7 +70,8 @@ class SpreadEngine:
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand the weights, which are whole on every rank, to each engine."""
-        self.engine.sync(named_tensors)
+        with _together(self.world, named_tensors, self.together == 1) as tensors:
+            self.engine.sync(tensors)
 
     def sync_adapters(self, model: Any) -> None:
         """Hand the adapters, which every rank has, to each engine."""
@@ -85,6 +102,7 @@ class MainEngine:
     def __init__(self, engine: RolloutEngine | None, world: World, name: str, dtype: torch.dtype) -> None:
         self.engine, self.world, self.name = engine, world.beside("sampling"), name
         self.dtype = self.takes = dtype
+        self.vocabulary: int = self.world.main(engine.vocabulary if engine is not None else 0)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[list[Rollout]]:
         """Sample for every prompt; every rank gets all rollouts."""
@@ -96,11 +114,9 @@ class MainEngine:
 
     def sync(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Hand over the weights, which all ranks make whole together."""
-        if self.engine is not None:
-            self.engine.sync(named_tensors)
-        else:
-            for _ in named_tensors:
-                pass
+        with _together(self.world, named_tensors) as tensors:
+            if self.engine is not None:
+                self.engine.sync(tensors)
 
     def sync_adapters(self, model: Any) -> None:
         """Hand over the weights that a model's adapters make."""

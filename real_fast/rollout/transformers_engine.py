@@ -92,7 +92,7 @@ class TransformersEngine:
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         # A token spells a byte or more: the newest phrase and what was sampled behind it lie within this many tokens.
         self._window = len(self.finder.phrase.encode()) + len(scale.tail_ids) + 8
 
@@ -106,7 +106,7 @@ class TransformersEngine:
             ValueError: An empty prompt, or one too long for the model's positions; before any work.
             FloatingPointError: The model's logits are not finite.
         """
-        check_prompts(prompts, sampling, self.scale, self._limit, self._vocabulary)
+        check_prompts(prompts, sampling, self.scale, self._limit, self.vocabulary)
         at_once = min(sampling.n, self.max_num_seqs)
         size = self.max_num_seqs // at_once
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -14,9 +16,13 @@ from urllib.parse import urlsplit
 
 from real_fast.errors import RolloutServerError
 
+logger = logging.getLogger(__name__)
+
 HOW_TO_START = "start one with `real-fast serve --config FILE`, the run's own, and wait until its /health answers"
 _CONNECT = 20.0  # seconds for the connection itself
-_PAUSES = (0.5, 2.0)  # seconds before a request without consequences is sent again
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before a request without consequences is sent again
+_PASSING = (429, 500, 502, 503, 504)  # what servers, and proxies in front of them, answer with while they are busy
+_SAID = 5.0  # seconds in which one line tells of all requests that are sent again
 
 
 class ServerClient:
@@ -34,6 +40,7 @@ class ServerClient:
         self._prefix = parts.path
         self._open: set[Any] = set()
         self._lock = threading.Lock()
+        self._said = -_SAID
 
     def get(self, path: str, timeout: float = 30.0) -> Any:
         """What the server says at `path`. Raises :class:`RolloutServerError`."""
@@ -74,13 +81,24 @@ class ServerClient:
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
     def _repeated(self, method: str, path: str, body: Any, timeout: float, stopped: threading.Event) -> Any:
-        for pause in _PAUSES:
+        for number, pause in enumerate(_PAUSES, start=1):
             try:
                 return self._answer(method, path, body, timeout)
             except RolloutServerError as error:
-                if not isinstance(error.__cause__, ConnectionError) or stopped.wait(pause):
+                if not _may_pass(error) or stopped.is_set():
+                    raise
+                self._say(f"{error}; sent again in {pause:g} s (try {number} of {len(_PAUSES)})")
+                if stopped.wait(pause):
                     raise
         return self._answer(method, path, body, timeout)
+
+    def _say(self, text: str) -> None:
+        with self._lock:
+            last, now = self._said, time.monotonic()
+            quiet = now - last < _SAID
+            self._said = last if quiet else now
+        if not quiet:
+            logger.warning("%s", text)
 
     def _answer(self, method: str, path: str, body: Any, timeout: float) -> Any:
         connection = self._make(self.host, self.port, timeout=_CONNECT)
@@ -98,8 +116,8 @@ class ServerClient:
             status, raw = response.status, response.read()
         except TimeoutError as error:
             raise RolloutServerError(
-                f"the rollout server {self.url} did not answer {path} within {timeout:g} seconds: see whether it still "
-                "works (its log), and start it anew if it does not; then go on with --resume"
+                f"the rollout server {self.url} did not answer {path} within {timeout:g} seconds (rollout.timeout): "
+                "see whether it still works (its log), and start it anew if it does not; then go on with --resume"
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise RolloutServerError(
@@ -131,6 +149,13 @@ class ServerClient:
             said = raw.decode(errors="replace")
         text = " ".join(str(said).split())[:400]
         return f"the rollout server {self.url} answered {path} with {status}: {text or 'no reason given'}"
+
+
+def _may_pass(error: RolloutServerError) -> bool:
+    """Whether the same request may be answered in a moment: no time-out, which has taken its time, and no refusal."""
+    if error.status:
+        return error.status in _PASSING
+    return not isinstance(error.__cause__, TimeoutError)
 
 
 def _patient(sock: socket.socket, timeout: float) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from real_fast.model.folder import weight_names
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
+from real_fast.rollout.completions import completions
 from real_fast.score.phrase import PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
@@ -81,7 +82,7 @@ class VllmSampling(ABC):
         self.max_model_len = max_model_len
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, generation or config.get_text_config())
-        self._vocabulary = int(config.get_text_config().vocab_size)
+        self.vocabulary = int(config.get_text_config().vocab_size)
         # Raw ones are the model's, before temperature and top_p; processed ones come after both.
         self._processed = top_p >= 1
 
@@ -103,10 +104,11 @@ class VllmSampling(ABC):
         nobody reads them, they are not asked for.
 
         Raises:
+            EngineError: vLLM gave what cannot be samples of the prompts.
             ValueError: An empty or too long prompt, or a temperature and top_p of which vLLM cannot report the sampled
                 tokens' log-probabilities (top_p below 1 with a temperature other than 0 and 1); before any work.
         """
-        check_prompts(prompts, sampling, self.scale, self.max_model_len, self._vocabulary)
+        check_prompts(prompts, sampling, self.scale, self.max_model_len, self.vocabulary)
         self._check_sampling(sampling)
         # Processed log-probabilities at another temperature are right for the sampled token and wrong for the score;
         # an answer that is cut has its score elsewhere.
@@ -123,8 +125,9 @@ class VllmSampling(ABC):
             scores.append(self._score(*sample.steps[at]) if at is not None and same_pass else None)
         contexts = [[*prompts[samples[i].place], *parsed[i].context_ids] for i in later]
         params = [self._params(True, temperature=0.0, max_tokens=1) for _ in later]
-        for i, output in zip(later, self._run(contexts, params), strict=True):
-            flat = output.outputs[0].logprobs
+        places = [sampling.place(samples[i].place) for i in later]
+        for i, [answer] in zip(later, self._answers(contexts, params, 1, [1] * len(later), places), strict=True):
+            flat = answer.logprobs
             scores[i] = self._score(flat, flat.start_indices[0], flat.end_indices[0])
         results: list[list[Rollout]] = [[] for _ in prompts]
         for s, p, score in zip(samples, parsed, scores, strict=True):
@@ -142,27 +145,36 @@ class VllmSampling(ABC):
         """
         verdict = [self.scale.phrase.lstrip() + text for text in self.scale.texts]
         samples: list[_Sample] = []
+        n = sampling.n if sampling.temperature > 0 else 1
         params, thoughts = [], [self.finder.thought(prompt) for prompt in prompts]
         for place, thought in enumerate(thoughts):
-            n = sampling.n if sampling.temperature > 0 else 1
             seed = random_stream(sampling.seed, sampling.place(place)).getrandbits(62)  # sample i gets seed + i
             stop = [thought] if thought else verdict
             params.append(self._sampling_params(sampling, score_tokens, sampling.max_tokens, seed, stop, n))
-        for place, output in enumerate(self._run(prompts, params)):
-            for completion in sorted(output.outputs, key=lambda c: c.index):
+        places = [sampling.place(place) for place in range(len(prompts))]
+        answers = self._answers(prompts, params, n, [sampling.max_tokens] * len(prompts), places)
+        for place, answer in enumerate(answers):
+            for completion in answer:
                 samples.append(_Sample(place, completion.index, thoughts[place]).add(completion))
         while going := [s for s in samples if self._goes_on(s, sampling)]:
-            params = []
+            params, most = [], []
             for s in going:
                 seed = random_stream(sampling.seed, sampling.place(s.place), s.index, len(s.ids)).getrandbits(62)
                 wait = self.finder.waits_for(s.ids, s.thought)
                 left = 1 if wait == "number" else sampling.max_tokens - len(s.ids)
                 stop = {"number": [], "": verdict}.get(wait, [wait])
                 params.append(self._sampling_params(sampling, score_tokens, left, seed, stop))
-            outputs = self._run([[*prompts[s.place], *s.ids] for s in going], params)
-            for s, output in zip(going, outputs, strict=True):
-                s.add(output.outputs[0])
+                most.append(left)
+            places, contexts = [sampling.place(s.place) for s in going], [[*prompts[s.place], *s.ids] for s in going]
+            for s, [answer] in zip(going, self._answers(contexts, params, 1, most, places), strict=True):
+                s.add(answer)
         return samples
+
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], params: list[Any], n: int, most: list[int], places: list[int]
+    ) -> list[list[Any]]:
+        """Run requests for `n` samples of at most `most` tokens, and look at what comes back."""
+        return completions(self._run(prompts, params), prompts, n, most, places, self.vocabulary)
 
     def _goes_on(self, s: _Sample, sampling: SamplingParams) -> bool:
         """Whether vLLM stopped at a string that is no settled verdict."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from real_fast.config import RolloutConfig
 from real_fast.errors import RolloutServerError
 from real_fast.model.lora import merged_tensors
 from real_fast.rollout.vllm_client import HOW_TO_START, ServerClient
@@ -24,7 +25,6 @@ from real_fast.types import Rollout, SamplingParams
 logger = logging.getLogger(__name__)
 
 _UNTOUCHED = "default"  # vLLM's label of the weights that a server started with
-_GENERATE = 3600.0  # seconds: requests wait at the server until it has room for them
 _AT_A_TIME = 256  # requests under way
 
 
@@ -65,6 +65,7 @@ class VllmServerEngine(VllmSampling):
         max_model_len: Longest sequence, which the server must allow.
         device: The trainer's.
         top_p: The smallest that will be sampled with.
+        timeout: Seconds that a request may take, waiting for room at the server included.
         trust_remote_code: Run Python code that comes with the model.
 
     Raises:
@@ -88,6 +89,7 @@ class VllmServerEngine(VllmSampling):
         max_model_len: int,
         device: torch.device,
         top_p: float = 1.0,
+        timeout: float = RolloutConfig.timeout,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(
@@ -99,7 +101,7 @@ class VllmServerEngine(VllmSampling):
             top_p=top_p,
             trust_remote_code=trust_remote_code,
         )
-        self._client = ServerClient(url)
+        self._client, self._timeout = ServerClient(url), timeout
         self._run_name, self._syncs = f"real-fast-{secrets.token_hex(4)}", 0
         self._label = ""  # of the weights that the server must have; none before the first sync
         state = self._state()
@@ -193,7 +195,7 @@ class VllmServerEngine(VllmSampling):
         # Those with a common beginning one after the other, as in one process.
         order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
         bodies = [{"token_ids": list(prompts[i]), "sampling_params": params[i]} for i in order]
-        answers = self._client.post_all("/inference/v1/generate", bodies, _AT_A_TIME, _GENERATE)
+        answers = self._client.post_all("/inference/v1/generate", bodies, _AT_A_TIME, self._timeout)
         outputs: list[Any] = [None] * len(prompts)
         for i, answer in zip(order, answers, strict=True):
             outputs[i] = self._read(answer, int(params[i].get("n", 1)))

@@ -250,7 +250,8 @@ def load(
             f"checkpoint {path} has another optimiser's state ({error}): resume with the optim.name that it was made "
             "with, or start over from its weights with --init_from"
         ) from error
-    if missing and state.scheduler["last_epoch"] > state.skipped_steps:  # both count optimiser steps
+    # Both count optimiser steps; the schedule had those that were skipped, too, in earlier versions.
+    if missing and state.scheduler["last_epoch"] not in (0, state.skipped_steps):
         raise CheckpointError(f"checkpoint {path} has no optimiser state for {missing[0]}: it belongs to another model")
     # The place in the schedule comes from the checkpoint, the schedule from the settings, which may have changed.
     scheduler.last_epoch = state.scheduler["last_epoch"]

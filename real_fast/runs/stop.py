@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 class Stopped(Exception):
     """The run was asked to stop where there is nothing to finish first."""
 
+    on_all_ranks = True
+
 
 class StopSignal:
     """First Ctrl-C (or SIGTERM): finish the step, write a checkpoint, stop. Second: stop at once.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 
+from real_fast.config import RolloutConfig
 from real_fast.data.sampler import PromptSampler
 from real_fast.errors import ConfigError
 from real_fast.methods.base import Method
 from real_fast.model.policy import Policy
-from real_fast.rollout.engine import RolloutEngine, publish
+from real_fast.rollout.agreement import EngineGap
+from real_fast.rollout.checked import give_weights
+from real_fast.rollout.engine import RolloutEngine
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.ahead import Ahead
 from real_fast.training.peak_memory import PeakMemory
@@ -41,6 +44,10 @@ class GroupSource:
         timer: Times rollouts and synchronisation.
         memory: Counts the memory of rollouts and update.
         check_every: ``rollout.check_every``.
+
+    Attributes:
+        failed: Called with what goes wrong with the engine, or stops the run beside it, before that is raised. Weights,
+            moments and log are then those of the updates that are done.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class GroupSource:
         self.ahead: Ahead | None = None
         self.older = False
         self.steps = 0
+        self.failed: Callable[[Exception], None] = lambda _: None
 
     def __enter__(self) -> GroupSource:
         return self
@@ -94,12 +102,26 @@ class GroupSource:
 
     def next(self, state: TrainState, policy: Policy) -> list[Group]:
         """The groups of the update that follows `state`: those sampled ahead, or sampled from the policy as it is."""
-        groups = self._taken(state.step)
-        self.older = groups is not None
-        if groups is None:
-            groups = self._sampled(state, policy)
-        self._launch(state, len(groups), policy)
+        with self._told():
+            groups = self._taken(state.step)
+            self.older = groups is not None
+            if groups is None:
+                groups = self._sampled(state, policy)
+            self._launch(state, len(groups), policy)
         return groups
+
+    def check(self, gap: EngineGap, config: RolloutConfig, step: int) -> None:
+        """Raise :class:`EngineMismatchError` where engine and trainer disagree, before an update's first step."""
+        with self._told():
+            gap.raise_if_above(config, step, self.engine.dtype)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failed(error)
+            raise
 
     def _taken(self, step: int) -> list[Group] | None:
         """What was sampled ahead; None where nothing was, or where engine and trainer are to be compared by it."""
@@ -124,7 +146,7 @@ class GroupSource:
 
     def _sampled(self, state: TrainState, policy: Policy) -> list[Group]:
         rows = self.sampler.batch(state.rows_seen)
-        with self.awake(policy) if self.method.uses_rollouts else nullcontext():
+        with self._awake(policy) if self.method.uses_rollouts else nullcontext():
             self.memory.mark("")
             with self.timer("rollout"):
                 compare = self.compares(state.step)
@@ -134,7 +156,12 @@ class GroupSource:
 
     @contextmanager
     def awake(self, policy: Policy) -> Iterator[None]:
-        """Sampling inside: the engine has the weights as they are, and rests behind it."""
+        """Sampling inside, between two updates: the engine has the weights as they are, and rests behind it."""
+        with self._told(), self._awake(policy):
+            yield
+
+    @contextmanager
+    def _awake(self, policy: Policy) -> Iterator[None]:
         if self.ahead is not None:
             with self.timer("wait"):
                 self.ahead.join()  # the weights stay as they are while something is sampled from them
@@ -156,7 +183,7 @@ class GroupSource:
         """Wake the engine and hand it the weights, if it does not have them."""
         if self.stale:
             with self.timer("sync"):
-                publish(self.engine, policy.model)
+                give_weights(self.engine, policy.model)
             self.wakes += self.asleep
             self.stale = self.asleep = False
 

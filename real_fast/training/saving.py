@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from real_fast.config import Config
-from real_fast.errors import CheckpointError, ElsewhereError
+from real_fast.errors import CheckpointError, ElsewhereError, raised_by_all
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.write import contents_of
 from real_fast.runs import checkpoint, fingerprints, logged
@@ -47,6 +47,9 @@ class Saver:
         config: The settings.
         template: Text of the prompt's template as the run uses it; its file may change meanwhile.
         identity: Go with every checkpoint.
+
+    Attributes:
+        newest: Updates in the newest checkpoint; None before the first.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Saver:
             self.texts[name] = template
         self.texts["real_fast.json"] = json.dumps(settings, indent=2, allow_nan=False)
         self.identity = identity
+        self.newest: int | None = None
         self.writer = FolderWriter(updater.world, config.save.background, updater.policy.model.device)
 
     def checkpoint(self, state: TrainState, files: Mapping[str, str]) -> None:
@@ -93,6 +97,28 @@ class Saver:
             state,
             self.config.save.keep,
         )
+        self.newest = state.step
+
+    def keep(self, error: Exception, state: TrainState, files: Callable[[], Mapping[str, str]]) -> None:
+        """An error ends the run between two updates: before that, write a checkpoint of those that none has yet.
+
+        Nothing before the run's first checkpoint, and nothing where some ranks go on: writing takes all of them. What
+        goes wrong here is said, and the error stays the one that ends the run.
+
+        Args:
+            error: What ends the run.
+            state: Where it is.
+            files: As of :meth:`checkpoint`; asked for where one is written.
+        """
+        if self.newest is None or self.newest == state.step:
+            return
+        if self.updater.world.size > 1 and not raised_by_all(error):
+            return
+        try:
+            self.checkpoint(state, files())
+            self.writer.wait()
+        except (CheckpointError, ElsewhereError) as problem:
+            logger.error("%s", problem)
 
     def final(self) -> None:
         """The judge, in the precision that it was trained in, or its adapters. Raises as :meth:`checkpoint` does."""

@@ -213,6 +213,8 @@ def build(config: Config, world: World = ALONE) -> Parts:
         groups.sample_ahead(config.train.steps, resume_from)
     groups.rest()
     saver = Saver(folder, updater, tokenizer, config, builder.source, identity)
+    saver.newest = resumed_step
+    groups.failed = lambda error: saver.keep(error, state, groups.files)
     if world.is_main:
         report.start(config, data, scale, policy, engine.name, state.step)
     return Parts(

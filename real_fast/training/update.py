@@ -18,6 +18,7 @@ from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.progress import show
 from real_fast.training.idle import Idle
 from real_fast.training.optim import clip_and_step
+from real_fast.training.spikes import Spikes
 from real_fast.training.timer import Timer
 from real_fast.types import Batch, Group
 
@@ -30,7 +31,7 @@ class Updater:
     Args:
         policy: What is trained.
         optimizer: Its optimiser.
-        scheduler: The learning rate's schedule, in optimiser steps.
+        scheduler: The learning rate's schedule, in optimiser steps that were taken.
         optim: Of it, max_grad_norm.
         train: Of it, micro_batch_tokens, shared_prompt and give_up_after.
         pad_id: Token id for padding.
@@ -63,6 +64,7 @@ class Updater:
         self._first: dict[str, Any] = {}
         self._batches = self._begun = 0
         self.idle = Idle(train.give_up_after, state)
+        self.spikes = Spikes(optim.max_grad_norm)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[Batch]:
         """This rank's part of an update's groups, in micro-batches on the policy's device; as many on every rank."""
@@ -93,11 +95,13 @@ class Updater:
             self.policy.end_step()
 
     def step(self) -> None:
-        """Clip, step (or skip, and count it, where the gradient is not finite), go on in the schedule."""
+        """Clip, step and go on in the schedule; where the gradient is not finite, skip both, and count it."""
         with self.timer("optimizer"):
             lr = float(self.scheduler.get_last_lr()[0])
             norm, stepped = clip_and_step(self.policy, self.optimizer, self.optim.max_grad_norm, self.world)
-            self.scheduler.step()
+            if stepped:
+                self.scheduler.step()
+                self.spikes.see(norm)
         self.state.skipped_steps += not stepped
         self.idle.step(stepped)
         self._first = self._first or {"grad_norm": norm, "learning_rate": lr}

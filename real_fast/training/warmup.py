@@ -18,6 +18,7 @@ from real_fast.prompt.guard import EncodeFeedback
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
 from real_fast.training.optim import build_optimizer, clip_and_step
+from real_fast.training.spikes import Spikes
 from real_fast.training.update import Updater
 from real_fast.types import JudgeRow
 
@@ -65,6 +66,7 @@ def warm_up(
     policy = updater.policy
     optim = OptimConfig(lr=warmup.lr, name=updater.optim.name, offload=updater.optim.offload)
     optimizer = build_optimizer(policy, optim)
+    spikes = Spikes(updater.optim.max_grad_norm)  # of another loss than the updates behind it
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=warmup.steps)
     with progress_bar("warm-up (cross-entropy)", warmup.steps, "step") as bar:
         for step in range(warmup.steps):
@@ -86,7 +88,9 @@ def warm_up(
                 loss, score_loss = map(sum, zip(*updater.world.gather((loss, score_loss)), strict=True))
                 lr = float(decay.get_last_lr()[0])
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
-                decay.step()
+                if stepped:
+                    decay.step()
+                    spikes.see(norm)
                 updater.idle.step(stepped)
             log(
                 {

@@ -17,7 +17,7 @@ ROW = {"instruction": "Name a fruit.", "response": "An apple.", "rubric": "Is it
 class FakeEngine:
     """Gives every prompt the same rollouts, and remembers the calls; fails on prompts of a certain length."""
 
-    name = "fake"
+    name, vocabulary = "fake", 100
     dtype = torch.float32
 
     def __init__(self, rollouts: list[Rollout], fails_at: int = -1, seconds: float = 0.0) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,24 @@ def test_a_failed_call_keeps_nothing_while_the_others_are_sampled(with_engine: A
     judge._engine.fails_at = len(judge._prompt(rows[1]))
     grades = judge.grade_batch(rows)
     assert [g.error for g in grades] == [None, *["sampling failed: MemoryError: the cache is full"] * 3, None]
+
+
+def test_what_an_engine_gives_that_is_no_sample_is_no_score(with_engine: Any) -> None:
+    good = rollout([0.5, 0.25, 0.25])
+    for wrong, why in (
+        ([good, good], "prompt 0: the rollout engine fake gave 2 rollouts, and 1 were asked for"),
+        ([], "gave 0 rollouts"),
+        ([replace(good, sampled_ids=[100], context_ids=[100])], "the token id 100"),
+        ([replace(good, sampled_logprobs=[math.nan])], "is not finite"),
+        ([replace(good, score_logprobs=[-0.5, -0.5, -0.5])], "the scores' probabilities add up to 1.82"),
+        ([replace(good, score_logprobs=[-0.5, -0.5])], "2 score log-probabilities"),
+        ([replace(good, sampled_ids=[], sampled_logprobs=[], context_ids=[], finish="length")], "an empty text"),
+    ):
+        for grade in with_engine(FakeEngine(wrong)).grade_batch([ROW] * 3):
+            assert grade.score is None and grade.distribution is None and why in (grade.error or "")
+    for missing in (None, [math.nan] * 3):
+        grade = with_engine(FakeEngine([replace(good, score_logprobs=missing)])).grade(**ROW)
+        assert (grade.score, grade.error) == (None, "no score: none of the feedbacks has one")
 
 
 def test_a_feedback_without_a_score_is_kept_with_an_error(with_engine: Any) -> None:

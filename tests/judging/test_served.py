@@ -212,3 +212,12 @@ def test_a_template_may_need_further_fields_of_the_rows(folder: Path, small_toke
     template = tmp_path / "mine.jinja"
     template.write_text("{{ response }} {{ extra.category.upper() }}", encoding="utf-8")
     ServedJudge(folder, tokenizer=small_tokenizer, prompt={"template": str(template)})
+
+
+@pytest.mark.parametrize("made", [completion, chat], ids=["completions", "chat"])
+def test_log_probabilities_that_cannot_be_are_no_score(served: ServedJudge, made: Callable[..., Any]) -> None:
+    for top in ({"1": 0.1, "2": 0.2, "3": 0.6}, {"1": -0.5, "2": -0.4, "3": -0.6}, {**TOP, "3": math.inf}):
+        with pytest.raises(GradeError, match="the completion's log-probabilities are none"):
+            served.grade(made(answer("Good.", top=top)))
+    for broken in (None, math.nan):
+        assert served.grade(made(answer("Good.", top={**TOP, "3": broken}))).score is None  # type: ignore[dict-item]

@@ -15,7 +15,7 @@ from real_fast.methods.base import UpdateCounts
 from real_fast.methods.policy_gradient import clipped_surrogate, k3, weigh
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
-from real_fast.types import JudgeRow
+from real_fast.types import JudgeRow, Rollout
 from tests.helpers import SCALE, make_groups, make_method
 from tests.oracles import interpolate, naive_advantages
 
@@ -299,9 +299,11 @@ def test_the_engine_is_asked_for_scores_where_they_are_read(name, objective, com
     asked = []
 
     class Engine:
+        name, vocabulary = "fixed", 300
+
         def generate(self, prompts, params):
             asked.append(params)
-            return [make_groups(n=1)[0].rollouts for _ in prompts]
+            return [[Rollout([7], [-1.0], [7, 60, 61], 2, "phrase", [-2.0] * 3, None)] * params.n for _ in prompts]
 
     row = JudgeRow("1", "1", "", "", "", "", 2.0, [], [], [1, 2])
     method = make_method(name, ObjectiveConfig(**objective))

@@ -63,7 +63,7 @@ def by_vllm(tokenizer: Any, scale: ScoreScale, prompt: str, text: str, answer: A
     engine = VllmEngine.__new__(VllmEngine)
     engine.tokenizer, engine.scale, engine.finder = tokenizer, scale, PhraseFinder(tokenizer, scale)
     engine.eos_ids, engine.max_model_len, engine._processed = frozenset({EOS}), 1000, True
-    engine._vocabulary, engine._asleep = 49152, False
+    engine.vocabulary, engine._asleep = 49152, False
     script, start, asked = [*tokenizer.encode(text), EOS], len(tokenizer.encode(prompt)), []
     every = sorted({*script, *scale.score_ids})
 
@@ -78,7 +78,7 @@ def by_vllm(tokenizer: Any, scale: ScoreScale, prompt: str, text: str, answer: A
         outputs = []
         for ids, p in zip(prompts, params, strict=True):
             if not hasattr(p, "stop"):  # the score, read behind a context
-                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(logprobs=flat(1))]))
+                outputs.append(SimpleNamespace(outputs=[SimpleNamespace(index=0, token_ids=[EOS], logprobs=flat(1))]))
                 continue
             asked.append(p)
             rest: list[int] = []

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from real_fast.config import Config, RolloutConfig
-from real_fast.errors import ConfigError, EngineMismatchError, ModelError
+from real_fast.errors import ConfigError, EngineError, EngineMismatchError, ModelError
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
+from real_fast.rollout.checked import sample
 from real_fast.rollout.make import make_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine
@@ -353,6 +354,41 @@ def test_what_cannot_be_done_is_refused_before_work(
     monkeypatch.setattr(setup.engine, "_processed", False)  # as an engine made for top_p below 1
     with pytest.raises(ValueError, match=r"the temperature is 0\.7"):
         setup.engine.generate(stories, SamplingParams(n=1, max_tokens=4, top_p=0.9, temperature=0.7))
+
+
+def test_what_vllm_mixes_up_leaves_out_or_breaks_off_is_refused(
+    setup: Setup, stories: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, names = SamplingParams(n=2, max_tokens=8, seed=4), [f"row-{i}" for i in range(len(stories))]
+    want, llm = sampled(sample(setup.engine, stories, sampling, setup.scale, names)), setup.engine._llm
+    generate = llm.generate
+
+    def changed(change: Any) -> Any:
+        return lambda *args, **kwargs: change(generate(*args, **kwargs))
+
+    def less(outputs: Any) -> Any:
+        outputs[0].outputs.pop()
+        return outputs
+
+    def emptied(outputs: Any) -> Any:
+        outputs[0].outputs[1].token_ids = []
+        return outputs
+
+    def dies(*_: Any) -> Any:
+        raise RuntimeError("EngineCore encountered an issue")
+
+    for where, name, wrong, message in (
+        (llm, "generate", changed(lambda outputs: outputs[::-1]), "row 'row-.': .* the answer to another prompt"),
+        (llm, "generate", changed(lambda outputs: outputs[:-1]), "vllm failed while it sampled .*'row-0'"),
+        (llm, "generate", changed(less), r"row 'row-.': .* samples \[0\], where 0 to 1 were asked for"),
+        (llm, "generate", changed(emptied), "row 'row-.': .* an empty text"),
+        (llm.llm_engine, "step", dies, "vllm failed while it sampled .*RuntimeError: EngineCore encountered"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, wrong)
+            with pytest.raises(EngineError, match=message):
+                sample(setup.engine, stories, sampling, setup.scale, names)
+    assert sampled(setup.engine.generate(stories, sampling)) == want
 
 
 def test_a_folder_without_safetensors(smollm2_tokenizer: Any, setup: Setup, tmp_path: Path) -> None:

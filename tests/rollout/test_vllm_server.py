@@ -22,6 +22,7 @@ from real_fast.config import Config, LoraConfig, RolloutConfig, TrainConfig
 from real_fast.config.cli import dump
 from real_fast.errors import EngineMismatchError, RolloutServerError
 from real_fast.model.lora import add_adapters, merge
+from real_fast.rollout import vllm_client
 from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
 from real_fast.rollout.engine import publish
 from real_fast.rollout.make import hand_over, load_engine, make_engine
@@ -54,6 +55,7 @@ class Served:
     tokenizer: Any
     scale: ScoreScale
     engine: VllmServerEngine
+    server: subprocess.Popen[bytes]
 
     def gap(self) -> EngineGap:
         groups = self.engine.generate(PROMPTS, SAMPLING)
@@ -93,10 +95,11 @@ def served(
         engine = make_engine(config, trainer, tokenizer, scale, folder)
         assert isinstance(engine, VllmServerEngine)
         hand_over(engine, trainer)
-        yield Served(config, folder, trainer, tokenizer, scale, engine)
+        yield Served(config, folder, trainer, tokenizer, scale, engine, server)
         engine.close()
-        server.terminate()
-        assert server.wait(timeout=60) == 0, (folder / "log").read_text(errors="replace")[-2000:]
+        if server.poll() is None:  # no test has killed it
+            server.terminate()
+            assert server.wait(timeout=60) == 0, (folder / "log").read_text(errors="replace")[-2000:]
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
@@ -244,3 +247,26 @@ def test_a_run_trains_with_it(served: Served, tmp_path: Path) -> None:
     assert all(line["sampling/sampling_logp_difference/mean"] < 1e-3 for line in steps)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["eval"]["after"]["n"] == 4
+
+
+def test_a_server_that_hangs_and_one_that_is_killed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last test here: it leaves no server."""
+    monkeypatch.setattr(vllm_client, "_PAUSES", (0.1, 0.2))
+    engine = make_engine(served.config, served.trainer, served.tokenizer, served.scale, served.folder)
+    assert isinstance(engine, VllmServerEngine)
+    hand_over(engine, served.trainer)
+    want = engine.generate(PROMPTS, SAMPLING)
+    engine._timeout, group = 2.0, os.getpgid(served.server.pid)
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        with pytest.raises(RolloutServerError, match=r"did not answer /inference/v1/generate within 2 seconds"):
+            super(VllmServerEngine, engine).generate(PROMPTS, SAMPLING)
+    finally:
+        os.killpg(group, signal.SIGCONT)
+    engine._timeout = 60.0
+    assert ids(engine.generate(PROMPTS, SAMPLING)) == ids(want)  # what was left there comes out of no later call
+    os.killpg(group, signal.SIGKILL)
+    served.server.wait(timeout=30)
+    with pytest.raises(RolloutServerError, match=r"no rollout server answers at rollout\.url .* with --resume"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.close()

@@ -62,7 +62,7 @@ def test_only_real_leaves_the_answer_open() -> None:
 
 
 class FixedEngine:
-    name = "fixed"
+    name, vocabulary = "fixed", 100
 
     def __init__(self, answers: list[list[Rollout]]) -> None:
         self.answers = answers

@@ -78,7 +78,9 @@ def common(
             if other not in fields:
                 out.pop(other, None)
     for name, other in (("instruction", "orig_response"), ("response", "orig_instruction")):
-        if name in fields and _has(out, other):  # beside Prometheus's field, its own name is the one that counts
+        if (
+            name in fields and name in out and _has(out, other)
+        ):  # beside Prometheus's field, its own name is the one that counts
             out[f"orig_{name}"] = out.pop(name)
     if "rubric" in fields:
         out = {k: v for k, v in out.items() if not (isinstance(k, str) and k.endswith("_description"))}
@@ -158,9 +160,9 @@ def _structure(text: str) -> Any:
         pass
     try:
         found = ast.literal_eval(text)
+        return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
 
 
 def _prometheus_eval(out: dict[Any, Any]) -> None:

@@ -31,7 +31,7 @@ _OTHER_HEADS = (
     "RewardModel",
     "SentencePrediction",
 )
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _AGAIN = "download it again"
 
 

@@ -52,9 +52,12 @@ def trained_settings(model: str) -> dict[str, Any]:
                 found[key] = saved[section][key]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what real-fast train writes ({error}): mend it or remove it") from error
-    template = found.get("prompt", {}).get("template", "")
-    if template and (folder / template).is_file():
-        found["prompt"]["template"] = str(folder / template)
+    if template := found.get("prompt", {}).get("template", ""):
+        beside = isinstance(template, str) and Path(template).name == template
+        if beside and (folder / template).is_file():
+            found["prompt"]["template"] = str(folder / template)
+        elif not beside or Path(template).suffix:  # a model has no say in which of this machine's files are read
+            raise ConfigError(f"{path} has prompt.template {template!r}, which is no file beside it: put it there")
     if "rollout" in found:  # the engine and its limits belong to the machine, not to the model
         found["rollout"] = {k: v for k, v in found["rollout"].items() if k in ("answer", "max_tokens", "top_p")}
     return found

@@ -263,7 +263,12 @@ def load(
 
 
 def _read_state(path: Path) -> TrainState:
-    return TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    """Raises OSError, ValueError or TypeError."""
+    state = TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    for name, usual in vars(TrainState()).items():
+        if type(getattr(state, name)) is not type(usual):
+            raise TypeError(f"{name} is {str(getattr(state, name))[:40]!r}")
+    return state
 
 
 def _state_problem(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What is read and shown: templates reach nothing but texts, nothing is unpickled, no secret is written, no page runs."""
+"""What is read and shown: templates reach texts alone, nothing is unpickled, no secret is written, no page runs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_jinja_template_reaches_nothing_but_texts(attack: str, build: Callable
     ["{{ 'x' * 10**18 }}", "{{ '%999999999999999999s' % 'x' }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
 )
 def test_a_template_that_asks_for_more_memory_than_there_is(attack: str, build: Callable[..., PromptBuilder]) -> None:
-    with pytest.raises(PromptError, match="(Memory|Overflow|Value|Recursion)Error"):
+    with pytest.raises(PromptError, match=r"(Memory|Overflow|Value|Recursion)Error"):
         build(attack + "{{ response }}")
 
 

@@ -170,8 +170,8 @@ def check_url(rollout: Any) -> None:
     if rollout.engine != "vllm-server":
         if url:
             raise ConfigError(
-                f"rollout.url is {masked(repr(url))}, and rollout.engine is {rollout.engine}, which needs no server: set "
-                "rollout.engine to vllm-server, or leave rollout.url out"
+                f"rollout.url is {masked(repr(url))}, and rollout.engine is {rollout.engine}, which needs no server: "
+                "set rollout.engine to vllm-server, or leave rollout.url out"
             )
         return
     parts = urlsplit(url) if isinstance(url, str) else urlsplit("")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from real_fast.config import (
 )
 from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
+from real_fast.utils.jsonio import parse
 
 if TYPE_CHECKING:
     from real_fast.score.protocol import ProtocolName
@@ -45,7 +45,7 @@ def trained_settings(model: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse(path.read_text(encoding="utf-8"))
         found = {key: dict(saved[key]) for key in ("scale", "prompt", "rollout") if key in saved}
         for section, key in (("objective", "renormalize"), ("eval", "protocol")):
             if key in saved.get(section, {}):

@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 from real_fast.config import Config, cli
-from real_fast.errors import OutputError
+from real_fast.errors import CheckpointError, OutputError
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.lock import move_lock
 from real_fast.utils.files import free_name
-from real_fast.utils.jsonio import append_jsonl, clean, read_jsonl, write_json, write_jsonl
+from real_fast.utils.jsonio import append_jsonl, clean, parse, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 # Any of these is a run's. config.yaml alone would not do: it can be lost.
@@ -215,7 +215,7 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            summary: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
             count = len(self.predictions(name))
             if count != summary["n"]:
                 raise ValueError(f"{count} predictions of {summary['n']}")
@@ -248,18 +248,18 @@ def move_aside(folder: Path) -> None:
 def settings_in(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder, by their full names ("train.steps"), as far as they can be read."""
     for path in reversed(checkpoint.complete(folder / "checkpoints")):
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(CheckpointError):
             if known := fingerprints.read(path):
                 return known.settings
     try:
         found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return _flat(found) if isinstance(found, dict) else {}
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

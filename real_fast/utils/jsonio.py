@@ -52,6 +52,14 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
         file.write(data)
 
 
+def parse(text: str) -> Any:
+    """A JSON value. Raises ValueError for anything else, also for what is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_jsonl(path: str | Path) -> list[Any]:
     """The values of a JSON Lines file. Empty lines are passed over.
 
@@ -61,16 +69,17 @@ def read_jsonl(path: str | Path) -> list[Any]:
         ValueError: Any other line that is not JSON; the message names file and line.
     """
     rows: list[Any] = []
-    with Path(path).open(encoding="utf-8", newline="\n") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if not line.endswith("\n"):
+                rows.append(parse(line.decode()))
+            except ValueError as error:  # UnicodeDecodeError is one
+                if not line.endswith(b"\n"):
                     break
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+                said = getattr(error, "msg", None) or error
+                raise ValueError(f"{path}, line {number}: not valid JSON ({said})") from error
     return rows
 
 

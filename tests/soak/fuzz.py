@@ -4,8 +4,8 @@ Survived is a target that found nothing: no error that is not for people, no wro
 input that takes over 10 s or over 2 GB. What it finds is written beside the corpus, tests/soak/corpus/TARGET, as
 crash-...; once mended it stays there, and tests/soak/test_hostile.py reads it in every run of the tests.
 
-The corpus is kept small: of all that the fuzzer has tried, the inputs without which a step from one line of real_fast to
-another would be missed.
+The corpus is kept small: of all that the fuzzer has tried, the inputs without which a step from one line of real_fast
+to another would be missed.
 """
 
 from __future__ import annotations

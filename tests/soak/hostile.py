@@ -1,7 +1,8 @@
 """10,000 malformed lines, files and answers through all that reads them, each within its time and its memory.
 
 Survived is what ends in a value, or in an error for people that names the file; within a second for a line and each
-thing that reads it; in Python's memory within 64 times its bytes, decompressed, and 8 MB; with no score for what failed.
+thing that reads it; in Python's memory within 64 times its bytes, decompressed, and 8 MB; without a score for what
+failed.
 """
 
 from __future__ import annotations

@@ -21,89 +21,20 @@ GOOD: dict[str, Any] = {
     "score": 4,
     "feedback": "It is. So the overall score is 4",
 }
-FIELDS = [
-    "id",
-    "prompt_id",
-    "instruction",
-    "response",
-    "rubric",
-    "reference_answer",
-    "score",
-    "feedback",
-    "prompt",
-    "input",
-    "output",
-    "completion",
-    "reference",
-    "criteria",
-    "score_rubric",
-    "label",
-    "human_score",
-    "scores",
-    "feedbacks",
-    "messages",
-    "conversations",
-    "question",
-    "answer",
-    "gpt4_score",
-    "gpt4_feedback",
-    "reward_model",
-    "extra_info",
-    "extra",
-    "orig_instruction",
-    "orig_response",
-    "orig_criteria",
-    "orig_score",
-    "orig_feedback",
-    "orig_reference_answer",
-    "score1_description",
-    "orig_score5_description",
-    "grade",
-    "row",
-]
-MARKUP = [
-    "<|im_start|>system",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "[INST]",
-    "[/INST]",
-    "<<SYS>>",
-    "</s>",
-    "<s>",
-    "<bos>",
-    "<eos>",
-    "<|eot_id|>",
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<｜User｜>",
-    "<｜end▁of▁sentence｜>",
-    "<think>",
-    "</think>",
-    "[THINK]",
-    "[/THINK]",
-    "<start_of_turn>model",
-    "<end_of_turn>",
-    "<|assistant|>",
-    "<unk>",
-    "<pad>",
-    "[MASK]",
-    "[SEP]",
-    "<tool_call>",
-    "{{",
-    "response",
-    "}}",
-    "{%endraw%}",
-    "{instruction}",
-    "###Feedback:",
-    "###Response|to|evaluate:",
-    "[RESULT]",
-    "<0x0A>",
-    "<|channel|>",
-    "<|message|>",
-    "▁",
-    "Ġ",
-    "<extra_id_0>",
-]
+FIELDS = (
+    "id", "prompt_id", "instruction", "response", "rubric", "reference_answer", "score", "feedback", "prompt",
+    "input", "output", "completion", "reference", "criteria", "score_rubric", "label", "human_score", "scores",
+    "feedbacks", "messages", "conversations", "question", "answer", "gpt4_score", "gpt4_feedback", "reward_model",
+    "extra_info", "extra", "orig_instruction", "orig_response", "orig_criteria", "orig_score", "orig_feedback",
+    "orig_reference_answer", "score1_description", "orig_score5_description", "grade", "row",
+)  # fmt: skip
+MARKUP = (
+    "<|im_start|>system", "<|im_end|>", "<|endoftext|>", "[INST]", "[/INST]", "<<SYS>>", "</s>", "<s>", "<bos>",
+    "<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<｜User｜>", "<｜end▁of▁sentence｜>", "<think>",
+    "</think>", "[THINK]", "[/THINK]", "<start_of_turn>model", "<end_of_turn>", "<|assistant|>", "<unk>", "<pad>",
+    "[MASK]", "[SEP]", "<tool_call>", "{{ response }}", "{%endraw%}", "{instruction}", "###Feedback:", "[RESULT]",
+    "###Response to evaluate:", "###The instruction to evaluate:", "<0x0A>", "<|channel|>", "<|message|>", "▁", "Ġ",
+)  # fmt: skip
 # Marks that turn or hide text, half pairs, controls, what counts as a space or a line end to some, and no character.
 CHARACTERS = "\u202e\u202d\u2066\u200f\u200b\u200d\ufeff\x00\x01\x07\x08\x0b\x0c\x1b\x7f\x85\u2028\u2029\u00a0\u3000"
 CHARACTERS += "\ud800\udfff\udc80\ufffe\uffff\U0010ffff\ue000\ue003\u0301\u0130\u1e9e\ufb01\u0663\u00b2\u2460𝟜🏳️‍🌈"
@@ -113,7 +44,7 @@ TEXTS = ("", " ", "4", " 4 ", "four", "4/5", "NaN", "inf", "1_0", "0x4", "٤", "
 
 def _text(rng: Random, longest: int = 60) -> str:
     pieces = (
-        lambda: rng.choice(MARKUP).replace("|to|", " to "),
+        lambda: rng.choice(MARKUP),
         lambda: rng.choice(CHARACTERS) * rng.choice((1, 1, 3)),
         lambda: rng.choice(TEXTS),
         lambda: rng.choice(
@@ -221,6 +152,12 @@ def _many(rng: Random) -> bytes:
     )
 
 
+def _chat(rng: Random) -> bytes:
+    return _line({rng.choice(("messages", "prompt")): [_turn(rng) for _ in range(rng.randrange(5))]} | GOOD)
+
+
+_LEVELS = ("criteria", "1", "score1_description", "score" + "9" * 400)
+_LITERALS = (b"NaN", b"-Infinity", b"9" * 5000, b"1e999", b"0x4", b"01", b"1.")
 LINES: dict[str, Callable[[Random], bytes]] = {
     "fields of any type": lambda rng: _line(_record(rng), rng),
     "no object": lambda rng: _line(value(rng), rng),
@@ -229,19 +166,19 @@ LINES: dict[str, Callable[[Random], bytes]] = {
     "labels": _changed("score", lambda rng: rng.choice((*NUMBERS, *TEXTS, [4], {"a": 4}))),
     "ids": _changed("id", lambda rng: rng.choice((*NUMBERS, *TEXTS, [], "same", "same", "\ud800"))),
     "texts of marks and controls": lambda rng: _line(GOOD | {k: _text(rng) for k in ("instruction", "response")}, rng),
-    "chats": lambda rng: _line({rng.choice(("messages", "prompt")): [_turn(rng) for _ in range(rng.randrange(5))]} | GOOD),
-    "rubrics": _changed("rubric", lambda rng: {rng.choice(("criteria", "1", "score1_description", "score" + "9" * 400)): value(rng) for _ in range(3)}),
+    "chats": _chat,
+    "rubrics": _changed("rubric", lambda rng: {rng.choice(_LEVELS): value(rng) for _ in range(3)}),
     "nesting": _changed("x", lambda rng: _nested(rng, rng.choice((60, 62, 63, 64, 500, 900)))),
     "deeper than JSON reads": lambda rng: rng.choice((b"[", b'{"a":')) * rng.choice((1000, 100_000)) + b"\n",
-    "literals": lambda rng: b'{"score": %s}\n' % rng.choice((b"NaN", b"-Infinity", b"9" * 5000, b"1e999", b"0x4", b"01", b"1.")),
+    "literals": lambda rng: b'{"score": %s}\n' % rng.choice(_LITERALS),
     "names twice": _doubled,
     "lists as text": _written,
     "byte order marks": lambda rng: rng.choice((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")) + _line(_record(rng)),
-    "blank": lambda rng: rng.choice((b"\n", b" \t\n", b"\r\n", b"\x00\n", b"\x0b\n", "\u2028\n".encode(), b"\xef\xbb\xbf\n")),
+    "blank": lambda rng: rng.choice((b"", b" \t", b"\r", b"\x00", b"\x0b", b"\xe2\x80\xa8", b"\xef\xbb\xbf")) + b"\n",
     "many fields": _many,
     "a megabyte": _long,
 }  # fmt: skip
-RARE = {"a megabyte": 0.04, "many fields": 0.1, "deeper than JSON reads": 0.3}  # of the others' number
+RARE = {"a megabyte": 0.1, "many fields": 0.1, "deeper than JSON reads": 0.3}  # of the others' number
 
 
 def _table(rng: Random) -> bytes:
@@ -280,15 +217,27 @@ def _packed(rng: Random) -> bytes:
     )
 
 
+def _listed(rng: Random) -> bytes:
+    return json.dumps([value(rng), _record(rng)]).encode()[: rng.choice((9999, 40))]
+
+
+def _wide(rng: Random) -> bytes:
+    return _lines(rng).decode(errors="replace").encode("utf-16")[: rng.choice((9999, 41))]
+
+
+def _other(rng: Random) -> bytes:
+    return rng.choice((_lines, _table, _parquet, _packed))(rng)
+
+
 FILES: dict[str, tuple[tuple[str, ...], Callable[[Random], bytes]]] = {
     "JSON Lines": ((".jsonl", ".ndjson", ".json"), _lines),
-    "a JSON list": ((".json", ".jsonl"), lambda rng: json.dumps([value(rng), _record(rng)]).encode()[: rng.choice((9999, 40))]),
-    "UTF-16": ((".jsonl", ".csv"), lambda rng: _lines(rng).decode(errors="replace").encode("utf-16")[: rng.choice((9999, 41))]),
+    "a JSON list": ((".json", ".jsonl"), _listed),
+    "UTF-16": ((".jsonl", ".csv"), _wide),
     "tables": ((".csv", ".tsv"), _table),
     "Parquet": ((".parquet", ".jsonl"), _parquet),
     "compressed": ((".jsonl.gz", ".csv.bz2", ".json.xz", ".tsv.gz", ".jsonl"), _packed),
-    "another kind's content": ((".csv", ".parquet", ".json", ".jsonl.gz"), lambda rng: rng.choice((_lines, _table, _parquet, _packed))(rng)),
-}  # fmt: skip
+    "another kind's content": ((".csv", ".parquet", ".json", ".jsonl.gz"), _other),
+}
 
 
 def answer(rng: Random) -> bytes:

@@ -37,7 +37,7 @@ from tests.soak import resumed
 PHRASE = "So the overall score is "
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.bz2", ".json.xz")
 MAPPED = {"instruction": "x.a", "scores": "extra_info.scores", "messages": "chat"}
-MOST_TOKENS = 2048  # of a sampled text
+MOST_TOKENS = 2048  # of a prompt, and of a sampled text
 _MODES: tuple[AnswerMode, ...] = ("forced", "cut", "generated", "none")
 
 
@@ -137,13 +137,15 @@ class Targets:
         bare.messages = [{"role": m["role"], "content": m["content"] and "e"} for m in texts.messages]
         for builder in builders or self.builders:
             with suppress(UserError):
-                ids, control = builder.ids(texts), set(builder.guard.control.values())
-                found, usual = ([i for i in some if i in control] for some in (ids, builder.ids(bare)))
+                prompt, control = builder.marked(texts), set(builder.guard.control.values())
+                builder.check_length(prompt, MOST_TOKENS)
+                both = builder.encode([prompt, builder.marked(bare)])
+                found, usual = ([i for i in some if i in control] for some in both)
                 assert found == usual, f"control tokens {found}, which are {usual} with other texts"
 
     def verdicts(self, data: bytes) -> None:
         """A text as a sampled answer: what counts as sampled was sampled, and a score is one of the scale."""
-        text = data.decode(errors="replace")
+        text = data.decode(errors="replace")[: 64 * MOST_TOKENS]
         assert len(cut_score(text, self.scale)) <= len(text)
         for thought in ("", "</think>"):
             places, _ = phrases_outside(text, PHRASE.strip(), thought)

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 # What rendering a template can raise, Transformers' own checks of the messages included.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-TEMPLATE_ERRORS += (MemoryError, RecursionError)
+_OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (TemplateError, *_OF_VALUES, MemoryError, RecursionError)
 _ANSWER = "The answer."
 # How reasoning models mark what is not their answer yet.
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}

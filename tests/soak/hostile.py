@@ -1,8 +1,8 @@
 """10,000 malformed lines, files and answers through all that reads them, each within its time and its memory.
 
-Survived is what ends in a value, or in an error for people that names the file; within a second for a line and each
-thing that reads it; in Python's memory within 64 times its bytes, decompressed, and 8 MB; without a score for what
-failed.
+Survived is what ends in a value, or in an error for people that names the file; within a second of the processor for
+a line and each thing that reads it (the better of two, since some things are made once); in Python's memory within 32
+times its bytes, decompressed, and 16 MB; without a score for what failed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.soak.targets import Targets
 from tests.vocabularies import tokenizer_of
 
 SECONDS = 1.0
-TIMES, MORE = 64, 8_000_000
+TIMES, MORE = 32, 16_000_000
 INPUTS = 10_000
 _PARTS = {"lines": 0.8, "files": 0.1, "answers of a server": 0.1}
 _BOUND = 10_000_000  # bytes of a decompressed file that are counted
@@ -97,9 +97,9 @@ class Watch:
         for read in tries:
             name = getattr(read, "func", read).__name__
             try:
-                start = time.monotonic()
-                read(data)
-                seconds = time.monotonic() - start
+                seconds = _seconds(read, data)
+                if seconds > SECONDS:
+                    seconds = min(seconds, _seconds(read, data))
                 tracemalloc.start()
                 read(data)
                 peak = tracemalloc.get_traced_memory()[1]
@@ -119,11 +119,17 @@ class Watch:
         """For the report."""
         return {
             "slowest": {name: f"{seconds:.3f} s ({what})" for name, (seconds, what) in self.slowest.items()},
-            "most memory above 8 MB, times the bytes": {
+            f"most memory above {MORE / 1e6:g} MB, times the bytes": {
                 name: f"{times:.1f} ({what})" for name, (times, what) in self.largest.items()
             },
             "resident memory, growth (MB)": round((_resident() - self.before) / 1e6),
         }
+
+
+def _seconds(read: Callable[[bytes], Any], data: bytes) -> float:
+    start = time.process_time()
+    read(data)
+    return time.process_time() - start
 
 
 def growth(folder: Path, targets: Targets, share: float) -> dict[str, dict[str, float]]:

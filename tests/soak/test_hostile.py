@@ -105,7 +105,7 @@ def test_every_kind_that_the_soak_tries(kind: str, targets: Targets) -> None:
         else:
             data, reads = answer(rng), [targets.answers]
         problem = watch.problem(f"{kind} {seed}", data, reads)
-        assert problem is None or " s for " in problem, problem  # times are for the soak: this machine is shared
+        assert problem is None, problem
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +126,7 @@ def test_a_fault_is_seen(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hostile, "SECONDS", 0.001)
     assert " s for 10 bytes" in problem(lambda data: sum(range(300_000)))
     monkeypatch.setattr(hostile, "SECONDS", 60.0)
-    assert " MB for 10 bytes" in problem(lambda data: len(bytes(9_000_000)))
+    assert " MB for 10 bytes" in problem(lambda data: len(bytes(17_000_000)))
     assert "KeyError" in problem(lambda data: {}["a"])
     monkeypatch.setattr("tests.soak.targets.grade_lines", lambda *args: list(grade_lines(*args))[1:])
     assert "0 lines for 1" in problem(targets.lines)

@@ -204,6 +204,27 @@ def calls(function: Callable[[], Any]) -> int:
     return count
 
 
+def steps(function: Callable[[], Any]) -> int:
+    """Instructions of Python's in the functions of real_fast."""
+    count = 0
+
+    def step(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal count
+        if "real_fast" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
 ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
     "own ids": lambda i: GOOD | {"id": str(i), "instruction": f"Name fruit {i}."},
     "equal ids": lambda i: GOOD,
@@ -230,7 +251,7 @@ def test_loading_is_linear_in_rows(kind: str, targets: Targets, tmp_path: Path) 
     "filled", ["word ", "So the overall score is 4 ", "[INST] ", "<think></think>", '"a" ', "\n> "]
 )
 def test_loading_is_linear_in_bytes(filled: str, targets: Targets, vocabulary: Any) -> None:
-    """The calls that a text of four times the length takes; and steps within C's functions, by what they are given."""
+    """Python's own steps: what loops within a line counts too, what C's functions copy does not."""
     guard = Guard(vocabulary("mistral"), {})
 
     def work(repeated: int) -> int:
@@ -245,11 +266,11 @@ def test_loading_is_linear_in_bytes(filled: str, targets: Targets, vocabulary: A
             guard.shown("".join(guard.data(filled) for _ in range(repeated)))
             targets.verdicts(text.encode())
 
-        return calls(all_of_it)
+        return steps(all_of_it)
 
     work(10)
-    few, many = work(100), work(400)
-    assert many < 4.3 * few, f"{few} calls for 100, {many} for 400"
+    few, many = work(50), work(200)
+    assert many < 4.3 * few, f"{few} steps for 50, {many} for 200"
 
 
 def test_what_is_far_too_long_is_not_encoded(targets: Targets, smollm2_tokenizer: Any) -> None:

@@ -7,12 +7,14 @@ curl -d '{"instruction": "Name a fruit.", "response": "A pear.", "rubric": "Is i
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import Body, FastAPI, HTTPException
+from fastapi import Body, FastAPI, HTTPException, Response
+from fastapi import Request as Connection
 from pydantic import BaseModel
 
 from real_fast import GradeError, Judge
@@ -39,14 +41,28 @@ def make_app(load: Callable[[], Judge]) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan)
 
-    @app.post("/grade")
-    async def grade(request: Request = Body()) -> dict[str, Any]:  # noqa: B008
+    @app.post("/grade", response_model=None)
+    async def grade(connection: Connection, request: Request = Body()) -> dict[str, Any] | Response:  # noqa: B008
+        graded = asyncio.ensure_future(app.state.judge.agrade(**request.model_dump()))
+        gone = asyncio.ensure_future(hung_up(connection))
         try:
-            return asdict(await app.state.judge.agrade(**request.model_dump()))
+            await asyncio.wait({graded, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not graded.done():
+                return Response(status_code=499)  # nobody reads it; nginx's code for that, in the log
+            return asdict(graded.result())
         except GradeError as error:  # nothing to grade, a prompt that is too long: the caller's to mend
             raise HTTPException(422, str(error)) from error
+        finally:
+            graded.cancel()  # one that still waits gives its place to others
+            gone.cancel()
 
     return app
+
+
+async def hung_up(connection: Connection) -> None:
+    """Return when the client has closed the connection: a handler is not told by itself."""
+    while (await connection.receive())["type"] != "http.disconnect":
+        pass
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from real_fast.config.commands import CompareConfig
 from real_fast.config.validation import check_bounds
 from real_fast.errors import ConfigError, NoEvaluationError, OutputError, UserError
 from real_fast.runs.folder import check_writable, writing
+from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.utils.files import replacing
 
@@ -41,14 +42,15 @@ def run(config: CompareConfig) -> str:
     if (held := [name for name in FILES if (folder / name).exists()]) and not config.overwrite:
         raise OutputError(f"output {folder} already holds {held[0]}: take another --output, or --overwrite")
     check_writable(folder)
-    with progress_bar("resample", len(evaluations), "evaluation") as bar:
-        lines, notes = compare(evaluations, config.baseline, config.bootstrap, config.seed, bar.update)
-    text = markdown(lines, [*passed_over, *notes], config.bootstrap, config.baseline)
-    with writing(folder):
-        for name, content in zip(FILES, (text, csv_text(lines)), strict=False):
-            with replacing(folder / name) as temporary:
-                temporary.write_text(content, encoding="utf-8")
-        comparison_plot(lines, folder / FILES[2])
+    with alone_in(folder):
+        with progress_bar("resample", len(evaluations), "evaluation") as bar:
+            lines, notes = compare(evaluations, config.baseline, config.bootstrap, config.seed, bar.update)
+        text = markdown(lines, [*passed_over, *notes], config.bootstrap, config.baseline)
+        with writing(folder):
+            for name, content in zip(FILES, (text, csv_text(lines)), strict=False):
+                with replacing(folder / name) as temporary:
+                    temporary.write_text(content, encoding="utf-8")
+            comparison_plot(lines, folder / FILES[2])
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -109,6 +110,29 @@ class JudgeError(UserError, RuntimeError):
     """A judge that cannot be used: it is closed, or was made in the process that this one was forked from."""
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there, or have the quota raised",
+    errno.EROFS: "make that disk writable, or write to another one",
+    errno.EACCES: "give this user the right to it, or take another place",
+    errno.EPERM: "give this user the right to it, or take another place",
+    errno.EIO: "look at the disk, which may be failing",
+}
+
+
+def remedy(error: OSError) -> str:
+    """What the system refused and what to do about it, for people: "No space left on device: free space there"."""
+    said, known = error.strerror or str(error), _REMEDIES.get(error.errno or 0)
+    return f"{said}: {known}" if known else said
+
+
+def _for_people(error: Exception) -> str:
+    """An error that some library raised, with the file that it is about and what to do."""
+    if isinstance(error, UserError) or not isinstance(error, OSError) or error.errno not in _REMEDIES:
+        return str(error)
+    return f"{error.filename}: {remedy(error)}" if error.filename else f"a file cannot be written: {remedy(error)}"
+
+
 def run_command(
     prog: str, command: Callable[[], int], interrupted: str, known: tuple[type[Exception], ...] = ()
 ) -> int:
@@ -134,7 +158,7 @@ def run_command(
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
         if not getattr(error, "on_all_ranks", False) or os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {masked(str(error))}", file=sys.stderr)
+            print(f"{prog}: error: {masked(_for_people(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

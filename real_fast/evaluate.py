@@ -28,7 +28,7 @@ from real_fast.prompt.builder import PromptBuilder
 from real_fast.reports import plots
 from real_fast.reports.health import evaluation_warnings
 from real_fast.rollout.make import load_engine
-from real_fast.runs.folder import check_writable, writing
+from real_fast.runs.folder import check_writable, remove_left_over, writing
 from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.score.scale import ScoreScale
@@ -50,6 +50,7 @@ def prepare_output(folder: Path, overwrite: bool) -> None:
     if (folder / "summary.json").exists() and not overwrite:
         raise OutputError(f"output {folder} already holds a summary.json: take another --output, or --overwrite")
     check_writable(folder)
+    remove_left_over(folder)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:
@@ -91,6 +92,9 @@ def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     }
     summary: dict[str, Any] = clean({**about, **result.summary})
     with writing(folder):
+        (folder / "summary.json").unlink(
+            missing_ok=True
+        )  # of an evaluation that is overwritten: no mixture is complete
         cli.dump(config, folder / "config.yaml")
         write_jsonl(folder / "predictions.jsonl", result.predictions)
         panels = by_benchmark(result.predictions, Path(describe(config.data)).name)

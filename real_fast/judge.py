@@ -9,7 +9,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -22,7 +22,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 from real_fast.config.commands import JudgeConfig
 from real_fast.data.readers import jsonl_records, open_binary
-from real_fast.errors import ConfigError, DataError, UserError
+from real_fast.errors import ConfigError, DataError, OutputError, UserError, remedy
 from real_fast.judging.grade import Grade
 from real_fast.judging.judge import Judge
 from real_fast.judging.lines import RAW, Grader, grade_lines
@@ -97,13 +97,22 @@ def run(config: JudgeConfig, source: IO[bytes], out: IO[bytes], load: Callable[[
     with progress_bar("grade", total, "row") as bar:
         for number, batch in enumerate(chain([first], batches)):
             found = list(grade_lines(judge, batch, config.key, call_seed(config.seed, number)))
-            for (line, _), (data, grade) in zip(batch, found, strict=True):
-                out.write(data)
+            for (line, _), (_, grade) in zip(batch, found, strict=True):
                 done.count(line, grade)
-            out.flush()
+            _write(out, b"".join(data for data, _ in found))
             bar.set_postfix(failed=done.failed, refresh=False)
             bar.update(len(batch))
     return done
+
+
+def _write(out: IO[bytes], data: bytes) -> None:
+    try:
+        out.write(data)
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"the results cannot be written to standard output: {remedy(error)}") from error
 
 
 def _lines_left(source: IO[bytes]) -> int | None:
@@ -123,8 +132,13 @@ def results_alone() -> Iterator[IO[bytes]]:
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        with redirect_stdout(sys.stderr), os.fdopen(os.dup(kept), "wb") as out:
-            yield out
+        out = os.fdopen(os.dup(kept), "wb")
+        try:
+            with redirect_stdout(sys.stderr):
+                yield out
+        finally:
+            with suppress(OSError):  # of what could not be written, which has been said
+                out.close()
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
@@ -172,6 +186,6 @@ def work(config: JudgeConfig) -> int:
     except UserError:
         raise
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"reading the rows or writing the results failed: {error}") from error
+        raise DataError(f"data {config.data or 'on standard input'}: reading the rows failed: {error}") from error
     print(done, file=sys.stderr)
     return 1 if done.rows and done.failed == done.rows else 0

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from real_fast.config import EvalConfig, RolloutConfig
-from real_fast.evaluate import main, parse
+from real_fast.data.synthetic import generate
+from real_fast.errors import OutputError
+from real_fast.evaluate import main, parse, run
 from real_fast.evaluation.benchmarks import tables
 from real_fast.evaluation.metrics import CORRELATIONS
 from real_fast.evaluation.run import evaluate
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Finish, JudgeRow, Rollout, SamplingParams
+from real_fast.utils.jsonio import write_jsonl
 
 SCALE = ScoreScale((1.0, 2.0, 4.5), ("1", "2", "4.5"), (11, 12, 13), "Score: ", (5, 6), 1)
 KEYS = {*CORRELATIONS, "n", "n_scored", "no_score", "rmse", "mae", "bias", "ci95", "constant_resamples", "reasons"}
@@ -252,6 +255,23 @@ def test_an_earlier_evaluation_is_kept(capsys: pytest.CaptureFixture[str], tmp_p
     assert "already holds a summary.json" in failure(capsys, *argv)
     assert "holds no config.json" in failure(capsys, *argv, "--overwrite")  # past that check, to the next
     assert (tmp_path / "summary.json").read_text() == "{}"
+
+
+def test_an_evaluation_that_dies_while_it_replaces_another_leaves_no_mixture(
+    tiny_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", generate(2, 1, seed=0))
+    (tmp_path / "summary.json").write_text('{"pearson": 0.9}')
+    argv = ["--model", str(tiny_judge), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path)]
+    argv += ["--rollout.engine", "transformers", "--rollout.max_tokens", "2", "--bootstrap", "2", "--overwrite"]
+
+    def dies(*_: object) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr("real_fast.evaluate.plots.before_after", dies)
+    with pytest.raises(OutputError, match="killed"):
+        run(parse(argv))
+    assert (tmp_path / "predictions.jsonl").is_file() and not (tmp_path / "summary.json").exists()
 
 
 def test_an_output_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from real_fast.config.commands import PlanConfig
@@ -24,12 +25,18 @@ SLOW = 12.5
 def tables(configs: Path, results: Path) -> dict[str, str]:
     """The tables by their markers' names."""
     found = sorted(((path, c) for path, c in planned(configs) if c.gpus > 1), key=lambda one: one[1].gpus)
-    measured = results / "scaling.json"
     return {
         "scaling-plan": plan_table(found),
         "scaling-efficiency": "\n\n".join(efficiency_table(config) for _, config in found),
-        "scaling-measured": measured_table(json.loads(measured.read_text("utf-8")) if measured.is_file() else None),
+        "scaling-measured": measured_table(_read(results / "scaling.json")),
+        "scaling-same": same_table(_read(results / "same_run.json")),
+        "ahead-seeds": ahead_table(_read(results / "ahead_seeds.json")),
     }
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    found: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
+    return found
 
 
 def plan_table(found: list[tuple[Path, PlanConfig]]) -> str:
@@ -119,4 +126,60 @@ def measured_table(report: dict[str, Any] | None) -> str:
         cells = [line["model"], f"{line['ranks']}", *(f"{line[key]:.2f}" for key in ("step", "update", "rollout"))]
         cells += [f"{line['tokens_per_second']:.0f}", gain, f"{max(line['peaks']) / GIB:.2f} GiB"]
         out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def same_table(report: dict[str, Any] | None) -> str:
+    """A line per number of ranks: what one run came to, and how far it is from the first line's."""
+    if report is None:
+        return "No measurement is kept yet: `python -m benchmarks.same_run` writes one."
+    out = [
+        f"{Path(report['config']).stem}, {report['settings']['train.precision']}, "
+        f"{report['runs'][0]['updates']} updates; {report['machine'].partition(',')[0]}; {report['versions']}:\n",
+        "| ranks | Pearson before | after warm-up | after REAL | RMSE before | after warm-up | after REAL "
+        "| rollouts with the same text | held-out predictions differ by at most |",
+        "|---" * 9 + "|",
+    ]
+    for run in report["runs"]:
+        cells = [f"{run['ranks']}"]
+        cells += [_interval(run["eval"][name]["pearson"]) for name in ("before", "warmup", "after")]
+        cells += [f"{run['eval'][name]['rmse'][0]:.3f}" for name in ("before", "warmup", "after")]
+        if "rollouts" in run:
+            cells += [f"{run['same_texts']} of {run['rollouts']}", f"{max(run['largest_difference'].values()):.1g}"]
+        else:
+            cells += ["", ""]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def _interval(found: list[float]) -> str:
+    return f"{found[0]:.3f} [{found[1]:.2f}, {found[2]:.2f}]"
+
+
+LAST = 5  # updates, over which the end of a curve is averaged
+
+
+def ahead_table(report: dict[str, Any] | None) -> str:
+    """A line per seed: where a run in turn and one with rollouts ahead end."""
+    if report is None:
+        return "No measurement is kept yet: `python -m benchmarks.overlap` writes one."
+    runs = {(run["seed"], run["ahead"]): run for run in report["runs"]}
+    out = [
+        f"{report['runs'][0]['updates']} updates, rewards are means of the last {LAST}; "
+        f"{report['machine']}; {report['versions']}:\n",
+        "| seed | Pearson after, in turn | ahead | RMSE after, in turn | ahead "
+        "| reward, in turn | ahead | weights, ahead |",
+        "|---" * 8 + "|",
+    ]
+    for seed in sorted({seed for seed, ahead in runs if (seed, 1 - ahead) in runs}):
+        pair = [runs[seed, 0], runs[seed, 1]]
+        cells = [f"{seed}"]
+        for key in ("pearson", "rmse"):
+            ends = [run["eval"]["after"] for run in pair]
+            cells += [_interval([end[key], *end["ci95"][key]]) for end in ends]
+        cells += [f"{mean(run['reward'][-LAST:]):.3f}" for run in pair]
+        low, high = (
+            [x for x in pair[1][f"sampling/importance_sampling_ratio/{end}"] if x is not None] for end in ("min", "max")
+        )
+        out.append(f"| {' | '.join(cells)} | {min(low):.2f} to {max(high):.2f} |")
     return "\n".join(out)

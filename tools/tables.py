@@ -1,7 +1,8 @@
 """Write every generated table of README.md and docs/, and the plans in configs/: ``make tables``.
 
 A page says where a table goes by two comments on lines of their own, ``<!-- NAME:start -->`` and ``<!-- NAME:end -->``.
-What stands between them is made from committed results alone: docs/results/, benchmarks/results/ and experiments/.
+What stands between them is made from committed results alone: docs/results/, docs/reliability.json, benchmarks/results/
+and experiments/.
 
 python -m tools.tables                  write all pages
 python -m tools.tables keep RUN NAME    copy a run's summary.json and plots to docs/results/NAME*, then write all pages
@@ -17,7 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.record import read
-from tools import benchmark_tables, experiment_tables, memory_tables, plan_headers, run_tables, scaling_tables
+from tools import (
+    benchmark_tables,
+    experiment_tables,
+    memory_tables,
+    plan_headers,
+    reliability_tables,
+    run_tables,
+    scaling_tables,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PROG = "tools.tables"
@@ -57,6 +66,7 @@ def tables(root: Path) -> dict[str, str]:
         **memory_tables.tables(root / "benchmarks" / "results"),
         **experiment_tables.tables(root / "experiments"),
         **scaling_tables.tables(root / "configs", root / "benchmarks" / "results"),
+        **reliability_tables.tables(root / "docs"),
         "one-gpu": plan_headers.table(root / "configs"),
     }
 

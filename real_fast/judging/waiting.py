@@ -51,9 +51,12 @@ class Waiting:
 
     def _work(self) -> None:
         """Grade the requests that have gathered. One call of this is queued for each, so later ones may find none."""
+        taken: list[tuple[Any, int, Future[Grade]]] = []
         with self._lock:
-            taken = [self._rows.popleft() for _ in range(min(self._most, len(self._rows)))]
-        taken = [one for one in taken if one[2].set_running_or_notify_cancel()]
+            while self._rows and len(taken) < self._most:
+                one = self._rows.popleft()
+                if one[2].set_running_or_notify_cancel():  # else it was cancelled, and takes nobody's place
+                    taken.append(one)
         for seed in dict.fromkeys(seed for _, seed, _ in taken):
             some = [(row, future) for row, own, future in taken if own == seed]
             try:

@@ -20,16 +20,20 @@ from real_fast.distributed.world import ALONE, World
 from real_fast.errors import DataError, OutputError
 from real_fast.methods.base import Stages, Trained
 from real_fast.methods.supervised import LossWeights, Supervised
+from real_fast.model.folder import check_as_written
 from real_fast.model.judge_settings import trained_settings
+from real_fast.runs import logged
 from real_fast.runs.folder import move_aside
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.trackers import check_installed
 from real_fast.types import JudgeRow, Rollout, SamplingParams
+from real_fast.utils.files import replacing
 from real_fast.utils.jsonio import write_json, write_jsonl
 from real_fast.utils.seeds import step_seed
 
 logger = logging.getLogger(__name__)
 _ROWS_PER_CALL = 32
+_HANDOVER = "handover.json"  # checksums of what stage 2 reads of stage 1
 
 
 class Tract(Supervised):
@@ -66,6 +70,8 @@ class Tract(Supervised):
                     raise OutputError(
                         f"output {folder} holds a run: take another --output, --resume it, or --overwrite it"
                     )
+                if generated.is_file() and not config.allow_changed:
+                    _check_handover(folder, generated)
         name = config.run_name or folder.resolve().name
         single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
         if not world.main(generated.is_file()):
@@ -86,6 +92,9 @@ class Tract(Supervised):
                         write_jsonl(path, (record(row, row.feedbacks) for row in some))
                     needed = config.supervised.prompts_per_step
                     _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
+                    text = logged.text_of(folder, [generated.name, "held_out*.jsonl"])
+                    with replacing(folder / _HANDOVER) as temporary:
+                        temporary.write_text(text, encoding="utf-8")
             stage.engine.close()
             del stage
         held_out = {name: str(path) for name, path in _held_out(config, folder).items()}
@@ -93,9 +102,27 @@ class Tract(Supervised):
         data = DataConfig(train=str(generated), eval=held_out.get("", held_out), max_rejected=1)
         # The template as the first stage was trained with it: the file may have been edited since.
         first_judge = folder / "stage1" / "final"
-        known = trained_settings(str(first_judge)).get("prompt", {}) if first_judge.is_dir() else {}
+        known: dict[str, Any] = {}
+        if first_judge.is_dir():
+            check_as_written(first_judge, weights=False)
+            known = trained_settings(str(first_judge)).get("prompt", {})
         prompt = replace(config.prompt, template=known.get("template", config.prompt.template))
         yield replace(single, data=data, prompt=prompt, run_name=f"{name}-stage2")
+
+
+def _check_handover(folder: Path, generated: Path) -> None:
+    """Refuse rows that changed since stage 1 wrote them. Raises :class:`DataError`."""
+    try:
+        names = logged.changed(folder, folder / _HANDOVER)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{folder / _HANDOVER} is damaged ({error}): remove it, and the rows of stage 2 are taken as they are"
+        ) from error
+    if names:
+        raise DataError(
+            f"{', '.join(str(folder / name) for name in names)}: not as stage 1 wrote it. Where it is damaged, remove "
+            f"{generated} and --resume: stage 1's model writes all of it anew. Where you changed it, --allow-changed"
+        )
 
 
 def _held_out(config: Config, folder: Path) -> dict[str, Path]:

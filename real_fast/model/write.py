@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,24 @@ def contents_of(
             model.generation_config.save_pretrained(folder)  # has the token that ends a verdict
         else:
             _save_config(model, folder, dtype)
-        tokenizer.save_pretrained(folder)
+        with _refused(folder):
+            tokenizer.save_pretrained(folder)
         for name, content in texts.items():
             (folder / name).write_text(content, encoding="utf-8")
 
     return Contents(small, [_adapters(model) if adapters else _weights(model, dtype, merge)])
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """What the system refuses the tokenizers' library, which tells of it by a bare Exception, as the OSError it is."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
 
 
 def _adapters(model: Any) -> Part:

@@ -24,6 +24,7 @@ from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.weights import check_files
 from real_fast.rollout.assemble import eos_ids
 from real_fast.rollout.engine import RolloutEngine, publish
+from real_fast.rollout.process_state import process_state_kept
 from real_fast.rollout.spread import MainEngine, SpreadEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
@@ -98,7 +99,8 @@ def _copy(config: Config, model: Any, model_path: Path) -> PreTrainedModel:
     """A whole model of this rank's own, which a model that is spread over ranks cannot be sampled with."""
     copy = load_model(str(model_path), model.device, torch.float32, config.trust_remote_code)
     if config.train.lora is not None:
-        add_adapters(copy, config.train.lora, "")
+        with process_state_kept():  # a resumed run has its random states already
+            add_adapters(copy, config.train.lora, "")
     return copy
 
 

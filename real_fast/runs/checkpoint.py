@@ -77,7 +77,9 @@ def save_model(writer: FolderWriter, target: Path, contents: Contents) -> None:
     Raises:
         CheckpointError: The disk is full or read-only (see :meth:`FolderWriter.write`).
     """
-    writer.write(target, contents, lambda: "checkpoints are untouched")
+    writer.write(
+        target, contents, lambda: "free space or repair the disk; checkpoints are untouched: go on with --resume"
+    )
 
 
 def save(
@@ -118,7 +120,7 @@ def save(
 
     def rotate() -> None:
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
 
     moments = Part(
         OPTIMIZER,
@@ -160,7 +162,10 @@ def open_tensors(folder: Path, check: bool = True) -> TensorFiles | None:
     if not files:
         return None
     if check and (wrong := damage(folder)):
-        raise CheckpointError(f"{folder} is damaged: {wrong}")
+        raise CheckpointError(
+            f"{folder} is damaged: {wrong}: bring it back from a copy, or start over with --overwrite, which moves the "
+            "run aside"
+        )
     return TensorFiles(files)
 
 
@@ -261,6 +266,18 @@ def load(
             group["lr"] = lr
     random_state.restore(files, world)
     return state
+
+
+def _remove(old: Path) -> None:
+    """Remove a checkpoint; half of one has no checkpoint's name. A disk that refuses costs room, and not the run."""
+    half = old.with_name(f"{old.name}.old.tmp")
+    shutil.rmtree(half, ignore_errors=True)
+    try:
+        os.replace(old, half)
+        shutil.rmtree(half)
+    except OSError as error:
+        left = half if half.is_dir() else old
+        logger.warning("%s could not be removed (%s) and takes room: remove it yourself", left, error.strerror)
 
 
 def _read_state(path: Path) -> TrainState:

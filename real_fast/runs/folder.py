@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,16 +14,18 @@ from typing import Any
 import yaml
 
 from real_fast.config import Config, cli
-from real_fast.errors import CheckpointError, OutputError
+from real_fast.errors import CheckpointError, OutputError, remedy
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.lock import move_lock
-from real_fast.utils.files import free_name
-from real_fast.utils.jsonio import append_jsonl, clean, parse, read_jsonl, write_json, write_jsonl
+from real_fast.utils.files import free_name, replacing
+from real_fast.utils.jsonio import append_jsonl, clean, encode, parse, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 # Any of these is a run's. config.yaml alone would not do: it can be lost.
 _OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints")
+_DIGEST = "sha256"  # the key of an evaluation's own, in its summary
 _RESULTS = ("predictions.jsonl", "report.html", "final", "summary.json")
+_FOLDERS = ("final", "adapter", "reference")  # written whole, see real_fast.runs.sealed
 
 
 @contextmanager
@@ -33,15 +34,26 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"output {folder} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"output {folder} cannot be written: {remedy(error)}") from error
 
 
 def check_writable(folder: Path) -> None:
     """Make the folder and try to write to it, before anything slow starts. Raises :class:`OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
-            probe.write(b"0")
+        probe = folder / f".probe.{os.getpid()}.tmp"  # if it stays, whoever claims the folder removes it
+        try:
+            probe.write_bytes(b"0")
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+
+def remove_left_over(*folders: Path) -> None:
+    """Remove what a kill in the middle of a file has left of it under its temporary name."""
+    for folder in folders:
+        for left in folder.glob(".*.tmp"):
+            left.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -70,6 +82,9 @@ class RunFolder:
         check_writable(self.path)
         self.resumed = self._started and not config.overwrite
         if self.resumed:
+            for path in (*self.path.glob("*.json*"), self.path / "config.yaml", *self.path.glob("eval/*.json*")):
+                if path.is_dir():
+                    raise OutputError(f"{path} is a folder, where the run has a file: move it away, and --resume")
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 self.lines(name)  # what is broken there is found before the model is loaded
 
@@ -104,16 +119,24 @@ class RunFolder:
         self.path.resolve().mkdir(parents=True, exist_ok=True)
         if self.finished and self.resumed:
             self._set_results_aside()
-        for left in self.path.glob(".*.tmp"):  # by a kill in the middle of a file
-            left.unlink(missing_ok=True)
+        remove_left_over(self.path, self.path / "eval", self.path / "profile")
+        for name in _FOLDERS:
+            for left in (f"{name}.tmp", f"{name}.replaced.tmp"):
+                shutil.rmtree(self.path / left, ignore_errors=True)
         cli.dump(config, self.path / "config.yaml")
 
     def _set_results_aside(self) -> None:
         """A finished run is extended: its results are kept in superseded/, and made again at the end."""
-        steps = json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("steps")
+        try:
+            steps = int(parse((self.path / "summary.json").read_text(encoding="utf-8"))["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{self.path / 'summary.json'} is damaged ({error}): remove it, and the run counts as unfinished"
+            ) from error
         target = free_name(self.path / "superseded" / f"{steps}-steps")
         target.mkdir(parents=True)
-        shutil.copyfile(self.path / "config.yaml", target / "config.yaml")
+        with replacing(target / "config.yaml") as temporary:
+            shutil.copyfile(self.path / "config.yaml", temporary)
         # The summary last: it marks the run as finished.
         for path in (*self.path.glob("*.png"), *(self.path / name for name in _RESULTS)):
             if path.exists():
@@ -216,10 +239,12 @@ class RunFolder:
             return None
         try:
             summary: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
+            if (want := summary.pop(_DIGEST, None)) and want != self._digest(name, summary):
+                raise ValueError(f"it or {name}.predictions.jsonl is not as it was written")
             count = len(self.predictions(name))
             if count != summary["n"]:
                 raise ValueError(f"{count} predictions of {summary['n']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the evaluation %s is damaged, and left out: %s", file, error)
             return None
         return summary
@@ -232,7 +257,12 @@ class RunFolder:
         """Write an evaluation; the summary comes last and marks it complete."""
         (self.path / "eval").mkdir(exist_ok=True)
         write_jsonl(self.path / "eval" / f"{name}.predictions.jsonl", predictions)
-        write_json(self.path / "eval" / f"{name}.json", summary)
+        write_json(self.path / "eval" / f"{name}.json", {**summary, _DIGEST: self._digest(name, summary)})
+
+    def _digest(self, name: str, summary: dict[str, Any]) -> str:
+        """SHA-256 of an evaluation, of which either file may be damaged: its summary's values and its predictions."""
+        predictions = (self.path / "eval" / f"{name}.predictions.jsonl").read_bytes()
+        return hashlib.sha256(encode(summary) + predictions).hexdigest()
 
 
 def move_aside(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from real_fast.config import Config
 from real_fast.runs import checkpoint
 from real_fast.runs.folder import RunFolder
+from real_fast.runs.slow_steps import SlowSteps
 from real_fast.runs.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class Run:
         self.folder = folder
         self.trackers = trackers
         self.writes = writes
+        self._slow_steps = SlowSteps()
 
     def claim(self, config: Config, resumed_step: int | None) -> None:
         """Start to write into the folder; what a resumed run makes again is set aside.
@@ -49,6 +51,7 @@ class Run:
         if self.writes:
             self.folder.log(record)
             self.trackers.log(record)
+            self._slow_steps.see(record)
 
     def log_rollouts(self, lines: Iterable[dict[str, Any]]) -> None:
         """Lines of rollouts.jsonl."""

@@ -79,7 +79,7 @@ def damage(folder: Path, skip: str = "") -> str | None:
     without checksums, of an earlier version, a safetensors file that is cut off is found, and a changed bit is not.
     """
     try:
-        if not (folder / CHECKSUMS).is_file():
+        if not (folder / CHECKSUMS).exists():
             for file in folder.glob("*.safetensors"):
                 with safe_open(file, framework="pt"):
                     pass
@@ -116,5 +116,10 @@ def _replace(temporary: Path, target: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
     if target.exists():
         os.replace(target, earlier)
-    os.replace(temporary, target)
+    try:
+        os.replace(temporary, target)
+    except OSError:
+        if earlier.exists():
+            os.replace(earlier, target)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)

@@ -10,6 +10,7 @@ run goes on in the same curve, logs no step twice, and brings up to date a track
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import logging
 import os
@@ -25,7 +26,7 @@ import yaml
 from real_fast.config import Config
 from real_fast.errors import ConfigError
 from real_fast.runs.folder import RunFolder
-from real_fast.utils.jsonio import clean, parse, write_json
+from real_fast.utils.jsonio import clean, encode, parse, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +187,17 @@ class Trackers:
             except Exception as error:  # each tracker has its own kinds, and none is worth the run
                 del self._active[name]
                 logger.warning(
-                    "%s failed (%s) and is left out from step %d on; metrics.jsonl has all of it, and a --resume logs "
-                    "what is missing",
+                    "%s failed (%s) and is left out from step %d on; %s has all of it, and a --resume logs what is "
+                    "missing",
                     name,
                     _said(error),
                     step,
+                    self._file.with_name("metrics.jsonl"),
                 )
             else:
                 sent[kind] = step
-        write_json(self._file, {"id": self._id, "folder": str(self._file.parent.resolve()), "sent": self._sent})
+        state = {"id": self._id, "folder": str(self._file.parent.resolve()), "sent": self._sent}
+        write_json(self._file, {**state, "sha256": _digest(state)})
 
     def __enter__(self) -> Trackers:
         return self
@@ -231,8 +234,14 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     known = parse(file.read_text(encoding="utf-8"))
+    if (want := known.pop("sha256", None)) and want != _digest(known):
+        raise ValueError("it is not as it was written")
     sent = {tracker: {kind: int(step) for kind, step in of.items()} for tracker, of in known["sent"].items()}
     return {"id": str(known["id"]), "folder": known.get("folder"), "sent": sent}
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(encode(state)).hexdigest()
 
 
 def names(config: Config) -> list[str]:

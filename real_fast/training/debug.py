@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from real_fast.utils.files import replacing
+
 logger = logging.getLogger(__name__)
 _SNAPSHOT_EVENTS = 100_000
 
@@ -77,12 +79,15 @@ class Profile:
         profiler.__exit__(None, None, None)
         try:
             self.folder.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(self.folder / "trace.json"))
+            with replacing(self.folder / "trace.json") as temporary:
+                profiler.export_chrome_trace(str(temporary))
             key = "self_cuda_time_total" if self.cuda else "self_cpu_time_total"
             table = profiler.key_averages().table(sort_by=key, row_limit=40)
-            (self.folder / "table.txt").write_text(table, encoding="utf-8")
+            with replacing(self.folder / "table.txt") as temporary:
+                temporary.write_text(table, encoding="utf-8")
             if self.cuda:
-                torch.cuda.memory._dump_snapshot(str(self.folder / "memory.pickle"))
+                with replacing(self.folder / "memory.pickle") as temporary:
+                    torch.cuda.memory._dump_snapshot(str(temporary))
         except (OSError, RuntimeError) as error:
             logger.warning("the profile could not be written to %s: %s", self.folder, error)
             return

@@ -14,7 +14,7 @@ from real_fast.config import Config
 from real_fast.errors import CheckpointError, ElsewhereError
 from real_fast.model.precision import dtype_of, resolve
 from real_fast.model.write import contents_of
-from real_fast.runs import checkpoint, fingerprints
+from real_fast.runs import checkpoint, fingerprints, logged
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.fingerprints import Fingerprints
 from real_fast.runs.folder import RunFolder
@@ -81,6 +81,8 @@ class Saver:
         """
         u, model = self.updater, self.updater.policy.model
         texts = {**self.texts, **files, fingerprints.FILE: self.identity.text()}
+        if u.world.is_main:  # which writes them
+            texts[logged.FILE] = logged.text_of(self.folder.path)
         checkpoint.save(
             self.folder.checkpoints,
             self.writer,

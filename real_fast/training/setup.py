@@ -36,7 +36,7 @@ from real_fast.prompt.builder import PromptBuilder
 from real_fast.prompt.guard import EncodeFeedback
 from real_fast.reports import report
 from real_fast.rollout.make import hand_over, make_engine
-from real_fast.runs import checkpoint, trackers
+from real_fast.runs import checkpoint, logged, trackers
 from real_fast.runs.checkpoint import TrainState
 from real_fast.runs.folder import RunFolder, settings_in
 from real_fast.runs.run import Run
@@ -146,6 +146,8 @@ def build(config: Config, world: World = ALONE) -> Parts:
         check_ranks(config, method_class.prompts_per_step(config), world.size)
         folder = RunFolder(config)
         found = checkpoint.newest(folder.checkpoints) if folder.resumed and world.is_main else None
+        if found:
+            logged.check(folder.path, found)
     resume_from = world.main(found)  # which has read it whole
     with timer("load"), world.together():
         folder.check_extends(config.train.steps, checkpoint.step_of(resume_from) if resume_from else None)

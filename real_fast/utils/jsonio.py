@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from real_fast.utils.files import replacing
+from real_fast.utils.files import named, replacing
 
 
 def clean(obj: Any) -> Any:
@@ -48,7 +48,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 def append_jsonl(path: str | Path, obj: Any) -> None:
     """Add one line to the end of a file, made if it is not there. Raises as :func:`write_json` does."""
     data = encode(obj)
-    with Path(path).open("ab") as file:
+    with named(path), Path(path).open("ab") as file:
         file.write(data)
 
 
@@ -63,7 +63,8 @@ def parse(text: str) -> Any:
 def read_jsonl(path: str | Path) -> list[Any]:
     """The values of a JSON Lines file. Empty lines are passed over.
 
-    A last line that is cut off (no line end, and not JSON) is what a killed writer leaves, and is left out.
+    A last line that is cut off (no line end, and not JSON) is what a killed writer leaves, and is left out, also where
+    the cut is in the middle of a character.
 
     Raises:
         ValueError: Any other line that is not JSON; the message names file and line.
@@ -74,12 +75,13 @@ def read_jsonl(path: str | Path) -> list[Any]:
             if not line.strip():
                 continue
             try:
-                rows.append(parse(line.decode()))
-            except ValueError as error:  # UnicodeDecodeError is one
+                rows.append(parse(line.decode("utf-8")))
+            except ValueError as error:
                 if not line.endswith(b"\n"):
                     break
-                said = getattr(error, "msg", None) or error
-                raise ValueError(f"{path}, line {number}: not valid JSON ({said})") from error
+                what = f"not UTF-8, {error.reason}" if isinstance(error, UnicodeDecodeError) else error
+                what = error.msg if isinstance(error, json.JSONDecodeError) else what
+                raise ValueError(f"{path}, line {number}: not valid JSON ({what})") from error
     return rows
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import math
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,12 +141,18 @@ def test_a_served_grade_is_that_of_the_judge(folder: Path, small_tokenizer: Any)
     assert found.feedback == want.feedback and found.warning == want.warning
 
 
-def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
-    testclient = pytest.importorskip("fastapi.testclient")
+def load_example() -> Any:
+    """examples/serve.py, which is no package."""
     spec = importlib.util.spec_from_file_location("serve_example", ROOT / "examples" / "serve.py")
     assert spec is not None and spec.loader is not None
     example = sys.modules["serve_example"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
+    testclient = pytest.importorskip("fastapi.testclient")
+    example = load_example()
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
     with testclient.TestClient(example.make_app(lambda: judge)) as client:
         good = client.post("/grade", json=ROW)
@@ -153,6 +162,50 @@ def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
         assert bad.status_code == 422 and "response is empty" in bad.json()["detail"]
         assert client.post("/grade", json={"instruction": "a"}).status_code == 422
     assert judge._engine is None  # closed with the server
+
+
+def test_a_client_that_hangs_up_gives_its_place_back(with_engine: Callable[..., Judge]) -> None:
+    pytest.importorskip("fastapi")
+    entered, gate = threading.Event(), threading.Event()
+
+    class Held(FakeEngine):
+        def generate(self, prompts: Any, sampling: Any) -> Any:
+            entered.set()
+            assert gate.wait(10)
+            return super().generate(prompts, sampling)
+
+    engine = Held([rollout([0.5, 0.25, 0.25])])
+    app = load_example().make_app(lambda: with_engine(engine))
+
+    async def ask(response: str, hangs_up: bool) -> int:
+        """The status of an answer, by the application's own protocol (ASGI)."""
+        body = json.dumps({**ROW, "response": response}).encode()
+        messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+        found = []
+
+        async def receive() -> Any:
+            if len(messages) == 1 and not hangs_up:
+                await asyncio.Event().wait()
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            found.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/grade", "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        return int(found[0]["status"])
+
+    async def both() -> list[int]:
+        async with app.router.lifespan_context(app):
+            first = asyncio.ensure_future(ask("An apple.", hangs_up=False))
+            await asyncio.to_thread(entered.wait, 10)
+            late = await asyncio.wait_for(ask("A pear.", hangs_up=True), 5)
+            gate.set()
+            return [await first, late]
+
+    assert asyncio.run(both()) == [200, 499]
+    assert [len(prompts) for prompts, _ in engine.calls] == [1]
 
 
 def test_a_template_may_need_further_fields_of_the_rows(folder: Path, small_tokenizer: Any, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from real_fast.config import Config, EvalConfig, RolloutConfig, TrainConfig
+from real_fast.config.schema import LoraConfig
 from real_fast.errors import ConfigError, EngineMismatchError, ModelError
 from real_fast.methods.supervised import supervised_group
+from real_fast.model.lora import is_adapted
 from real_fast.prompt.guard import Guard
 from real_fast.rollout import make
 from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
@@ -631,6 +633,14 @@ def test_transformers_by_name(tiny: Any, smollm2_tokenizer: Any, scale: ScoreSca
     engine = make.make_engine(config(engine="transformers", max_num_seqs=5), tiny, smollm2_tokenizer, scale, tmp_path)
     assert isinstance(engine, TransformersEngine)
     assert engine.model is tiny and engine.max_num_seqs == 5 and engine.dtype is torch.bfloat16
+
+
+def test_the_engine_of_a_rank_draws_nothing_for_its_copys_adapters(tiny_judge: Path, tiny: Any) -> None:
+    """It is made behind the random states of a checkpoint that a run goes on from."""
+    some = dataclasses.replace(config(), train=TrainConfig(lora=LoraConfig(r=2)))
+    before = torch.get_rng_state()
+    assert is_adapted(make._copy(some, tiny, tiny_judge))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_room_in_the_models_positions(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -89,6 +90,27 @@ def test_newest_complete_is_found_and_half_written_ignored(tiny_llama, tmp_path)
     (tmp_path / "step-000011.tmp").mkdir()
     (tmp_path / "step-000012").mkdir()  # killed before its state was written by some other tool
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000002", "step-000010"]  # keep=2 removed step 1
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_of_it(tiny_llama, tmp_path, monkeypatch):
+    parts = make(tiny_llama)
+    train(*parts, 1)
+    save(tmp_path, parts, 1)
+    rmtree = shutil.rmtree
+
+    def killed(folder, ignore_errors=False):
+        if folder.exists():
+            (folder / "trainer_state.json").unlink()
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(CheckpointError, match="killed"):
+            save(tmp_path, parts, 2, keep=1)
+    assert shutil.rmtree is rmtree and len(list(tmp_path.iterdir())) == 2
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-000002"
+    checkpoint.tidy(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left")])

@@ -1,4 +1,4 @@
-"""A run's folder: how much room it needs."""
+"""A run's folder: how much room it needs, and what a kill has left there."""
 
 from __future__ import annotations
 
@@ -39,3 +39,21 @@ def test_room_is_made_by_checkpoints_that_will_be_replaced_alone(
         else:
             with pytest.raises(OutputError, match="and the checkpoints need"):
                 folder.check_space(PARAMETERS, KEEP, False, resumed)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    left = [
+        ".summary.json.7.tmp",
+        "eval/.before.json.7.tmp",
+        "final.tmp/x",
+        "adapter.replaced.tmp/x",
+        "reference.tmp/x",
+    ]
+    kept = ["metrics.jsonl", "eval/before.json", "final/model.safetensors", "mine.tmp/x"]
+    for name in (*left, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    config = Config(output=str(tmp_path), resume=True, model="m", data=DataConfig(train="t"))
+    RunFolder(config).claim(config)
+    found = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert found == sorted([*kept, "config.yaml"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,23 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from real_fast.commands import run
 from real_fast.config import Config
+from real_fast.data.synthetic import generate
+from real_fast.distributed.world import OneProcess
 from real_fast.errors import OutputError
 from real_fast.runs.folder import RunFolder, move_aside
 from real_fast.runs.lock import LOCK, alone_in
+from real_fast.utils.jsonio import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def hold(folder):
-    """Another process that holds the folder's lock."""
+def hold(folder, inside="print('held', flush=True); time.sleep(60)", ranks=1):
+    """Another process that holds the folder's lock, and does something; as the main one of `ranks`."""
     code = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from real_fast.distributed.world import OneProcess\n"
         "from real_fast.runs.lock import alone_in\n"
-        f"with alone_in({str(folder)!r}):\n    print('held', flush=True); time.sleep(60)"
+        f"OneProcess.size = {ranks}\n"
+        f"with alone_in({str(folder)!r}, OneProcess()):\n    {inside}"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    process.said = process.stdout.readline()
     return process
 
 
@@ -92,8 +99,6 @@ def test_a_lock_left_by_another_host_is_said(tmp_path, caplog):
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
-    import fcntl
-
     def none(*_):
         raise OSError(95, "Operation not supported")
 
@@ -106,3 +111,114 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OutputError, match="cannot be written"), alone_in(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_worker_that_a_killed_run_leaves_behind_does_not_hold_its_lock(tmp_path):
+    """Forked, as vLLM's are: a lock goes on in every copy of its file."""
+    process = hold(tmp_path, "os.fork() or print(os.getpid(), flush=True); time.sleep(60)")
+    child = int(process.said)
+    try:
+        with pytest.raises(OutputError, match=f"process {process.pid} on "), alone_in(tmp_path):
+            pass
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # raises if it has ended
+        with alone_in(tmp_path):
+            pass
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_forked_process_that_ends_takes_no_lock_away(tmp_path):
+    inside = "child = os.fork(); child or sys.exit(0); os.waitpid(child, 0); print('held', flush=True); time.sleep(60)"
+    process = hold(tmp_path, inside)
+    try:
+        assert process.said == "held\n" and (tmp_path / LOCK).is_file()
+        with pytest.raises(OutputError, match=f"process {process.pid} on "), alone_in(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
+class SecondRank(OneProcess):
+    rank, size, is_main = 1, 2, False
+
+
+def test_a_rank_that_outlives_the_main_one_keeps_the_folder(tmp_path):
+    main = hold(tmp_path, ranks=2)
+    try:
+        with alone_in(tmp_path, SecondRank()):
+            with pytest.raises(OutputError, match=f"by process {main.pid} on .*, since 20"), alone_in(tmp_path):
+                pass
+            main.kill()
+            main.wait()
+            with pytest.raises(OutputError, match=f"what process {main.pid} on .* has left behind"), alone_in(tmp_path):
+                pass
+        with alone_in(tmp_path):
+            pass
+    finally:
+        main.kill()
+        main.wait()
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("left", [b"", b'{"pid": 1', b"[]", b'{"pid": "me"}', b'{"pid": -1}', b"\xff\xfe", b"\0\0"])
+def test_a_lock_file_that_says_nothing_is_taken_over_or_named(tmp_path, left, caplog):
+    (tmp_path / LOCK).write_bytes(left)
+    with alone_in(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text(encoding="utf-8"))["pid"] == os.getpid()
+        (tmp_path / LOCK).write_bytes(left)
+        with pytest.raises(OutputError, match="is being written by another process: wait"), alone_in(tmp_path):
+            pass
+    assert not caplog.text
+
+
+def test_without_locks_the_process_that_the_file_names_is_looked_for(tmp_path, monkeypatch, caplog):
+    """It runs; it has ended; its number is another process's by now."""
+    process = hold(tmp_path)
+    said = json.loads((tmp_path / LOCK).read_text(encoding="utf-8"))
+
+    def none(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    try:
+        with pytest.raises(OutputError, match=f"process {process.pid} on .*, since 20.*stop it"), alone_in(tmp_path):
+            pass
+        other = json.dumps({**said, "started": said["started"] + 1})
+        (tmp_path / LOCK).write_text(other, encoding="utf-8")
+        with alone_in(tmp_path):
+            assert "has no file locks" in caplog.text
+        (tmp_path / LOCK).write_text(json.dumps(said), encoding="utf-8")
+    finally:
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with alone_in(tmp_path):  # it has ended, and nobody has asked how
+        pass
+    process.wait()
+    (tmp_path / LOCK).write_text(json.dumps(said), encoding="utf-8")
+    with alone_in(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+def test_commands_that_write_there_are_refused_meanwhile(tiny_judge, tmp_path, command, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", generate(2, 1, seed=0))
+    process = hold(tmp_path / "run")
+    judged = tmp_path / "judged"
+    judged.mkdir()
+    (judged / "summary.json").write_text('{"data": "rows.jsonl", "pearson": 0.5}', encoding="utf-8")
+    write_jsonl(judged / "predictions.jsonl", [{"id": "a", "prompt_id": "a", "label": 1, "prediction": 1.5}])
+    arguments = {
+        "evaluate": ["--model", str(tiny_judge), "--data", str(tmp_path / "rows.jsonl")],
+        "compare": [str(judged)],
+    }[command]
+    try:
+        assert run(command, [*arguments, "--output", str(tmp_path / "run")]) == 2
+    finally:
+        process.kill()
+        process.wait()
+    assert f"is being written by process {process.pid} on " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]

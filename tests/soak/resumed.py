@@ -14,6 +14,7 @@ from real_fast.model.folder import check_folder, read_json, weight_files, weight
 from real_fast.model.judge_settings import trained_settings
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.folder import RunFolder, settings_in
+from real_fast.runs.lock import _owner
 from real_fast.runs.sealed import damage
 from real_fast.runs.trackers import Trackers
 
@@ -68,6 +69,8 @@ READ: dict[str, Callable[[Path], object]] = {
     "config.json": check_folder,
     "real_fast.json": lambda folder: trained_settings(str(folder)),
     "generation_config.json": lambda folder: read_json(folder / "generation_config.json"),
+    "summary.json": lambda folder: RunFolder(_config(folder)).claim(_config(folder)),
+    ".run.lock": lambda folder: _owner(folder / ".run.lock"),
 }
 
 
@@ -79,6 +82,8 @@ def resume(folder: Path, data: bytes) -> None:
     file = place / name
     file.parent.mkdir(parents=True)
     file.write_bytes(data[1:])
+    if name == "summary.json":
+        (place / "config.yaml").write_text("{}")
     if name != "metrics.jsonl" and read is not check_folder:
         (place / "metrics.jsonl").write_text('{"step": 1, "phase": "train"}\n')
     logging.getLogger("real_fast").setLevel("ERROR")  # of what is damaged, a warning tells

@@ -34,6 +34,11 @@ WHERE = {
     "scaling-plan": "docs/scaling.md",
     "scaling-efficiency": "docs/scaling.md",
     "scaling-measured": "docs/scaling.md",
+    "scaling-same": "docs/scaling.md",
+    "ahead-seeds": "docs/methods.md",
+    "reliability": "docs/reliability.md",
+    "reliability-faults": "docs/reliability.md",
+    "reliability-figures": "docs/reliability.md",
 } | dict.fromkeys(
     ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
     "docs/experiment.md",

@@ -46,3 +46,13 @@ def test_jsonl_round_trip_keeps_every_text(tmp_path: Path) -> None:
         read_jsonl(path)
     with pytest.raises(ValueError):
         append_jsonl(path, {"x": math.inf})
+
+
+def test_a_last_line_that_is_cut_off_within_a_character_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    line = '{"t": "ŷ"}\n'.encode()
+    path.write_bytes(line + line[:8])
+    assert read_jsonl(path) == [{"t": "ŷ"}]
+    path.write_bytes(line[:8] + b"\n" + line)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: not valid JSON \(not UTF-8"):
+        read_jsonl(path)

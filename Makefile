@@ -42,6 +42,7 @@ test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/sc
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 soak: $(STAMP) ## inject faults for up to three hours, and write docs/reliability.json (a part: make soak ARGS=kills)
+	-$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/soak.txt
 	$(PY) -m tests.soak $(ARGS)
 	$(PY) -m tools.tables
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 from real_fast.utils.interrupt import second_signal_ends
+from real_fast.utils.secret import masked
 from real_fast.utils.unread import nobody_reads
 
 ON_ALL_RANKS = "(every rank of the run stops here)"
@@ -183,7 +184,7 @@ def run_command(
         if isinstance(error, BrokenPipeError) and nobody_reads():
             return 1
         if not getattr(error, "on_all_ranks", False) or os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {_for_people(error)}", file=sys.stderr)
+            print(f"{prog}: error: {masked(_for_people(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

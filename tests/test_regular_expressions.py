@@ -105,7 +105,7 @@ def test_an_expression_is_linear(where: str, pattern: str, used: str) -> None:
     [
         lambda text: cut_score(text, SCALE),
         lambda text: phrases_outside(text, "So the overall score is"),
-        lambda text: written_behind(text, " ", SCALE.texts),
+        lambda text: written_behind(text, 0, " ", SCALE.texts),
     ],
     ids=["cut_score", "phrases_outside", "written_behind"],
 )

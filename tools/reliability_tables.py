@@ -64,6 +64,8 @@ def figures_table(parts: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(one)}" for key, one in value.items())
     if isinstance(value, list):
         return "<br>".join(map(str, value)) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)

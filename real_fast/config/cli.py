@@ -22,6 +22,7 @@ from real_fast.config.schema import Config
 from real_fast.config.yaml_file import find, read
 from real_fast.errors import ConfigError, UserError
 from real_fast.utils.files import replacing
+from real_fast.utils.secret import masked
 from real_fast.utils.version import __version__
 
 _VALUES = ("true", "false", "yes", "no")
@@ -48,7 +49,7 @@ def parse(
     try:
         settings, shown = _parse(row, prog, list(sys.argv[1:] if argv is None else argv), defaults)
     except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)
     if shown is not None:
         print(shown, flush=True)

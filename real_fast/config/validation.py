@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 from real_fast.errors import ConfigError
+from real_fast.utils.secret import masked
 
 # Metadata of settings that a resumed run may change; real_fast.runs.fingerprints says what each means.
 FREE, CONTENTS, CALL = {"resume": "free"}, {"resume": "contents"}, {"resume": "call"}
@@ -169,8 +170,8 @@ def check_url(rollout: Any) -> None:
     if rollout.engine != "vllm-server":
         if url:
             raise ConfigError(
-                f"rollout.url is {url!r}, and rollout.engine is {rollout.engine}, which needs no server: set "
-                "rollout.engine to vllm-server, or leave rollout.url out"
+                f"rollout.url is {masked(repr(url))}, and rollout.engine is {rollout.engine}, which needs no server: "
+                "set rollout.engine to vllm-server, or leave rollout.url out"
             )
         return
     parts = urlsplit(url) if isinstance(url, str) else urlsplit("")
@@ -178,9 +179,9 @@ def check_url(rollout: Any) -> None:
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:  # a port that is no number
         right = False
-    if not right or parts.query or parts.username:
+    if not right or parts.query or parts.fragment or "@" in parts.netloc:  # what is sent nowhere, and may be a secret
         raise ConfigError(
-            f"rollout.url is {url!r}, and rollout.engine vllm-server needs a server's address there: "
+            f"rollout.url is {masked(repr(url))}, and rollout.engine vllm-server needs a server's address there: "
             "http://HOST:PORT, such as http://127.0.0.1:8000 (docs/vllm-server.md)"
         )
 

@@ -10,6 +10,7 @@ import yaml
 
 from real_fast.errors import ConfigError
 
+_MOST = 10_000  # values of a file of settings
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -66,6 +67,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         if not isinstance(node, yaml.MappingNode):
             kind = "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
             raise ConfigError(f"{path}:{_line(node)}: this is {kind}: a file of settings has lines such as model: NAME")
+        if _written_out(node, {}) > _MOST:
+            raise ConfigError(f"{path}: written out, its aliases make more than {_MOST} values: leave them out")
         _note_lines(node, "", path, lines)
         return loader.construct_document(node), lines
     except ConfigError:
@@ -76,6 +79,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ConfigError(f"{at}: {_problem(error, text, mark)}") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-01
         raise ConfigError(f"config {path}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config {path}: nested too deep for settings") from error
     finally:
         loader.dispose()
 
@@ -108,6 +113,16 @@ def _note_lines(
         lines[name] = _line(key)
         if isinstance(value, yaml.MappingNode):
             _note_lines(value, f"{name}.", path, lines, (*outer, node))
+
+
+def _written_out(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, where every alias is as many as what it refers to."""
+    if id(node) not in known:
+        known[id(node)] = 1  # of one that holds itself, which is refused by its name
+        inner = [one for pair in node.value for one in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if not isinstance(node, yaml.ScalarNode):
+            known[id(node)] += sum(_written_out(one, known) for one in inner)
+    return known[id(node)]
 
 
 def _line(node: yaml.Node) -> int:

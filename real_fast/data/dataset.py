@@ -133,7 +133,9 @@ def _load(
             continue
         try:
             row = parse_row(record, f"{name}:{line}", scale, needs_rubric, source.fields, builder.uses("extra"))
-            parsed.append((line, record, row, builder.marked(row)))
+            prompt = builder.marked(row)
+            builder.check_length(prompt, max_prompt_tokens)
+            parsed.append((line, record, row, prompt))
         except (RowError, PromptError) as error:
             refuse(line, record, str(error))
     if unfound and seen:

@@ -34,6 +34,7 @@ _CHATS = ("messages", "conversations", "prompt")
 # What holds more than text in one layout or another, and in the cell of a CSV can only be written as text.
 _LISTS = ("scores", "gpt4_score", "feedback", "feedbacks", "gpt4_feedback")
 _RECORDS = ("reward_model", "extra_info", "rubric", "score_rubric")
+_LONGEST = 50_000  # characters of a list as Python writes it
 _TEXTS, _TURNS = r"\[\s*['\"]", r"\[\s*\{\s*['\"](role|content|from|value)['\"]"
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _SECTIONS = {
@@ -78,7 +79,8 @@ def common(
             if other not in fields:
                 out.pop(other, None)
     for name, other in (("instruction", "orig_response"), ("response", "orig_instruction")):
-        if name in fields and _has(out, other):  # beside Prometheus's field, its own name is the one that counts
+        # Beside Prometheus's field, its own name is the one that counts.
+        if name in fields and name in out and _has(out, other):
             out[f"orig_{name}"] = out.pop(name)
     if "rubric" in fields:
         out = {k: v for k, v in out.items() if not (isinstance(k, str) and k.endswith("_description"))}
@@ -156,11 +158,13 @@ def _structure(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         pass
+    if len(text) > _LONGEST:  # what it is parsed into takes a hundred times the memory
+        return None
     try:
         found = ast.literal_eval(text)
+        return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
-    return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
 
 
 def _prometheus_eval(out: dict[Any, Any]) -> None:

@@ -32,7 +32,7 @@ def table_records(file: IO[bytes], path: Path, tabs: bool) -> Iterator[tuple[int
     try:
         head = text.readline()
         text.seek(0)
-        if excel := re.fullmatch(r'"?sep=(.)"?\s*', head):  # Excel's own line in front of the header
+        if excel := re.fullmatch(r'"?sep=([^"\s]|\t)"?\s*', head):  # Excel's own line in front of the header
             text.readline()
         names = re.sub(r'"[^"]*"?', "", head)  # a quoted name may hold any of them
         delimiter = excel[1] if excel else "\t" if tabs else max(",;\t|", key=names.count)

@@ -269,10 +269,10 @@ class Judge(PrometheusNames):
             return grades
 
     def _prompt(self, row: Any) -> list[int]:
-        ids = self._builder.ids(
-            parse_texts(row, self._builder.uses("rubric"), self.scale.phrase, self._builder.uses("extra"))
-        )
-        limit = self.config.prompt.max_tokens
+        builder, limit = self._builder, self.config.prompt.max_tokens
+        prompt = builder.marked(parse_texts(row, builder.uses("rubric"), self.scale.phrase, builder.uses("extra")))
+        builder.check_length(prompt, limit)
+        [ids] = builder.encode([prompt])
         if len(ids) > limit:
             raise RowError(f"prompt is too long: {len(ids)} tokens, prompt.max_tokens is {limit}")
         return ids

@@ -22,6 +22,7 @@ from real_fast.types import JudgeTexts, Rollout
 
 # Servers give that many of the likeliest tokens at most; vLLM gives the scores' own besides, however unlikely.
 _TOP = 20
+_ROUNDING = 0.01  # what a probability in bf16 may lie above 1
 
 
 class ServedJudge:
@@ -95,12 +96,14 @@ class ServedJudge:
                 or as the JSON that it came as. Of several choices, score distributions are averaged.
 
         Raises:
-            GradeError: The answer holds no log-probabilities, or ones that cannot be, or is not one of the two.
+            GradeError: The answer holds no log-probabilities, ones that cannot be, or is not one of the two.
         """
         answer = completion.model_dump() if hasattr(completion, "model_dump") else completion
         try:
             tokens = [_tokens(choice["logprobs"]) for choice in answer["choices"]]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, GradeError):
+                raise
             raise GradeError(
                 "the completion has no log-probabilities: send what request() gives, or logprobs=True and "
                 f"top_logprobs={_TOP} with a chat ({type(error).__name__}: {error})"
@@ -120,7 +123,7 @@ class ServedJudge:
         phrase, scale = self.scale.phrase.strip(), self.scale
         space = scale.phrase[len(scale.phrase.rstrip()) :]
         found = [
-            (place.at, written_behind(text[place.at + len(phrase) :], space, scale.texts).score)
+            (place.at, written_behind(text, place.at + len(phrase), space, scale.texts).score)
             for place in phrases_outside(text, phrase, self._thought)[0]
         ]
         at, score = next((one for one in found if one[1] is not None), found[0] if found else (len(text), None))
@@ -128,6 +131,8 @@ class ServedJudge:
         for token, likely in tokens:
             if start >= at + len(phrase) and token.strip():  # the first token behind the phrase and its white space
                 logprobs = [likely.get(one, -math.inf) for one in self._written]
+                if (mass := sum(map(math.exp, logprobs))) > 1 + _ROUNDING:
+                    raise GradeError(f"the completion's log-probabilities are none: the scores' add up to {mass:.4g}")
                 written = None if score is None else scale.values[score]
                 return Rollout([], [], [], 0, "phrase", logprobs, written, text[:at])
             start += len(token)
@@ -138,8 +143,28 @@ def _tokens(logprobs: Any) -> list[tuple[str, dict[str, float]]]:
     """Each sampled token, and the log-probabilities of the likeliest ones there, its own among them."""
     if logprobs.get("content") is not None:  # a chat's
         return [
-            (one["token"], {t["token"]: t["logprob"] for t in (*one["top_logprobs"], one)})
+            (_text(one["token"]), {_text(t["token"]): _logprob(t["logprob"]) for t in (*one["top_logprobs"], one)})
             for one in logprobs["content"]
         ]
     each = zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
-    return [(token, {**(top or {}), token: own}) for token, own, top in each]
+    return [
+        (_text(token), {other: _logprob(value) for other, value in {**(top or {}), token: own}.items()})
+        for token, own, top in each
+    ]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a token is text, and not {type(value).__name__}")
+    return value
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability; one that is missing or NaN stays NaN, and so makes no score."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"a log-probability is a number, and not {type(value).__name__}")
+    if value > _ROUNDING:
+        raise GradeError(f"the completion's log-probabilities are none: {value:.4g} is above 0")
+    return float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from real_fast.errors import ModelError
 from real_fast.runs.sealed import CHECKSUMS, damage
+from real_fast.utils.jsonio import parse
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,8 +31,10 @@ _OTHER_HEADS = (
     "RewardModel",
     "SentencePrediction",
 )
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 _AGAIN = "download it again"
+# What Transformers raises for a config.json whose values cannot be.
+_UNUSABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
@@ -118,7 +120,10 @@ def check_as_written(folder: Path, weights: bool) -> None:
 def _check_config(path: Path, trust_remote_code: bool) -> None:
     config = read_json(path)
     kind = config.get("model_type")
-    if kind is None:
+    heads = config.get("architectures") or []
+    if not isinstance(heads, list) or not all(isinstance(name, str) for name in heads):
+        raise ModelError(f"{path} has architectures {str(heads)[:60]!r}, and names are expected: {_AGAIN}")
+    if not isinstance(kind, str):
         raise ModelError(f"{path} has no model_type, so it is not a Transformers model's: convert the model first")
     if kind not in CONFIG_MAPPING and "auto_map" in config and not trust_remote_code:
         raise ModelError(
@@ -134,12 +139,12 @@ def _check_config(path: Path, trust_remote_code: bool) -> None:
     if "auto_map" not in config:
         try:
             AutoConfig.from_pretrained(path.parent)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        except (*_UNUSABLE, StrictDataclassError) as error:
             raise ModelError(
                 f"{path} cannot be used ({' '.join(str(error).split())}): it is damaged, or for another version than "
                 f"the installed transformers {transformers.__version__}"
             ) from error
-    for name in config.get("architectures") or ():
+    for name in heads:
         if any(head in name for head in _OTHER_HEADS):
             raise ModelError(
                 f"{path} says that the model is a {name}, which writes no text: a judge needs a causal language model "
@@ -173,6 +178,8 @@ def weight_files(folder: Path) -> list[Path]:
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ModelError(f"{folder / INDEX} has no weight_map: {_AGAIN}")
+    if wrong := [name for name in where.values() if not isinstance(name, str) or Path(name).name != name]:
+        raise ModelError(f"{folder / INDEX} names {wrong[0]!r}, which is no file beside it: {_AGAIN}")
     files = [folder / name for name in sorted(set(where.values()))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(
@@ -237,7 +244,7 @@ def _instead(folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A small JSON file of a model. Raises :class:`ModelError` where it is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise ModelError(f"{path} cannot be read as JSON ({error}): it is damaged or cut short; {_AGAIN}") from error
     if not isinstance(value, dict):

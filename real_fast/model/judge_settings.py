@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from real_fast.config import (
 )
 from real_fast.config.commands import GPU_SHARE
 from real_fast.errors import ConfigError
+from real_fast.utils.jsonio import parse
 
 if TYPE_CHECKING:
     from real_fast.score.protocol import ProtocolName
@@ -45,16 +45,19 @@ def trained_settings(model: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse(path.read_text(encoding="utf-8"))
         found = {key: dict(saved[key]) for key in ("scale", "prompt", "rollout") if key in saved}
         for section, key in (("objective", "renormalize"), ("eval", "protocol")):
             if key in saved.get(section, {}):
                 found[key] = saved[section][key]
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not what real-fast train writes ({error}): mend it or remove it") from error
-    template = found.get("prompt", {}).get("template", "")
-    if template and (folder / template).is_file():
-        found["prompt"]["template"] = str(folder / template)
+    if template := found.get("prompt", {}).get("template", ""):
+        beside = isinstance(template, str) and Path(template).name == template
+        if beside and (folder / template).is_file():
+            found["prompt"]["template"] = str(folder / template)
+        elif not beside or Path(template).suffix:  # a model has no say in which of this machine's files are read
+            raise ConfigError(f"{path} has prompt.template {template!r}, which is no file beside it: put it there")
     if "rollout" in found:  # the engine and its limits belong to the machine, not to the model
         found["rollout"] = {k: v for k, v in found["rollout"].items() if k in ("answer", "max_tokens", "top_p")}
     return found

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from real_fast.config import PromptConfig
-from real_fast.errors import PromptError
+from real_fast.errors import PromptError, RowError
 from real_fast.prompt.guard import Guard, Marked
 from real_fast.prompt.markup import render
 from real_fast.prompt.template import PromptRow, Template
 from real_fast.score.ending import TEMPLATE_ERRORS
 from real_fast.score.scale import ScoreScale
 
+_BEGINNING = 16  # characters per token: most texts have fewer
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -122,6 +123,22 @@ class PromptBuilder:
             PromptError: A row's text that this tokenizer cannot encode but as a control token.
         """
         return self.guard.encode(marked)
+
+    def check_length(self, marked: Marked, most: int) -> None:
+        """Refuse a prompt that is far too long by its beginning: a text of megabytes takes seconds to encode whole.
+
+        Args:
+            marked: As :meth:`marked` gives it.
+            most: Tokens that it may have; one of up to twice as many may pass.
+
+        Raises:
+            RowError: It has more than twice as many.
+        """
+        text, size = self.guard.shown(marked), _BEGINNING * most
+        while size < len(text):
+            if len(self.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]) > 2 * most:
+                raise RowError(f"prompt is too long: over {2 * most} tokens, prompt.max_tokens is {most}")
+            size *= 4
 
     def _ready(self, message: Any) -> dict[str, str]:
         """A message of a ready-made prompt, whose content is data."""

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NewType
 
 from tokenizers import Tokenizer
@@ -159,20 +160,19 @@ class Guard:
         text = "".join(own for own, _ in pieces)
         if not self._marks.search(text):
             return pieces
-        found = [match.span(1) for match in self._overlapping.finditer(text)]
+        starts = list(accumulate((len(own) for own, _ in pieces), initial=0))
         cuts: set[int] = set()
+        for match in self._overlapping.finditer(text):
+            a, b = match.span(1)
+            for place in range(bisect_right(starts, a) - 1, bisect_left(starts, b)):  # the pieces that it runs over
+                if pieces[place][1]:
+                    cuts.add(max(a + 1, starts[place]))
+        ordered = sorted(cuts)
         result: Pieces = []
-        at = 0
-        for own, data in pieces:
-            if data:
-                cuts |= {max(a + 1, at) for a, b in found if a < at + len(own) and b > at}
-            at += len(own)
-        at = 0
-        for own, data in pieces:
-            inside = sorted(cut - at for cut in cuts if at <= cut < at + len(own))
-            ends = [0, *inside, len(own)]
+        for (own, data), at in zip(pieces, starts, strict=False):
+            inside = ordered[bisect_left(ordered, at) : bisect_left(ordered, at + len(own))]
+            ends = [0, *(cut - at for cut in inside), len(own)]
             result.append((" ".join(own[a:b] for a, b in pairwise(ends)), data))
-            at += len(own)
         return result
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment
+from markupsafe import Markup
 
 from real_fast.utils.files import replacing
 
@@ -32,14 +34,21 @@ _WARNINGS = (
     ("kl", lambda x: x > 0.5, "the feedback is far from the reference's: set objective.kl_coef or lower optim.lr"),
     ("score/entropy", lambda x: x < 0.05, _POINT),
 )
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+_STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } img { max-width: 100% }
 td, th { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: right }
 td:first-child, th:first-child { text-align: left } pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 .warning { background: #fff3e0; padding: .5em 1em } .text { text-align: left; max-width: 60em; white-space: pre-wrap }
-</style></head><body>
+"""
+# What data can bring into the page is text; should any of it ever be more, the browser runs and fetches nothing.
+_POLICY = (
+    "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+    f"style-src 'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'"
+)
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<title>{{ title }}</title><style>{{ style }}</style></head><body>
 <h1>{{ title }}</h1>
 <p>{{ about }}</p>
 {% for warning in warnings %}<p class="warning">{{ warning }}</p>{% endfor %}
@@ -101,6 +110,8 @@ def write(
     settings = folder / "config.yaml"
     page = Environment(autoescape=True).from_string(_PAGE)
     text = page.render(
+        policy=Markup(_POLICY),
+        style=Markup(_STYLE),
         title=f"{summary['method']}: {summary['model']}",
         about=f"{summary['steps']} steps on {summary['train_rows']} rows, seed {summary['seed']}; "
         f"{summary['rejected_rows']} rows rejected, {summary['skipped_steps']} steps skipped",

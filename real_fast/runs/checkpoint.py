@@ -25,6 +25,7 @@ from real_fast.runs.parts import Contents, Part, files_in
 from real_fast.runs.sealed import damage
 from real_fast.runs.writer import FolderWriter
 from real_fast.utils.files import free_name
+from real_fast.utils.jsonio import parse
 
 logger = logging.getLogger(__name__)
 _STATE = "trainer_state.json"
@@ -281,7 +282,12 @@ def _remove(old: Path) -> None:
 
 
 def _read_state(path: Path) -> TrainState:
-    return TrainState(**json.loads((path / _STATE).read_text(encoding="utf-8")))
+    """Raises OSError, ValueError or TypeError."""
+    state = TrainState(**parse((path / _STATE).read_text(encoding="utf-8")))
+    for name, usual in vars(TrainState()).items():
+        if type(getattr(state, name)) is not type(usual):
+            raise TypeError(f"{name} is {str(getattr(state, name))[:40]!r}")
+    return state
 
 
 def _state_problem(path: Path) -> str | None:

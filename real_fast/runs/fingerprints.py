@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from real_fast.errors import CheckpointError
+from real_fast.utils.jsonio import parse
 
 logger = logging.getLogger(__name__)
 FILE = "fingerprints.json"
@@ -51,9 +52,24 @@ class Fingerprints:
 
 
 def read(checkpoint: Path) -> Fingerprints | None:
-    """Those of a checkpoint; None where it is of a version that wrote none."""
+    """Those of a checkpoint; None where it is of a version that wrote none.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
     file = checkpoint / FILE
-    return Fingerprints(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        found = Fingerprints(**parse(file.read_text(encoding="utf-8")))
+        if not isinstance(found.settings, dict) or not isinstance(found.contents, dict):
+            raise TypeError("settings and contents are no objects")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is damaged ({error}): bring it back from a copy, or move this checkpoint away, and the run goes "
+            "on from the one before"
+        ) from error
+    return found
 
 
 def settings_of(config: Any, prefix: str = "", inherited: str = "") -> dict[str, Setting]:

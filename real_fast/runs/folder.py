@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -15,11 +14,11 @@ from typing import Any
 import yaml
 
 from real_fast.config import Config, cli
-from real_fast.errors import OutputError, remedy
+from real_fast.errors import CheckpointError, OutputError, remedy
 from real_fast.runs import checkpoint, fingerprints
 from real_fast.runs.lock import move_lock
 from real_fast.utils.files import free_name, replacing
-from real_fast.utils.jsonio import append_jsonl, clean, encode, read_jsonl, write_json, write_jsonl
+from real_fast.utils.jsonio import append_jsonl, clean, encode, parse, read_jsonl, write_json, write_jsonl
 
 logger = logging.getLogger(__name__)
 # Any of these is a run's. config.yaml alone would not do: it can be lost.
@@ -128,7 +127,12 @@ class RunFolder:
 
     def _set_results_aside(self) -> None:
         """A finished run is extended: its results are kept in superseded/, and made again at the end."""
-        steps = json.loads((self.path / "summary.json").read_text(encoding="utf-8")).get("steps")
+        try:
+            steps = int(parse((self.path / "summary.json").read_text(encoding="utf-8"))["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                f"{self.path / 'summary.json'} is damaged ({error}): remove it, and the run counts as unfinished"
+            ) from error
         target = free_name(self.path / "superseded" / f"{steps}-steps")
         target.mkdir(parents=True)
         with replacing(target / "config.yaml") as temporary:
@@ -234,13 +238,13 @@ class RunFolder:
         if not file.is_file():
             return None
         try:
-            summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            summary: dict[str, Any] = parse(file.read_text(encoding="utf-8"))
             if (want := summary.pop(_DIGEST, None)) and want != self._digest(name, summary):
                 raise ValueError(f"it or {name}.predictions.jsonl is not as it was written")
             count = len(self.predictions(name))
             if count != summary["n"]:
                 raise ValueError(f"{count} predictions of {summary['n']}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("the evaluation %s is damaged, and left out: %s", file, error)
             return None
         return summary
@@ -274,18 +278,18 @@ def move_aside(folder: Path) -> None:
 def settings_in(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder, by their full names ("train.steps"), as far as they can be read."""
     for path in reversed(checkpoint.complete(folder / "checkpoints")):
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(CheckpointError):
             if known := fingerprints.read(path):
                 return known.settings
     try:
         found = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return _flat(found) if isinstance(found, dict) else {}
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from real_fast.distributed.world import ALONE, World
 from real_fast.errors import OutputError, remedy
+from real_fast.utils.jsonio import parse
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -168,7 +169,7 @@ def _is(file: IO[str], path: Path) -> bool:
 def _owner(path: Path) -> dict[str, Any]:
     """What a lock's file says; nothing where it is empty, cut off or not a lock's."""
     try:
-        owner = json.loads(path.read_text(encoding="utf-8"))
+        owner = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     known = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and 0 < owner["pid"] < 2**31

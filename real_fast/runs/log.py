@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from real_fast.runs import progress
+from real_fast.utils.secret import masked
 
 Level = Literal["debug", "info", "warning", "error"]
 _ROOT = "real_fast"
@@ -33,10 +34,10 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 class _Plain(logging.Formatter):
-    """The message alone; its level in front where it is not an ordinary one."""
+    """The message alone, without secrets; its level in front where it is not an ordinary one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = masked(super().format(record))
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from real_fast.utils.jsonio import parse
+
 CHECKSUMS = "checksums.json"
 
 
@@ -82,7 +84,7 @@ def damage(folder: Path, skip: str = "") -> str | None:
                 with safe_open(file, framework="pt"):
                     pass
             return None
-        all_sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        all_sums: dict[str, str] = parse((folder / CHECKSUMS).read_text(encoding="utf-8"))
         want = {path: found for path, found in all_sums.items() if not fnmatch(path, skip)}
         if missing := sorted(path for path in want if not (folder / path).is_file()):
             return f"{', '.join(missing)} is missing"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import logging
 import os
 import secrets
@@ -27,7 +26,7 @@ import yaml
 from real_fast.config import Config
 from real_fast.errors import ConfigError
 from real_fast.runs.folder import RunFolder
-from real_fast.utils.jsonio import clean, encode, write_json
+from real_fast.utils.jsonio import clean, encode, parse, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +224,7 @@ def _known(file: Path) -> dict[str, Any]:
         if first != here and _read(first / file.name).get("id") == known.get("id"):
             logger.warning("%s is a copy of %s: the trackers start new curves", here, first)
             return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s): the trackers start new curves", file, error)
         return {}
     return known
@@ -234,10 +233,11 @@ def _known(file: Path) -> dict[str, Any]:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    known = json.loads(file.read_text(encoding="utf-8"))
+    known = parse(file.read_text(encoding="utf-8"))
     if (want := known.pop("sha256", None)) and want != _digest(known):
         raise ValueError("it is not as it was written")
-    return {"id": str(known["id"]), "folder": known.get("folder"), "sent": dict(known["sent"])}
+    sent = {tracker: {kind: int(step) for kind, step in of.items()} for tracker, of in known["sent"].items()}
+    return {"id": str(known["id"]), "folder": known.get("folder"), "sent": sent}
 
 
 def _digest(state: dict[str, Any]) -> str:

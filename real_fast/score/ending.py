@@ -7,8 +7,9 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-# What rendering a chat template can raise, Transformers' own checks of the messages included.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+# What rendering a template can raise, Transformers' own checks of the messages included.
+_OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (TemplateError, *_OF_VALUES, MemoryError, RecursionError)
 _ANSWER = "The answer."
 # How reasoning models mark what is not their answer yet.
 THOUGHTS = {"<think>": "</think>", "[THINK]": "[/THINK]"}

@@ -100,7 +100,7 @@ class PhraseFinder:
 
     def written(self, text: str, place: Place) -> Written:
         """The score behind a phrase of `text`."""
-        return written_behind(text[place.at + len(self.phrase) :], self.space, self.scale.texts)
+        return written_behind(text, place.at + len(self.phrase), self.space, self.scale.texts)
 
     def ending(self, ids: Sequence[int], text: str) -> int | None:
         """Fewest of the `ids` whose text is `text`; None where none ends there."""

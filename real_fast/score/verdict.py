@@ -82,6 +82,7 @@ def _scan(text: str, phrase: str, thought: str) -> tuple[list[Place], str, bool]
     """The places, the mark that closes what is open, and whether what is open counts if it is never closed."""
     found: list[Place] = []
     waiting: list[int] = []
+    first = len(text) - len(text.lstrip())
     closing, certain = thought, bool(thought)  # certain: inside, whether it is closed or not
     for match in _marks(phrase).finditer(text):
         mark, at = match[0], match.start()
@@ -100,7 +101,7 @@ def _scan(text: str, phrase: str, thought: str) -> tuple[list[Place], str, bool]
             if mark == closing and (mark not in "'’" or not text[at + 1 : at + 2].isalnum()):
                 waiting, closing, certain = [], "", False
         elif mark in THOUGHTS:
-            closing, certain = THOUGHTS[mark], not text[:at].strip()
+            closing, certain = THOUGHTS[mark], at <= first
         elif mark.endswith(">") and mark not in THOUGHTS.values():
             closing, certain = "\n", True
         elif mark in _QUOTES and not text[at - 1 : at].isalnum() and not text[at + 1 : at + 2].isspace():
@@ -117,14 +118,16 @@ def _marks(phrase: str) -> re.Pattern[str]:
     return re.compile("|".join([re.escape(phrase), *map(re.escape, marks), r"^[ \t]{0,3}>"]), re.M)
 
 
-def written_behind(rest: str, space: str, texts: Sequence[str]) -> Written:
-    """Read the score at the beginning of `rest`, the text behind a phrase's last visible character.
+def written_behind(text: str, at: int, space: str, texts: Sequence[str]) -> Written:
+    """Read the score in `text` at `at`, behind a phrase's last visible character.
 
     Args:
-        rest: Up to the end, or to where sampling is.
+        text: Up to the end, or to where sampling is.
+        at: Where the phrase ends.
         space: The phrase's trailing white space, which must stand in front of the score.
         texts: How each score of the scale is written.
     """
+    rest = text[at : at + len(space) + max(map(len, texts)) + 2]  # two characters behind a score show what it is
     if not rest.startswith(space):
         return Written(None, not space.startswith(rest))
     rest = rest[len(space) :]

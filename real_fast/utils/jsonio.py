@@ -52,6 +52,14 @@ def append_jsonl(path: str | Path, obj: Any) -> None:
         file.write(data)
 
 
+def parse(text: str) -> Any:
+    """A JSON value. Raises ValueError for anything else, also for what is nested too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_jsonl(path: str | Path) -> list[Any]:
     """The values of a JSON Lines file. Empty lines are passed over.
 
@@ -67,11 +75,12 @@ def read_jsonl(path: str | Path) -> list[Any]:
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line.decode("utf-8")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                rows.append(parse(line.decode("utf-8")))
+            except ValueError as error:
                 if not line.endswith(b"\n"):
                     break
-                what = error.msg if isinstance(error, json.JSONDecodeError) else f"not UTF-8, {error.reason}"
+                what = f"not UTF-8, {error.reason}" if isinstance(error, UnicodeDecodeError) else error
+                what = error.msg if isinstance(error, json.JSONDecodeError) else what
                 raise ValueError(f"{path}, line {number}: not valid JSON ({what})") from error
     return rows
 

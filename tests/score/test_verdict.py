@@ -238,14 +238,14 @@ def test_what_is_appended_is_an_answer_and_no_thought(
     ],
 )
 def test_longer_numbers_are_not_the_score(rest: str, score: int | None, sure: bool) -> None:
-    found = written_behind(rest, " ", ("1", "2", "3", "4", "5"))
+    found = written_behind(rest, 0, " ", ("1", "2", "3", "4", "5"))
     assert (None if found.score is None else found.score + 1, found.sure) == (score, sure)
 
 
 def test_scores_that_begin_alike_are_told_apart() -> None:
     texts = ("1", "2", "10")
-    assert written_behind(" 10", " ", texts).score == 2 and not written_behind(" 10", " ", texts).sure
-    assert written_behind(" 1", " ", texts).score == 0 and written_behind(" 12", " ", texts).score is None
+    assert written_behind(" 10", 0, " ", texts).score == 2 and not written_behind(" 10", 0, " ", texts).sure
+    assert written_behind(" 1", 0, " ", texts).score == 0 and written_behind(" 12", 0, " ", texts).score is None
 
 
 @pytest.mark.parametrize("text", ["score is 10", "score is 4.5", "score is 45 of 50"])

@@ -43,8 +43,7 @@ test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/sc
 
 soak: $(STAMP) ## inject faults for up to three hours, and write docs/reliability.json (a part: make soak ARGS=kills)
 	-$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/soak.txt
-	$(PY) -m tests.soak $(ARGS)
-	$(PY) -m tools.tables
+	$(PY) -m tests.soak $(ARGS); status=$$?; $(PY) -m tools.tables; exit $$status
 
 golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why
 	$(PY) -m tests.golden.trajectories $(ARGS)

@@ -33,11 +33,11 @@ class SlowSteps:
         self._clocks = (time.perf_counter(), time.process_time())
 
     def see(self, record: dict[str, Any]) -> None:
-        """Take a record of metrics.jsonl in; those that are of no update are passed over."""
-        if "step_time" not in record:
-            return
+        """Take a record of metrics.jsonl in; those that are of no update are passed over, the warm-up's too."""
         clocks = (time.perf_counter(), time.process_time())
         (wall, busy), self._clocks = (b - a for a, b in zip(self._clocks, clocks, strict=True)), clocks
+        if "step_time" not in record or record["phase"] == "warmup":
+            return
         known = [key for key in record if key in _WORK or (key.startswith("time/") and key.count("/") == 1)]
         step = {key: float(record[key]) for key in ("step_time", *known) if isinstance(record[key], int | float)}
         step["cores"] = busy / max(wall, 1e-9)

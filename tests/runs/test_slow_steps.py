@@ -55,6 +55,7 @@ def test_what_is_within_twice_the_median_or_a_second_is_not(said):
 
 def test_other_records_and_the_first_updates_are_passed_over(said):
     assert said({"phase": "eval", "step": 1, "eval": {}}, *USUAL[:9], record(10, 9.0)) == []
+    assert said(*({**record(i), "phase": "warmup"} for i in range(1, 21)), record(1, 6.0), record(2, 6.0)) == []
 
 
 def test_a_phase_that_is_not_there_else_is_the_reason(said):

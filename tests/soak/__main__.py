@@ -13,17 +13,18 @@ import importlib
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.soak.record import RESULT, Found, keep
+from tests.soak.record import RESULT, Fault, Found, keep
 
 # Modules here, each with run(folder, share) -> Found, where share 1.0 is the whole work.
 PARTS = ("suites", "kills", "disk", "hostile", "service", "long", "fuzz")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Exit status 1 where anything was lost."""
+    """The command line. Exit status 1 where anything was lost, or a part could not be made."""
     parser = argparse.ArgumentParser(
         prog="tests.soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"no part is called {unknown[0]!r}; there are {', '.join(PARTS)}")
-    lost: list[str] = []
+    wrong = 0
     for part in args.parts or PARTS:
         module = importlib.import_module(f"tests.soak.{part}")
         if args.list:
@@ -42,12 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f"soak-{part}-") as folder:
-            found: Found = module.run(Path(folder), args.share)
+            found = _made(module.run, Path(folder), args.share)
         keep(part, found, time.monotonic() - start, args.share, args.output)
         for fault in found.faults:
             print(f"{part}: {fault.kind}: {fault.survived} of {fault.injected}", *fault.lost, sep="\n    ", flush=True)
-        lost += found.lost
-    return 1 if lost else 0
+        if not found.faults:
+            print(f"{part}: nothing was injected:", *found.notes, sep="\n    ", flush=True)
+        wrong += bool(found.lost or not found.faults)
+    return 1 if wrong else 0
+
+
+def _made(run: Callable[[Path, float], Found], folder: Path, share: float) -> Found:
+    """What a part finds; of one that fails, that it did: the others are made all the same."""
+    try:
+        return run(folder, share)
+    except Exception as error:
+        traceback.print_exc()
+        fault = Fault("the part itself")
+        fault.count(f"{type(error).__name__}: {error}")
+        return Found([fault])
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ class Tally:
     """What became of the requests."""
 
     faults: dict[str, Fault] = field(default_factory=dict)
+    answered: int = 0  # that were to be graded
+    cancelled: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def count(self, kind: str, problem: str | None) -> None:
@@ -109,25 +111,26 @@ async def _ask(
 
                 async def one(number: int, gate: asyncio.Semaphore = gate) -> None:
                     async with gate:
-                        await _one(session, url, expected, tally, number)
+                        try:
+                            await _one(session, url, expected, tally, number)
+                        except aiohttp.ClientError as error:
+                            tally.count("service: request, answered once and right", f"not answered: {error}")
 
                 await asyncio.gather(*(one(draw.randrange(10**9)) for _ in range(WAVE)))
         state = await _settled(session, url)
     tally.count("service: places that are free at the end", None if not state["waiting"] else f"{state} at the end")
     tally.count("service: memory", not_flat("the service", watch.samples["service"]))
-    cancelled = tally.faults["service: request cancelled"].injected
-    spared = cancelled - max(0, state["graded"] - len(tally.seconds))
-    problem = None if spared > cancelled / 2 else f"{cancelled - spared} of {cancelled} were graded for nobody"
+    spared = tally.cancelled - max(0, state["graded"] - tally.answered)
+    problem = None if spared > tally.cancelled / 2 else f"only {spared} of {tally.cancelled} were not graded for nobody"
     tally.count("service: cancelled requests are not graded", problem)
     percentiles = sorted(tally.seconds)
     return tally, {
-        "requests": sum(f.injected for name, f in tally.faults.items() if "request" in name),
-        "requests a second": round(len(tally.seconds) / seconds, 1),
+        "requests a second": round(tally.answered / seconds, 1),
         **{
             f"latency, {name} (ms)": round(1000 * percentiles[min(len(percentiles) - 1, int(len(percentiles) * p))], 1)
             for name, p in (("median", 0.5), ("95 %", 0.95), ("99 %", 0.99), ("longest", 1.0))
         },
-        "cancelled": cancelled,
+        "cancelled": tally.cancelled,
         "cancelled, and never graded": spared,
         "memory of the service, seconds:MiB": thinned(watch.samples["service"]),
     }
@@ -147,17 +150,25 @@ async def _one(session: Any, url: str, expected: Any, tally: Tally, number: int)
     place, seed = draw.randrange(len(ROWS)), draw.randrange(SEEDS)
     body = {**ROWS[place], "seed": seed}
     if kind < 0.10:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(_post(session, url, body), draw.choice([0.001, 0.01, 0.05]))
-        tally.count("service: request cancelled", None)
+        try:
+            answered = await asyncio.wait_for(_post(session, url, body), draw.choice([0.001, 0.01, 0.05]))
+        except TimeoutError:
+            tally.cancelled += 1
+        else:
+            tally.answered += 1
+            tally.count("service: request, answered once and right", _wrong(answered, expected, place, seed))
         return
     start = time.monotonic()
-    status, answer = await _post(session, url, body)
+    answered = await _post(session, url, body)
     tally.seconds.append(time.monotonic() - start)
-    score, feedback = expected[place, seed]
+    tally.answered += 1
+    tally.count("service: request, answered once and right", _wrong(answered, expected, place, seed))
+
+
+def _wrong(answered: tuple[int, Any], expected: Any, place: int, seed: int) -> str | None:
+    (status, answer), (score, feedback) = answered, expected[place, seed]
     fine = status == 200 and answer["feedback"] == feedback and abs(answer["score"] - score) < CLOSE
-    problem = None if fine else f"row {place}, seed {seed}: {status} {str(answer)[:200]}, not {score}"
-    tally.count("service: request, answered once and right", problem)
+    return None if fine else f"row {place}, seed {seed}: {status} {str(answer)[:200]}, not {score}"
 
 
 async def _post(session: Any, url: str, body: Any) -> tuple[int, Any]:

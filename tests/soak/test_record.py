@@ -35,6 +35,26 @@ def test_a_part_keeps_the_sections_of_others(monkeypatch: pytest.MonkeyPatch, tm
     assert "| full | 2 | 1 | step-000002 \\| lost |" in faults_table(parts)
 
 
+def test_a_part_that_fails_or_injects_nothing_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "reliability.json"
+
+    def fail(folder: Path, share: float) -> Found:
+        raise RuntimeError("the service did not start")
+
+    part(monkeypatch, "service", Found())
+    monkeypatch.setattr(sys.modules["tests.soak.service"], "run", fail)
+    part(monkeypatch, "long", Found(by_kind([("long run", None)])))
+    assert soak.main(["service", "long", "--output", str(output)]) == 1
+    parts = json.loads(output.read_text("utf-8"))["parts"]
+    assert parts["service"]["faults"][0]["lost"] == ["RuntimeError: the service did not start"]
+    assert parts["long"]["faults"][0]["survived"] == 1
+    part(monkeypatch, "fuzz", Found(notes=["not run: no wheel"]))
+    assert soak.main(["fuzz", "--output", str(output)]) == 1
+    assert "nothing was injected:\n    not run: no wheel" in capsys.readouterr().out
+
+
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         soak.main(["kils"])
@@ -52,6 +72,12 @@ def test_cases_of_a_suite_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (fault,) = found.faults
     assert (fault.kind, fault.injected, fault.survived) == ("few: small numbers", 3, 2)
     assert fault.lost[0].startswith("test_small_numbers[3]: ") and found.notes == ["few: left out: not run (no card)"]
+
+
+def test_a_suite_without_cases_is_no_success(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(suites, "SUITES", {"few": [str(tmp_path / "test_gone.py")]})
+    with pytest.raises(RuntimeError, match="ended with status 4"):
+        suites.run(tmp_path, 1.0)
 
 
 def test_memory_that_grows_is_found() -> None:

@@ -177,7 +177,12 @@ def test_half_of_a_removed_checkpoint_has_no_checkpoints_name(tmp_path, monkeypa
     old = tmp_path / "step-000001"
     old.mkdir()
     (old / "trainer_state.json").write_text("{}")
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.EIO, "I/O error")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     checkpoint._remove(old)
     assert not checkpoint.complete(tmp_path) and "step-000001.old.tmp could not be removed" in caplog.text
 

@@ -119,7 +119,7 @@ def _apart(
     texts = {_plain(row[key]) for row in held_out for key in one.apart}
     kept = [row for row in rows if not any(_plain(row[key]) in texts for key in one.apart)]
     found["shared"] += len(rows) - len(kept)
-    if not one.near:
+    if not (one.near and kept and held_out):
         return kept
     mine, theirs = ([" ".join(_plain(row[key]) for key in one.near) for row in some] for some in (kept, held_out))
     closest = nearest(mine, theirs)

@@ -28,7 +28,7 @@ def tables_of(evaluations: Sequence[Evaluation], resamples: int) -> dict[str, Be
     }
 
 
-def primary(experiment: Experiment, evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def primary(experiment: Experiment, evaluations: Sequence[Evaluation], resamples: int) -> list[dict[str, Any]]:
     """The planned test: the baseline against the others on the average of the benchmarks, p corrected by Holm.
 
     Returns:
@@ -37,7 +37,7 @@ def primary(experiment: Experiment, evaluations: Sequence[Evaluation]) -> list[d
     plan = experiment.primary
     methods = {experiment.baseline, *plan.others}
     some = [e for e in evaluations if e.method in methods and e.benchmark in plan.benchmarks]
-    tables = tables_of(some, plan.resamples)
+    tables = tables_of(some, resamples)
     if set(tables) != set(plan.benchmarks):
         return []
     found = [

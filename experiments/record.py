@@ -31,7 +31,8 @@ def file_of(results: Path, method: str, seed: int) -> Path:
 
 def settings_of(experiment: Experiment, method: str, seed: int) -> dict[str, Any]:
     """Settings of a run and of what it starts from, with paths that are the same everywhere, and the template."""
-    chain = {name: experiment.config(name, seed, Path()) for name in [method, *experiment.starts(method)]}
+    model = {"model": experiment.common["model"]}
+    chain = {name: experiment.config(name, seed, Path()) | model for name in [method, *experiment.starts(method)]}
     return {"runs": chain, "feedbacks": experiment.feedbacks(method, seed), "template": experiment.template()}
 
 

@@ -134,7 +134,7 @@ def require_same(experiment: Experiment, folder: Path) -> None:
 def prepare_data(experiment: Experiment, source: Path, folder: Path) -> None:
     """Write the rows that all runs share into FOLDER/data."""
     common = experiment.common
-    tokenizer = load_tokenizer(common["model"], False)
+    tokenizer = load_tokenizer(experiment.model, False)
     given = experiment.config(*experiment.order()[0], folder).get("prompt", {})
     prompt: PromptConfig = cli.from_namespace(PromptConfig, given)
     scale_config: ScaleConfig = cli.from_namespace(ScaleConfig, common.get("scale", {}))

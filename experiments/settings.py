@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,15 @@ class Experiment:
             "train": [str(rows / f"train-{name}.jsonl") for name in self.rows_of(method)],
             "eval": {name: str(rows / f"dev-{name}.jsonl") for name in self.data.trained},
         }
-        last = {"output": str(run_folder(folder, method, seed)), "seed": seed, "data": data}
+        last = {"output": str(run_folder(folder, method, seed)), "seed": seed, "data": data, "model": self.model}
         if self.template() is not None:
             last["prompt"] = {"template": str(folder / TEMPLATE)}
         return merged(merged(self.common, own), last)
+
+    @property
+    def model(self) -> str:
+        """The model, with variables of the environment in its path filled in."""
+        return os.path.expandvars(str(self.common["model"]))
 
     def rows_of(self, method: str) -> list[str]:
         """Names of the sources that a method trains on."""
@@ -213,6 +219,8 @@ def _check(experiment: Experiment, path: Path) -> None:
         f"seeds is {e.seeds}: at least one is needed, each once": not e.seeds or len(set(e.seeds)) < len(e.seeds),
         f"baseline {e.baseline} is not among the methods": e.baseline not in methods,
         "common.model is not set": not e.common.get("model"),
+        f"common.model is {e.common.get('model')}: set that variable": "$"
+        in os.path.expandvars(str(e.common.get("model"))),
         **problems_of(e.data),
     }
     questions = {**e.questions, "primary": Question(e.primary.benchmarks, [[e.baseline, m] for m in e.primary.others])}

@@ -127,11 +127,12 @@ class Experiment:
         return list(self.methods[method].get("train_on") or self.data.trained)
 
     def order(self) -> list[tuple[str, int]]:
-        """Runs (method, seed) as they are made: every method's seeds in a row, each behind what it starts from.
+        """Runs (method, seed) as they are made: seed by seed, so that what is stopped early has all methods.
 
         What is not trained has one run: its greedy feedback does not depend on the seed.
         """
-        return [(method, seed) for method in self.methods for seed in self.seeds_of(method)]
+        seeds = dict.fromkeys(seed for method in self.methods for seed in self.seeds_of(method))
+        return [(method, seed) for seed in seeds for method in self.methods if seed in self.seeds_of(method)]
 
     def starts(self, method: str) -> list[str]:
         """What a method starts from, and what that starts from, nearest first."""

@@ -92,7 +92,7 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     every, stages = plan["eval"].get("every", 0), 2 if method_of(plan) == "tract" else 1
     dev = sum(len(read_jsonl(Path(name))) for name in config["data"]["eval"].values())
     tests = sum(len(read_jsonl(folder / "data" / f"test-{name}.jsonl")) for name in experiment.data.sources)
-    evaluated = stages * dev * (updates // every if every else 1) + tests
+    evaluated = stages * dev * max(1, updates // every if every else 1) + tests
     runs = experiment.seeds_of(method)
     more = sum(
         sum(experiment.feedbacks(method, seed)) * len(read_jsonl(folder / "data" / f"averaged-{name}.jsonl"))

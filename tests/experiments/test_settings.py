@@ -18,7 +18,10 @@ COMMITTED = sorted((ROOT / "experiments").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
-def test_methods_that_sample_differ_by_the_objective_alone(path: Path, tmp_path: Path) -> None:
+def test_methods_that_sample_differ_by_the_objective_alone(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REAL_FAST_05B", "model")
     experiment = load(path, tmp_path)
     methods = {m: cli.from_namespace(Config, experiment.config(m, 0, tmp_path)) for m in experiment.methods}
     real = methods["real"]
@@ -27,7 +30,7 @@ def test_methods_that_sample_differ_by_the_objective_alone(path: Path, tmp_path:
         assert config.seed == 0 and config.output == str(tmp_path / "runs" / f"{name}-0")
         assert (config.rollout, config.prompt, config.data.eval) == (real.rollout, real.prompt, real.data.eval)
         if config.train.steps and METHODS[config.method].uses_rollouts:
-            assert config.init_from == str(tmp_path / "runs" / "sft-0")
+            assert config.init_from == str(tmp_path / "runs" / ("sft_1.7b-0" if "1.7b" in name else "sft-0"))
             assert (config.optim.schedule, config.train) == (real.optim.schedule, real.train)
             assert config.data == real.data or name == "real_saf"
         # STS-B has no feedback: what is trained on feedback gets none of its rows.
@@ -64,7 +67,7 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
         ({"data": {"sources": {"seen": {"path": "x"}}}}, r"data\.sources\.seen must have the keys"),
         ({"data": {"sources": {"new": {"file": "x"}}}}, "nothing would be trained on"),
         ({"data": {"sources": {"seen": {"file": "x", "train": ["a"], "dev_share": 0.1}}}}, "share a split"),
-        ({"methods": {"real": {"init_from": "sft"}, "sft": {"method": "sft"}}}, "real starts from sft"),
+        ({"methods": {"base": {}, "real": {"init_from": "sft"}, "sft": {}}}, "real starts from sft, which must stand"),
         ({"methods": {**TINY["methods"], "sft": {"method": "best"}}}, "(?s)sft: .*best"),
         ({"methods": {**TINY["methods"], "sft": {"optim": {"lr": -1.0}}}}, "sft: optim.lr is -1.0"),
         ({"methods": {**TINY["methods"], "sft": {"seeds": [0]}}}, "real starts from sft, which has no seed 1"),

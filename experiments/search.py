@@ -22,6 +22,7 @@ from typing import Any
 from experiments.launch import run_all, train_one
 from experiments.run import alone_in, opened, parser_of, prepare_data, require_same, stopped_by
 from experiments.settings import Experiment, merged, run_folder
+from real_fast.config import Config, cli
 from real_fast.errors import ConfigError, UserError
 from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import write_json
@@ -69,10 +70,10 @@ def trial_experiment(experiment: Experiment, methods: Sequence[str]) -> tuple[Ex
         for start in reversed(experiment.starts(method)):
             trials[start] = {**experiment.methods[start], "seeds": experiment.seeds[:1]}
         own = experiment.methods[method]
-        settings = merged(experiment.common, own)
+        settings, share = settings_of(experiment, method), experiment.search.share
         short = {
-            "train": {"steps": max(1, round(settings["train"]["steps"] * experiment.search.share))},
-            "optim": {"lr_warmup_steps": round(settings["optim"].get("lr_warmup_steps", 0) * experiment.search.share)},
+            "train": {"steps": max(1, round(settings.train.steps * share))},
+            "optim": {"lr_warmup_steps": round(settings.optim.lr_warmup_steps * share)},
             "eval": {"every": 0},
             "seeds": experiment.seeds[:1],
         }
@@ -81,6 +82,12 @@ def trial_experiment(experiment: Experiment, methods: Sequence[str]) -> tuple[Ex
             trials[name] = merged(own, merged(short, {"optim": {"lr": rate}}))
             given[name] = method, rate
     return replace(experiment, seeds=experiment.seeds[:1], methods=trials), given
+
+
+def settings_of(experiment: Experiment, method: str) -> Config:
+    """Settings of a method's first run, with what real_fast.train takes where nothing is given."""
+    config: Config = cli.from_namespace(Config, experiment.config(method, experiment.seeds[0], Path()))
+    return config
 
 
 def needed(trials: Experiment, given: dict[str, tuple[str, float]], folder: Path) -> list[tuple[str, int]]:
@@ -109,11 +116,9 @@ def write(
     write_json(file, known)
     said = []
     for method, lines in known.items():
-        rate = (
-            merged(experiment.common, experiment.methods[method])["optim"]["lr"] if method in experiment.methods else 0
-        )
         tried = ", ".join(f"{one['lr']:g}: {one['rmse']:.3f}" for one in lines if one["rmse"] is not None)
-        said.append(f"{method}: dev RMSE {tried}; best {best(lines):g}, and the YAML file has {rate:g}")
+        has = f"{settings_of(experiment, method).optim.lr:g}" if method in experiment.methods else "no such method"
+        said.append(f"{method}: dev RMSE {tried}; best {best(lines):g}, and the YAML file has {has}")
     return "\n".join(said)
 
 

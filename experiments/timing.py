@@ -19,7 +19,8 @@ from typing import Any
 from experiments import data
 from experiments.launch import Processes, timed, written
 from experiments.run import alone_in, opened, parser_of, prepare_data, require_same
-from experiments.settings import Experiment, merged
+from experiments.search import settings_of
+from experiments.settings import Experiment
 from real_fast.errors import UserError
 from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
@@ -41,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with alone_in(folder):
             require_same(experiment, folder)
             prepare_data(experiment, args.data.expanduser(), folder)
-            lines = [measured(experiment, m, folder) for m in args.methods or experiment.methods]
-        write_json(results / "timing.json", lines)
+            lines = []
+            for method in args.methods or experiment.methods:
+                lines.append(measured(experiment, method, folder))
+                write_json(results / "timing.json", lines)
+                print(table(lines[-1:], args.jobs), file=sys.stderr, flush=True)
         print(table(lines, args.jobs))
     except (UserError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
@@ -62,8 +66,8 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     config = experiment.config(method, experiment.seeds[0], folder)
-    plan = merged(experiment.common, experiment.methods[method])
-    updates = plan["train"]["steps"]
+    plan = settings_of(experiment, method)
+    updates, stages = plan.train.steps, plan.supervised.stages if plan.method == "tract" else 1
     rows = {name: data.limited(read_jsonl(file), _ROWS) for name, file in config["data"]["eval"].items()}
     for name, some in rows.items():
         write_jsonl(scratch / f"{name}.jsonl", some)
@@ -74,7 +78,7 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
         "data": {"eval": {name: str(scratch / f"{name}.jsonl") for name in rows}},
         "eval": {"every": 0, "bootstrap": 1},
     }
-    if method_of(plan) == "tract":  # its stages do the same work, and the second one needs a first
+    if plan.method == "tract":  # its stages do the same work, and the second one needs a first
         short["supervised"] = {"stages": 1}
     file = written(scratch, method, merged(config, short))
     log = scratch / "log"
@@ -84,12 +88,12 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     spent = read_jsonl(scratch / "cpu.jsonl")[0]
     rate = spent["cpu"] / spent["wall"]
     metrics = read_jsonl(scratch / "run" / "metrics.jsonl")
-    steps = [line["step_time"] for line in metrics if line["phase"] == method_of(plan)][1:]
+    steps = [line["step_time"] for line in metrics if line["phase"] == plan.method][1:]
     graded = next(line["eval"]["seconds"] for line in metrics if line.get("name") == "after")
     update = rate * statistics.median(steps) if steps else 0.0
     row = rate * graded / sum(map(len, rows.values()))
     start = max(0.0, spent["cpu"] - rate * (sum(steps) + graded) - update)
-    every, stages = plan["eval"].get("every", 0), 2 if method_of(plan) == "tract" else 1
+    every = plan.eval.every
     dev = sum(len(read_jsonl(Path(name))) for name in config["data"]["eval"].values())
     tests = sum(len(read_jsonl(folder / "data" / f"test-{name}.jsonl")) for name in experiment.data.sources)
     evaluated = stages * dev * max(1, updates // every if every else 1) + tests
@@ -110,11 +114,6 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
         "run": stages * (start + updates * update) + start + evaluated * row,
         "all": len(runs) * (stages * (start + updates * update) + start + evaluated * row) + more * row,
     }
-
-
-def method_of(plan: dict[str, Any]) -> str:
-    """The method of ``real_fast.train``."""
-    return str(plan.get("method", "real"))
 
 
 def table(lines: Sequence[dict[str, Any]], jobs: int) -> str:

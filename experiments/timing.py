@@ -20,7 +20,7 @@ from experiments import data
 from experiments.launch import Processes, timed, written
 from experiments.run import alone_in, opened, parser_of, prepare_data, require_same
 from experiments.search import settings_of
-from experiments.settings import Experiment
+from experiments.settings import Experiment, merged
 from real_fast.errors import UserError
 from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl

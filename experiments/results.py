@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments import baselines, cost, honesty, questions, record
 from experiments.questions import Tables
-from experiments.settings import Experiment, protocol_of
+from experiments.settings import Experiment, Question, protocol_of
 from real_fast.comparison.find import Evaluation
 from real_fast.comparison.plot import comparison_plot
 from real_fast.comparison.table import reference_of
@@ -63,7 +63,7 @@ def write(experiment: Experiment, rows: Path, results: Path) -> str:
         "averaged": averaged(experiment, runs, rows),
         "cost": cost.costs(experiment, runs),
         "curves": cost.curves(runs),
-        "raters": {name: found for name, some in graded.items() if (found := baselines.raters(some))},
+        "raters": {name: agree for name, some in graded.items() if (agree := baselines.raters(some))},
         "search": json.loads(search.read_text(encoding="utf-8")) if search.is_file() else {},
         "missing": missing,
         "reduced": experiment.reduced,
@@ -141,7 +141,7 @@ def without_a_model(experiment: Experiment, rows: Path, graded: dict[str, list[R
         own = [row for name in train if sources[name].file == sources[benchmark].file for row in train[name]]
         known = own or [row for part in train.values() for row in part]
         for method, values in baselines.predictions(known, some).items():
-            made = {row["id"]: value for row, value in zip(some, values, strict=True)}
+            made: dict[str, float | None] = {row["id"]: value for row, value in zip(some, values, strict=True)}
             found.append(evaluation(method, benchmark, some, made, protocol="no model"))
     return found
 
@@ -189,7 +189,7 @@ def averaged(experiment: Experiment, runs: dict[tuple[str, int], dict[str, Any]]
             for name, table in tables.items()
             for method in table.methods
         ],
-        "differences": questions.answers(questions.Question(experiment.primary.benchmarks, pairs), tables),
+        "differences": questions.answers(Question(experiment.primary.benchmarks, pairs), tables),
     }
 
 

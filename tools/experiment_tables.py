@@ -1,4 +1,4 @@
-"""Tables of the experiment, out of what ``make experiment`` left in experiments/; of what is not run yet they say so."""
+"""Tables of the experiment, out of what ``make experiment`` left in experiments/; what is not run yet says so."""
 
 from __future__ import annotations
 

@@ -71,9 +71,9 @@ def widening(low: Array, high: Array, labels: Array) -> float:
 
 
 def arrays(predictions: dict[str, list[float | None]], rows: Sequence[dict[str, Any]]) -> tuple[Array, Array] | None:
-    """Predictions with their distribution, and labels, of the rows that have them; None for fewer than two."""
+    """Predictions with their distribution, and labels, of the rows that have one; None for fewer than two."""
     both = [(predictions[row["id"]], row["score"]) for row in rows]
-    full = [(p, y) for p, y in both if len(p) > 1 and None not in p]
+    full = [(p, y) for p, y in both if len(p) > 1 and None not in p and sum(v or 0.0 for v in p[1:]) > 0]
     if len(full) < 2:
         return None
     return np.array([p for p, _ in full], dtype=np.float64), np.array([y for _, y in full], dtype=np.float64)

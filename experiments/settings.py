@@ -201,8 +201,7 @@ def load(path: Path, folder: Path) -> Experiment:
         start = own.get("init_from")
         if start is not None and start not in done:
             raise ConfigError(f"{path}: {method} starts from {start}, which must stand above it")
-        lacking = set(experiment.seeds_of(method)) - set(experiment.seeds_of(start) if start else own.get("seeds", []))
-        if start is not None and lacking:
+        if start and (lacking := set(experiment.seeds_of(method)) - set(experiment.seeds_of(start))):
             raise ConfigError(f"{path}: {method} starts from {start}, which has no seed {min(lacking)}")
         done.append(method)
         check = experiment.config(method, experiment.seeds[0], folder)

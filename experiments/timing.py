@@ -80,12 +80,11 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     }
     if plan.method == "tract":  # its stages do the same work, and the second one needs a first
         short["supervised"] = {"stages": 1}
-    file = written(scratch, method, merged(config, short))
-    log = scratch / "log"
-    if status := timed("train", [sys.executable, "-m", "real_fast.train", "--config", str(file)], log,
-                       scratch / "cpu.jsonl", Processes(1)):  # fmt: skip
+    file, log, spent_file = written(scratch, method, merged(config, short)), scratch / "log", scratch / "cpu.jsonl"
+    command = [sys.executable, "-m", "real_fast.train", "--config", str(file)]
+    if status := timed("train", command, log, spent_file, Processes(1)):
         raise OSError(f"{method} failed with status {status}: see {log}")
-    spent = read_jsonl(scratch / "cpu.jsonl")[0]
+    (spent,) = read_jsonl(spent_file)
     rate = spent["cpu"] / spent["wall"]
     metrics = read_jsonl(scratch / "run" / "metrics.jsonl")
     steps = [line["step_time"] for line in metrics if line["phase"] == plan.method][1:]
@@ -98,11 +97,8 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     tests = sum(len(read_jsonl(folder / "data" / f"test-{name}.jsonl")) for name in experiment.data.sources)
     evaluated = stages * dev * max(1, updates // every if every else 1) + tests
     runs = experiment.seeds_of(method)
-    more = sum(
-        sum(experiment.feedbacks(method, seed)) * len(read_jsonl(folder / "data" / f"averaged-{name}.jsonl"))
-        for seed in runs
-        for name in (experiment.primary.benchmarks if experiment.feedbacks(method, seed) else [])
-    )
+    one = stages * (start + updates * update) + start + evaluated * row
+    sampled = sum(sum(experiment.feedbacks(method, seed)) for seed in runs) * experiment.data.averaged_rows
     return {
         "method": method,
         "update": update,
@@ -111,8 +107,8 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
         "updates": stages * updates,
         "rows": evaluated,
         "runs": len(runs),
-        "run": stages * (start + updates * update) + start + evaluated * row,
-        "all": len(runs) * (stages * (start + updates * update) + start + evaluated * row) + more * row,
+        "run": one,
+        "all": len(runs) * one + sampled * len(experiment.primary.benchmarks) * row,
     }
 
 

@@ -88,7 +88,7 @@ def test_an_isotonic_fit_mends_a_judge_that_is_two_points_too_low() -> None:
     assert found["coverage"] < 0.2 and found["conformal_coverage"] == pytest.approx(0.8, abs=0.12)
     assert found["conformal_width"] > found["width"]
     rows_of = [{"id": "1", "score": 2}, {"id": "2", "score": 3}, {"id": "3", "score": 4}]
-    assert honesty.arrays({"1": [2.0, 1.0], "2": [None], "3": [3.0, None]}, rows_of) is None
+    assert honesty.arrays({"1": [2.0, 1.0], "2": [None], "3": [0.0, 0.0]}, rows_of) is None  # all of it off the scale
     both = honesty.arrays({"1": [2.0, 1.0], "2": [None], "3": [3.0, 1.0]}, rows_of)
     assert both is not None and both[1].tolist() == [2, 4]
 

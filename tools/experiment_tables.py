@@ -27,9 +27,9 @@ def tables(results: Path) -> dict[str, str]:
         "experiment-primary-rows": lambda s: differences(s["primary_by_rows"]),
         "experiment-comparison": lambda s: (results / "comparison.md").read_text(encoding="utf-8").strip(),
         "experiment-seeds": lambda s: per_seed(s["results"]),
-        "experiment-label-only": lambda s: differences(s["questions"]["label_only"]),
-        "experiment-halves": lambda s: differences(s["questions"]["halves"]),
-        "experiment-elsewhere": lambda s: differences([*s["questions"]["elsewhere"], *s["questions"]["one_task"]]),
+        "experiment-label-only": lambda s: answers(s, "label_only"),
+        "experiment-halves": lambda s: answers(s, "halves"),
+        "experiment-elsewhere": lambda s: answers(s, "elsewhere", "one_task"),
         "experiment-honesty": lambda s: honesty(s["honesty"]),
         "experiment-averaged": lambda s: averaged(s["averaged"]),
         "experiment-cost": lambda s: cost(s["cost"]),
@@ -95,6 +95,11 @@ def differences(found: list[Line]) -> str:
         rows.append([*about, *cells, *ps])
     heads = ["benchmark", "difference", "seeds", "rows", *_DIFFERENCES.values(), "p (Pearson)", "Holm's p"]
     return _table(heads, rows) if rows else NOT_YET
+
+
+def answers(summary: Line, *questions: str) -> str:
+    """The pairs of methods that some questions ask about."""
+    return differences([line for name in questions for line in summary["questions"].get(name, [])])
 
 
 def per_seed(results: list[Line]) -> str:

@@ -1,14 +1,17 @@
-"""The experiment's rows: a split by prompt, and what was shortened in them."""
+"""The experiment's rows: training, dev and graded ones that share no prompt."""
 
 from __future__ import annotations
 
 import hashlib
-import re
-from collections import Counter
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from experiments.settings import Data
+from experiments.duplicates import nearest
+from experiments.settings import Experiment
+from experiments.sources import Data, Source, shortened
 from real_fast.config import PromptConfig
 from real_fast.data.dataset import Rejected, load_rows, reason_counts
 from real_fast.errors import DataError
@@ -16,17 +19,20 @@ from real_fast.prompt.builder import PromptBuilder
 from real_fast.score.scale import ScoreScale
 from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
 
-_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
+Row = dict[str, Any]
+_EXAMPLES = 5
 
 
-def prepare(data: Data, source: Path, folder: Path, prompt: PromptConfig, builder: Any, scale: ScoreScale) -> Path:
-    """Write train.jsonl, test.jsonl and split.json into `folder`; what is there already stays.
+def prepare(
+    experiment: Experiment, source: Path, folder: Path, prompt: PromptConfig, builder: PromptBuilder, scale: ScoreScale
+) -> Path:
+    """Write train-NAME.jsonl, dev-NAME.jsonl, test-NAME.jsonl and split.json into `folder`; what is there stays.
 
-    The split is a function of the prompts' ids alone, so all seeds and all sizes of the experiment hold out the same
-    prompts. Rows whose prompt is longer than ``prompt.max_tokens`` are left out and counted in split.json.
+    Which prompts are held out is a function of their ids alone, so all seeds and all sizes of the experiment hold out
+    the same ones. Rows whose prompt is longer than ``prompt.max_tokens`` are left out and counted in split.json.
 
     Args:
-        data: What to do.
+        experiment: Whose `data` says what to do.
         source: Folder of the files.
         folder: Where to write.
         prompt: Of the runs.
@@ -34,64 +40,118 @@ def prepare(data: Data, source: Path, folder: Path, prompt: PromptConfig, builde
         scale: The score scale.
 
     Returns:
-        split.json: {"benchmarks": {benchmark: [row ids]}, "counts": ...}.
+        split.json: {"counts": {source: ...}, "fingerprint": of all rows that were written, "settings": of the data}.
 
     Raises:
-        DataError: A file is missing, or nothing of it fits.
+        DataError: A file is missing, nothing of it is left for some use, or `folder` has rows of other settings.
     """
-    split = folder / "split.json"
+    split, settings = folder / "split.json", asdict(experiment.data) | {"max_tokens": prompt.max_tokens}
     if split.is_file():
+        if json.loads(split.read_text(encoding="utf-8"))["settings"] != settings:
+            raise DataError(f"{folder} has rows of other settings of data: take another --output, or remove it")
         return split
     folder.mkdir(parents=True, exist_ok=True)
-    train: list[dict[str, Any]] = []
-    test: list[dict[str, Any]] = []
-    benchmarks: dict[str, list[str]] = {}
-    counts: dict[str, dict[str, Any]] = {}
-    for name in [*data.train, *data.unseen]:
+    data, counts, digest = experiment.data, {}, hashlib.sha256()
+    for name, one in data.sources.items():
         rejected: list[Rejected] = []
-        rows = _fitting(data, source / name, folder, prompt, builder, scale, rejected)
-        seen = name in data.train
-        held_out = _held_out(rows, data.test_share) if seen else {row["prompt_id"] for row in rows}
-        mine = [row for row in rows if row["prompt_id"] in held_out]
-        if not seen:
-            mine = _limited(mine, data.max_unseen)
-        rest = [row for row in rows if row["prompt_id"] not in held_out]
-        if not mine or (seen and not rest):
-            raise DataError(f"{source / name}: {len(mine)} rows to test on and {len(rest)} to train on are left")
-        benchmark = Path(name).stem
-        benchmarks[benchmark] = [row["id"] for row in mine]
-        counts[benchmark] = {
+        rows = _fitting(data, one, source / one.file, folder, prompt, builder, scale, rejected)
+        parts, dropped = divided(rows, one, data.near)
+        needed = ("train", "dev", "test") if one.train else ("test",)
+        if empty := [part for part in needed if not parts[part]]:
+            raise DataError(f"{source / one.file}: no {empty[0]} rows of {name} are left of {len(rows)}")
+        if name in experiment.primary.benchmarks and data.averaged_rows:
+            parts["averaged"] = limited(parts["test"], data.averaged_rows)
+        for part, some in parts.items():
+            if some:
+                file = folder / f"{part}-{name}.jsonl"
+                write_jsonl(file, some)
+                digest.update(file.name.encode() + file.read_bytes())
+        counts[name] = {
             "rows": len(rows) + len(rejected),
             "left_out": reason_counts(rejected),
-            "train": len(rest),
-            "test": len(mine),
+            **dropped,
+            **{part: len(some) for part, some in parts.items()},
+            "prompts": len({row["prompt_id"] for row in parts["test"]}),
         }
-        train += rest
-        test += mine
-    if twice := [i for i, n in Counter(row["id"] for row in train + test).items() if n > 1]:
-        raise DataError(f"the id {twice[0]!r} is in two files")
-    write_jsonl(folder / "train.jsonl", train)
-    write_jsonl(folder / "test.jsonl", test)
-    write_json(split, {"benchmarks": benchmarks, "counts": counts})
+    write_json(split, {"counts": counts, "fingerprint": digest.hexdigest()[:16], "settings": settings})
     return split
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the rows that :func:`prepare` wrote into `folder`."""
+    return str(json.loads((folder / "split.json").read_text(encoding="utf-8"))["fingerprint"])
+
+
+def divided(rows: list[Row], one: Source, near: float) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Rows by what they are for, and what was dropped so that these stay apart.
+
+    Args:
+        rows: Of one source.
+        one: What to do with them.
+        near: See :class:`experiments.sources.Data`.
+
+    Returns:
+        {"train", "dev", "test"} and {"shared": dropped for a text that is held out, "near": {part: {"rows", "dropped",
+        "examples"}}}.
+    """
+    graded = [row for row in rows if not one.test or row.get("split") in one.test]
+    if not one.train:
+        return {"train": [], "dev": [], "test": limited(graded, one.test_rows)}, {"shared": 0, "near": {}}
+    trained = [row for row in rows if row.get("split") in one.train]
+    end = one.test_share + one.dev_share
+    held = [row for row in graded if not one.test_share or place(row["prompt_id"]) < one.test_share]
+    dev = [row for row in trained if one.test_share <= place(row["prompt_id"]) < end]
+    train = [row for row in trained if place(row["prompt_id"]) >= end]
+    found: dict[str, Any] = {"shared": 0, "near": {}}
+
+    # Of all that could be graded, not only of what is: nobody who grades more of it later grades what was trained on.
+    dev = _apart(dev, held, one, near, "dev to test", found)
+    dev = limited(dev, one.dev_rows)
+    train = _apart(train, held, one, near, "train to test", found)
+    train = _apart(train, dev, one, near, "train to dev", found)
+    return {"train": limited(train, one.train_rows), "dev": dev, "test": limited(held, one.test_rows)}, found
+
+
+def _apart(
+    rows: list[Row], held_out: list[Row], one: Source, near: float, what: str, found: dict[str, Any]
+) -> list[Row]:
+    """Rows that share no text with those held out; `found` gets what was dropped."""
+    texts = {_plain(row[key]) for row in held_out for key in one.apart}
+    kept = [row for row in rows if not any(_plain(row[key]) in texts for key in one.apart)]
+    found["shared"] += len(rows) - len(kept)
+    if not (one.near and kept and held_out):
+        return kept
+    mine, theirs = ([" ".join(_plain(row[key]) for key in one.near) for row in some] for some in (kept, held_out))
+    closest = nearest(mine, theirs)
+    alike = {row["id"]: held_out[i]["id"] for row, (i, c) in zip(kept, closest, strict=True) if c >= near}
+    found["near"][what] = {
+        "rows": len(alike),
+        "dropped": len(alike) if one.drop_near else 0,
+        "examples": sorted(alike.items())[:_EXAMPLES],
+    }
+    return [row for row in kept if row["id"] not in alike] if one.drop_near else kept
 
 
 def _fitting(
     data: Data,
+    one: Source,
     path: Path,
     folder: Path,
     prompt: PromptConfig,
     builder: PromptBuilder,
     scale: ScoreScale,
     rejected: list[Rejected],
-) -> list[dict[str, Any]]:
-    """The file's rows, shortened, that a run would not reject; `rejected` gets the others."""
+) -> list[Row]:
+    """The file's rows of this source, shortened, that a run would not reject; `rejected` gets the others."""
     if not path.is_file():
         raise DataError(
             f"{path} is missing: name the folder of the experiment's files with --data or $REAL_FAST_DATA "
             "(docs/experiment.md says what they are)"
         )
-    rows = [shortened(row, data) for row in read_jsonl(path)]
+    used = {*one.train, *one.test} if one.test else set()
+    rows = [shortened(row, data, one) for row in read_jsonl(path) if not used or row.get("split") in used]
+    if len({row["id"] for row in rows}) < len(rows):
+        raise DataError(f"{path}: an id occurs twice")
     copy = folder / f"{path.stem}.tmp.jsonl"
     write_jsonl(copy, rows)
     fitting = {row.id for row in load_rows(str(copy), "", builder, scale, prompt.max_tokens, rejected)}
@@ -99,36 +159,18 @@ def _fitting(
     return [row for row in rows if row["id"] in fitting]
 
 
-def shortened(row: dict[str, Any], data: Data) -> dict[str, Any]:
-    """The row without what the experiment leaves out."""
-    out = dict(row)
-    if not data.reference_answer:
-        out.pop("reference_answer", None)
-    if data.rubric == "question":
-        out["rubric"] = row["rubric"].partition("\n")[0].strip().strip("[]")
-    if data.sentences and row.get("feedbacks"):
-        out["feedbacks"] = [" ".join(_END.split(text.strip())[: data.sentences]) for text in row["feedbacks"]]
-    return out
+def place(text: str) -> float:
+    """Where a text's hash lies, from 0 to 1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
 
 
-def _order(prompt_id: str) -> bytes:
-    return hashlib.sha256(prompt_id.encode()).digest()
+def limited(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, those whose ids' hashes come first, in the order of the file; 0 for all."""
+    if not most or len(rows) <= most:
+        return list(rows)
+    taken = {row["id"] for row in sorted(rows, key=lambda row: (place(row["id"]), row["id"]))[:most]}
+    return [row for row in rows if row["id"] in taken]
 
 
-def _held_out(rows: list[dict[str, Any]], share: float) -> set[str]:
-    """Each prompt by itself, so that it is held out whichever other rows are there."""
-    return {row["prompt_id"] for row in rows if int.from_bytes(_order(row["prompt_id"])[:4], "big") < share * 2**32}
-
-
-def _limited(rows: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Whole prompts, at most so many rows."""
-    if not most:
-        return rows
-    taken: set[str] = set()
-    left = most
-    sizes = Counter(row["prompt_id"] for row in rows)
-    for prompt in sorted(sizes, key=_order):
-        if sizes[prompt] <= left:
-            taken.add(prompt)
-            left -= sizes[prompt]
-    return [row for row in rows if row["prompt_id"] in taken]
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -11,16 +11,17 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import yaml
 
-from experiments import data, results
-from experiments.launch import config_file, run_all
+from experiments import data, record, results
+from experiments.launch import needed, run_all, run_one
 from experiments.settings import TEMPLATE, Experiment, load, run_folder
 from real_fast.config import PromptConfig, ScaleConfig, cli
-from real_fast.errors import ConfigError, DataError, ModelError, OutputError, PromptError, ScaleError
+from real_fast.errors import ConfigError, OutputError, UserError
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
 from real_fast.runs.folder import check_writable
@@ -34,26 +35,25 @@ _DATA = Path(os.environ.get("REAL_FAST_DATA") or Path(__file__).resolve().parent
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = parser_of(PROG, "Run an experiment; go on where it stopped.")
-    parser.add_argument("--results", type=Path, help="folder of summary.json and the table (default: OUTPUT/results)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone, and what they start from")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     parser.add_argument("--results-only", action="store_true", help="run nothing; write the results of finished runs")
     args = parser.parse_args(argv)
     failed: list[str] = []
     try:
         with stopped_by(signal.SIGTERM, signal.SIGHUP):
             experiment, folder = opened(args)
-            if args.jobs < 1:
-                raise ConfigError(f"--jobs is {args.jobs}: it must be 1 or more")
-            check_writable(folder)
-            if not args.results_only:
-                with alone_in(folder):
-                    require_same(experiment, folder)
-                    prepare_data(experiment, args.data.expanduser(), folder, folder / "data")
-                    run_all(experiment, folder, args.methods, failed, args.jobs)
-            if not failed or results.evaluations(experiment, folder):
-                print(results.write(experiment, folder, args.results or folder / "results"))
-    except (ConfigError, DataError, ModelError, OSError, PromptError, ScaleError) as error:
+            kept = args.results or folder / "results"
+            for place in (folder, kept):
+                check_writable(place)
+            with nullcontext() if args.results_only else alone_in(folder):
+                require_same(experiment, folder)
+                prepare_data(experiment, args.data.expanduser(), folder)
+                record.read(experiment, kept, folder / "data")  # what does not fit is said before hours of work
+                if not args.results_only:
+                    runs = needed(experiment, folder, kept, args.methods)
+                    run_all(experiment, runs, partial(run_one, experiment, folder, kept), failed, args.jobs)
+            if not failed or record.read(experiment, kept, folder / "data"):
+                print(results.write(experiment, folder / "data", kept))
+    except (OSError, UserError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -66,18 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(prog: str, description: str) -> argparse.ArgumentParser:
-    """A command line that names an experiment, its data and its folder."""
+    """A command line that names an experiment, its data, its folders and some of its methods."""
     parser = argparse.ArgumentParser(prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=Path("experiments/cpu.yaml"))
     parser.add_argument("--data", type=Path, default=_DATA, help=f"folder of the data files (default: {_DATA})")
     parser.add_argument("--output", type=Path, help="folder of the runs (default: runs/experiment-NAME)")
+    parser.add_argument("--results", type=Path, help="folder of finished runs' files and tables (OUTPUT/results)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="these alone, and what they start from")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores (default: 1)")
     return parser
 
 
 def opened(args: argparse.Namespace) -> tuple[Experiment, Path]:
-    """The experiment that a command line names, and its folder. Raises ConfigError, for unknown --methods too."""
+    """The experiment that a command line names, and its folder. Raises ConfigError, for --methods and --jobs too."""
     folder = (args.output or Path("runs") / f"experiment-{args.config.stem}").expanduser().resolve()
     experiment = load(args.config, folder)
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs is {args.jobs}: it must be 1 or more")
     if unknown := sorted(set(args.methods or []) - set(experiment.methods)):
         raise ConfigError(f"--methods {unknown[0]}: {args.config} has {', '.join(experiment.methods)}")
     return experiment, folder
@@ -109,7 +114,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 def require_same(experiment: Experiment, folder: Path) -> None:
     """Refuse to mix runs of other settings with these; what has no run yet may change. Raises OutputError."""
     for method, seed in experiment.order():
-        file = config_file(folder, method, seed)
+        file = folder / "configs" / f"{method}-{seed}.yaml"
         if not (run_folder(folder, method, seed) / "config.yaml").is_file() or not file.is_file():
             continue
         if yaml.safe_load(file.read_text(encoding="utf-8")) != experiment.config(method, seed, folder):
@@ -126,16 +131,15 @@ def require_same(experiment: Experiment, folder: Path) -> None:
     template.write_text(text, encoding="utf-8")
 
 
-def prepare_data(experiment: Experiment, source: Path, folder: Path, target: Path, max_tokens: int = 0) -> None:
-    """Write the rows that all runs share, those in `folder`, into `target`; with another limit of a prompt's tokens."""
+def prepare_data(experiment: Experiment, source: Path, folder: Path) -> None:
+    """Write the rows that all runs share into FOLDER/data."""
     common = experiment.common
-    tokenizer = load_tokenizer(common["model"], False)
+    tokenizer = load_tokenizer(experiment.model, False)
     given = experiment.config(*experiment.order()[0], folder).get("prompt", {})
     prompt: PromptConfig = cli.from_namespace(PromptConfig, given)
-    prompt.max_tokens = max_tokens or prompt.max_tokens
     scale_config: ScaleConfig = cli.from_namespace(ScaleConfig, common.get("scale", {}))
     scale = ScoreScale.from_config(tokenizer, scale_config, prompt)
-    data.prepare(experiment.data, source, target, prompt, PromptBuilder(prompt, tokenizer, scale), scale)
+    data.prepare(experiment, source, folder / "data", prompt, PromptBuilder(prompt, tokenizer, scale), scale)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,25 @@ WHERE = {
     "reliability-faults": "docs/reliability.md",
     "reliability-figures": "docs/reliability.md",
 } | dict.fromkeys(
-    ("reduced", "rows", "comparison", "seeds", "starts", "labels", "alone", "runs", "longer", "again"),
+    (
+        "experiment-reduced",
+        "experiment-rows",
+        "experiment-primary",
+        "experiment-primary-rows",
+        "experiment-comparison",
+        "experiment-seeds",
+        "experiment-label-only",
+        "experiment-halves",
+        "experiment-elsewhere",
+        "experiment-honesty",
+        "experiment-averaged",
+        "experiment-cost",
+        "experiment-raters",
+        "experiment-runs",
+        "experiment-search",
+        "experiment-timing",
+        "experiment-bigger",
+    ),
     "docs/experiment.md",
 )
 

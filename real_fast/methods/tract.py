@@ -115,7 +115,7 @@ def _check_handover(folder: Path, generated: Path) -> None:
     """Refuse rows that changed since stage 1 wrote them. Raises :class:`DataError`."""
     try:
         names = logged.changed(folder, folder / _HANDOVER)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{folder / _HANDOVER} is damaged ({error}): remove it, and the rows of stage 2 are taken as they are"
         ) from error

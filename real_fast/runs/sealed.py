@@ -19,9 +19,9 @@ from real_fast.utils.jsonio import parse
 CHECKSUMS = "checksums.json"
 _FINGERPRINTS = "fingerprints.json"  # a checkpoint that has these was written with checksums
 # What is read of a folder, where it is there: without a checksum it is not what was written.
-_READ = ("model*.safetensors*", "optimizer*.safetensors", "adapter_model.safetensors", "adapter_config.json")
-_READ += ("config.json", "tokenizer.json", "real_fast.json", "trainer_state.json", "ahead.json", "logged.json")
-_READ += (_FINGERPRINTS,)
+_READ = ["model*.safetensors", "optimizer*.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+_READ += ["config.json", "tokenizer.json", "real_fast.json", "trainer_state.json", "ahead.json", "logged.json"]
+_READ += ["model.safetensors.index.json", _FINGERPRINTS]
 
 
 @contextmanager

@@ -99,7 +99,7 @@ def _last(file: IO[str]) -> bool:
 def _shared(path: Path) -> Iterator[None]:
     file: IO[str] | None = None
     with suppress(OSError):  # no locks there, which the main rank has said
-        file = path.open(encoding="utf-8")
+        file = path.open("r+", encoding="utf-8")  # NFS gives the whole lock, at the end, to a writer alone
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         _held_files.add(file)
     try:

@@ -18,6 +18,7 @@ from fastapi import Request as Connection
 from pydantic import BaseModel
 
 from real_fast import GradeError, Judge
+from real_fast.errors import JudgeError
 
 
 class Request(BaseModel):
@@ -52,6 +53,8 @@ def make_app(load: Callable[[], Judge]) -> FastAPI:
             return asdict(graded.result())
         except GradeError as error:  # nothing to grade, a prompt that is too long: the caller's to mend
             raise HTTPException(422, str(error)) from error
+        except JudgeError as error:  # the engine failed, or the judge is closed: not the caller's fault
+            raise HTTPException(503, str(error)) from error
         finally:
             graded.cancel()  # one that still waits gives its place to others
             gone.cancel()

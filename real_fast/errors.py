@@ -123,7 +123,7 @@ class GradeError(UserError, ValueError):
 
 
 class JudgeError(UserError, RuntimeError):
-    """A judge that cannot be used: it is closed, or was made in the process that this one was forked from."""
+    """A judge that cannot grade: closed, made in the process that this one was forked from, or its engine failed."""
 
 
 _REMEDIES = {

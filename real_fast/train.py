@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from real_fast.commands import run
@@ -170,7 +171,7 @@ def train(config: Config, world: World = ALONE) -> bool:
     done: Trained | None = None
     with world.together():  # what is wrong everywhere is said once
         stages = check_config(config).stages(config, world)
-    with alone_in(config.output, world):
+    with alone_in(config.output, world), closing(stages):  # and with them stage 1's lock
         while True:
             try:
                 stage = stages.send(done)

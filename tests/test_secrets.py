@@ -463,6 +463,43 @@ def test_messages_are_masked_and_nothing_else_of_them_is_lost(monkeypatch: pytes
         assert masked(plain) == plain
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DB_PASS",
+        "MYSQL_PWD",
+        "PGPASSWORD",
+        "SMTP_PW",
+        "AWS_CREDENTIALS",
+        "REGISTRY_AUTH",
+        "SSH_PRIVATE_KEY",
+        "HF_TOKEN_1",
+        "HF_TOKEN2",
+        "MY_TOKEN_OLD",
+        "GITHUB_TOKENS",
+        "azure_storage_key",
+        "GPG_PASSPHRASE",
+        "CI_JOB_JWT",
+        "API_KEY_2",
+    ],
+)
+def test_the_names_of_secrets_are_known(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "planted-value")
+    assert masked("said planted-value") == "said ***"
+
+
+def test_what_only_looks_like_a_secrets_name_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PWD", "OLDPWD", "GIT_ASKPASS", "SSH_AUTH_SOCK", "TOKENIZERS_PARALLELISM", "COMPASS", "MONKEY"):
+        monkeypatch.setenv(name, "/plain/folder")
+    assert masked("in /plain/folder") == "in /plain/folder"
+
+
+def test_a_secret_that_begins_with_another_is_masked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_TOKEN", "planted-value")
+    monkeypatch.setenv("B_TOKEN", "planted-value-longer")
+    assert masked("said planted-value-longer") == "said ***"
+
+
 def test_no_error_and_no_log_shows_a_secret(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from real_fast.errors import GradeError
+from real_fast.errors import GradeError, JudgeError
 from real_fast.score.protocol import ProtocolName, read
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout
@@ -16,6 +16,8 @@ Rubric = str | Mapping[str, str]
 # With the whole vocabulary's softmax, mass off the scale pulls the expected score towards 0: by so much of itself.
 WARN_OFF_SCALE = 0.2  # from here on the grade says so; the training report warns there too
 MAX_OFF_SCALE = 0.5  # from here on there is no score: most of the probability is on something that is none
+
+SAMPLING_FAILED = "sampling failed"  # begins the error of a row that the engine failed at
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ def verdict(rollouts: Sequence[Rollout], scale: ScoreScale, protocol: ProtocolNa
 
 
 def raise_if_ungraded(grade: Grade) -> Grade:
-    """The grade, or :class:`GradeError` where nothing could be sampled."""
+    """The grade, where there is a feedback.
+
+    Raises:
+        GradeError: The request cannot be graded.
+        JudgeError: The engine failed at it.
+    """
     if grade.error and grade.feedback is None:
-        raise GradeError(grade.error)
+        raise (JudgeError if grade.error.startswith(SAMPLING_FAILED) else GradeError)(grade.error)
     return grade

@@ -15,7 +15,7 @@ from real_fast.config.validation import check_value
 from real_fast.data.rows import parse_texts
 from real_fast.errors import ConfigError, GradeError, JudgeError, PromptError, RowError
 from real_fast.judging.arguments import check_arguments, check_model, known_arguments
-from real_fast.judging.grade import Grade, raise_if_ungraded, request, verdict
+from real_fast.judging.grade import SAMPLING_FAILED, Grade, raise_if_ungraded, request, verdict
 from real_fast.judging.prometheus_names import PrometheusNames
 from real_fast.judging.sharing import Alone, judge_made
 from real_fast.judging.waiting import CLOSED, Waiting
@@ -159,7 +159,7 @@ class Judge(PrometheusNames):
 
         Raises:
             GradeError: The request cannot be graded. (A feedback without a score is a :class:`Grade` with an `error`.)
-            JudgeError: The judge is closed, or was made before a fork.
+            JudgeError: The judge is closed, or was made before a fork; its engine failed.
         """
         return raise_if_ungraded(self.grade_batch([request(instruction, response, rubric, reference_answer)], seed)[0])
 
@@ -288,7 +288,7 @@ class Judge(PrometheusNames):
         except Exception as error:  # engines raise a dozen unrelated kinds, memory among them
             if len(prompts) == 1:
                 # In words: the exception's traceback would keep the failed call's tensors while the others are sampled.
-                return [f"sampling failed: {type(error).__name__}: {error}"]
+                return [f"{SAMPLING_FAILED}: {type(error).__name__}: {error}"]
         half = len(prompts) // 2
         later = params if params.alone else replace(params, seed=call_seed(params.seed, half))
         return self._sample(engine, prompts[:half], params) + self._sample(engine, prompts[half:], later)

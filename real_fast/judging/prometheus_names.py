@@ -64,6 +64,7 @@ class PrometheusNames(ABC):
 
         Raises:
             GradeError: The request cannot be graded.
+            JudgeError: The engine failed at it.
             ConfigError: A key of `params` that is not understood, or a value that cannot be.
         """
         row = request(*map(_single, (instruction, response, rubric, reference_answer)))
@@ -118,6 +119,7 @@ class PrometheusNames(ABC):
 
         Raises:
             GradeError: One of the two cannot be graded.
+            JudgeError: The engine failed at one.
             ConfigError: As of :meth:`single_absolute_grade`.
         """
         texts = [_single(text) for text in (instruction, rubric, reference_answer)]

@@ -25,6 +25,7 @@ from real_fast.model.judge_settings import trained_settings
 from real_fast.rollout.checked import sample
 from real_fast.runs import logged
 from real_fast.runs.folder import move_aside
+from real_fast.runs.lock import alone_in
 from real_fast.runs.progress import progress_bar
 from real_fast.runs.trackers import check_installed
 from real_fast.types import JudgeRow, Rollout, SamplingParams
@@ -77,27 +78,28 @@ class Tract(Supervised):
         single = replace(config, overwrite=False, supervised=replace(config.supervised, stages=1))
         if not world.main(generated.is_file()):
             first = replace(single, output=str(folder / "stage1"), run_name=f"{name}-stage1")
-            with world.together():
-                if world.is_main:
-                    _sample_next(first)
-            stage = yield first
-            assert stage is not None
-            logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
-            started = time.perf_counter()
-            rollouts = sample_feedback(stage, config)
-            with world.together():
-                if world.is_main:
-                    _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
-                    for benchmark, path in _held_out(config, folder).items():
-                        some = [row for row in stage.data.eval if row.benchmark == benchmark]
-                        write_jsonl(path, (record(row, row.feedbacks) for row in some))
-                    needed = config.supervised.prompts_per_step
-                    _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
-                    text = logged.text_of(folder, [generated.name, "held_out*.jsonl"])
-                    with replacing(folder / _HANDOVER) as temporary:
-                        temporary.write_text(text, encoding="utf-8")
-            stage.engine.close()
-            del stage
+            with alone_in(first.output, world):  # a folder of its own, that another command may be given
+                with world.together():
+                    if world.is_main:
+                        _sample_next(first)
+                stage = yield first
+                assert stage is not None
+                logger.info("TRACT, stage 1 is done: its model now writes the feedback for stage 2")
+                started = time.perf_counter()
+                rollouts = sample_feedback(stage, config)
+                with world.together():
+                    if world.is_main:
+                        _add_seconds(stage.folder / "summary.json", "self_generated", time.perf_counter() - started)
+                        for benchmark, path in _held_out(config, folder).items():
+                            some = [row for row in stage.data.eval if row.benchmark == benchmark]
+                            write_jsonl(path, (record(row, row.feedbacks) for row in some))
+                        needed = config.supervised.prompts_per_step
+                        _write(generated, stage.data.train, rollouts, stage.scale.phrase, needed, keep_cut=config.debug)
+                        text = logged.text_of(folder, [generated.name, "held_out*.jsonl"])
+                        with replacing(folder / _HANDOVER) as temporary:
+                            temporary.write_text(text, encoding="utf-8")
+                stage.engine.close()
+                del stage
         held_out = {name: str(path) for name, path in _held_out(config, folder).items()}
         # Rows whose feedback was cut off have been counted, and stage 1 is paid for: no share of them is too large.
         data = DataConfig(train=str(generated), eval=held_out.get("", held_out), max_rejected=1)
@@ -115,7 +117,7 @@ def _check_handover(folder: Path, generated: Path) -> None:
     """Refuse rows that changed since stage 1 wrote them. Raises :class:`DataError`."""
     try:
         names = logged.changed(folder, folder / _HANDOVER)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{folder / _HANDOVER} is damaged ({error}): remove it, and the rows of stage 2 are taken as they are"
         ) from error

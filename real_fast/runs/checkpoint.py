@@ -105,7 +105,7 @@ def save(
         optimizer: Its optimiser.
         scheduler: The optimiser's schedule.
         state: Where the run is.
-        keep: Checkpoints that stay.
+        keep: Checkpoints that stay; of updates in a row that trained nothing, the newest stays beside them.
 
     Raises:
         CheckpointError: The disk is full or read-only; the half-written folder is removed, earlier ones stay.
@@ -118,8 +118,13 @@ def save(
         contents.small(temporary)
         (temporary / _STATE).write_text(text, encoding="utf-8")
 
+    trained_last = state.step - state.idle_updates
+
     def rotate() -> None:
-        for old in complete(folder)[:-keep]:
+        # Updates behind a step that broke the weights are skipped: theirs do not push out those from before.
+        trained = [path for path in complete(folder) if step_of(path) <= trained_last]
+        idle = [path for path in complete(folder) if step_of(path) > trained_last]
+        for old in [*trained[:-keep], *idle[:-1]]:
             _remove(old)
 
     moments = Part(

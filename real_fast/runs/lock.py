@@ -68,28 +68,47 @@ def _held(folder: Path, share: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # Of this folder as it is now: it may have been moved aside, and its lock taken along (see move_lock). Not in a
-        # forked process, which has no part in it.
-        try:
-            if file in _held_files and _is(file, folder / LOCK):
-                (folder / LOCK).unlink(missing_ok=True)
-        except OSError as error:  # a file that nobody has locked is no lock
-            logger.warning(
-                "%s could not be removed (%s), and is in nobody's way: remove it", folder / LOCK, error.strerror
-            )
-        _held_files.discard(file)
-        file.close()
+        _let_go(file, folder / LOCK)
+
+
+def _let_go(file: IO[str], path: Path) -> None:
+    """End a lock. Whoever is the last one to hold it removes its file: another rank may still write."""
+    # Of this folder as it is now: it may have been moved aside, and its lock taken along (see move_lock). Not in a
+    # forked process, which has no part in it.
+    try:
+        if file in _held_files and _last(file) and _is(file, path):
+            path.unlink(missing_ok=True)
+    except OSError as error:  # a file that nobody has locked is no lock
+        logger.warning("%s could not be removed (%s), and is in nobody's way: remove it", path, error.strerror)
+    _held_files.discard(file)
+    file.close()
+
+
+def _last(file: IO[str]) -> bool:
+    """Whether nobody else holds it: of ranks that end at once, one takes the whole lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks there: it is the main rank's
+        return True
+    return True
 
 
 @contextmanager
 def _shared(path: Path) -> Iterator[None]:
-    with ExitStack() as opened:
-        with suppress(OSError):  # no locks there, which the main rank has said
-            file = opened.enter_context(path.open(encoding="utf-8"))
-            opened.callback(_held_files.discard, file)
-            _held_files.add(file)
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    file: IO[str] | None = None
+    with suppress(OSError):  # no locks there, which the main rank has said
+        file = path.open("r+", encoding="utf-8")  # NFS gives the whole lock, at the end, to a writer alone
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _held_files.add(file)
+    try:
         yield
+    finally:
+        if file in _held_files:
+            _let_go(file, path)
+        elif file is not None:
+            file.close()
 
 
 def _forget() -> None:
@@ -111,10 +130,20 @@ def move_lock(old: Path, new: Path) -> None:
         return
     new.mkdir(exist_ok=True)
     try:
-        os.link(old / LOCK, new / LOCK)
+        place = (new / LOCK).open("x", encoding="utf-8")
     except FileExistsError as error:
         raise OutputError(f"output {new} {_held_by(new / LOCK)}") from error
-    (old / LOCK).unlink()
+    # Not a hard link, which some file systems do not have: the place is taken, locked, and then the lock is put there.
+    with place:
+        place.write((old / LOCK).read_text(encoding="utf-8", errors="replace"))
+        place.flush()
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"output {new} {_held_by(new / LOCK)}") from error
+        except OSError:  # no locks there: what the file says stands for one
+            pass
+        os.replace(old / LOCK, new / LOCK)
 
 
 def _locked(path: Path) -> IO[str]:
@@ -204,7 +233,8 @@ def _held_by(path: Path) -> str:
     who = f"process {owner['pid']} on {owner.get('host')}" if owner else "another process"
     if owner and owner.get("host") == socket.gethostname() and not _runs(owner):
         return (
-            f"is still held by what {who} has left behind (another rank, a worker): end that, or take another --output"
+            f"is still held by what {who} has left behind (another rank, a worker), or by a run in another "
+            "container: end that, or take another --output"
         )
     since = f", since {owner['since']}" if "since" in owner else ""
     return f"is being written by {who}{since}: wait for its end, stop it, or take another --output"

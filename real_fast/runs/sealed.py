@@ -17,6 +17,11 @@ from safetensors import SafetensorError, safe_open
 from real_fast.utils.jsonio import parse
 
 CHECKSUMS = "checksums.json"
+_FINGERPRINTS = "fingerprints.json"  # a checkpoint that has these was written with checksums
+# What is read of a folder, where it is there: without a checksum it is not what was written.
+_READ = ["model*.safetensors", "optimizer*.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+_READ += ["config.json", "tokenizer.json", "real_fast.json", "trainer_state.json", "ahead.json", "logged.json"]
+_READ += ["model.safetensors.index.json", _FINGERPRINTS]
 
 
 @contextmanager
@@ -75,11 +80,14 @@ def _to_disk(folder: Path) -> None:
 def damage(folder: Path, skip: str = "") -> str | None:
     """What is wrong with a folder that :func:`writing_folder` made, for people; None where nothing is.
 
-    Files that came later are not looked at, and neither are those whose names match the pattern `skip`. In a folder
-    without checksums, of an earlier version, a safetensors file that is cut off is found, and a changed bit is not.
+    Files of other names that came later are not looked at, and neither are those whose names match the pattern `skip`.
+    In a folder of an earlier version, without checksums, a safetensors file that is cut off is found, and a changed bit
+    is not.
     """
     try:
         if not (folder / CHECKSUMS).exists():
+            if (folder / _FINGERPRINTS).exists():
+                return f"{CHECKSUMS} is missing"
             for file in folder.glob("*.safetensors"):
                 with safe_open(file, framework="pt"):
                     pass
@@ -88,6 +96,9 @@ def damage(folder: Path, skip: str = "") -> str | None:
         want = {path: found for path, found in all_sums.items() if not fnmatch(path, skip)}
         if missing := sorted(path for path in want if not (folder / path).is_file()):
             return f"{', '.join(missing)} is missing"
+        there = {path.name for pattern in _READ for path in folder.glob(pattern) if path.is_file()}
+        if unknown := sorted(name for name in there - all_sums.keys() if not fnmatch(name, skip)):
+            return f"{CHECKSUMS} does not name {', '.join(unknown)}"
         found = _checksums(folder, want)
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         return f"it cannot be read ({error})"

@@ -85,8 +85,9 @@ class Saver:
         """
         u, model = self.updater, self.updater.policy.model
         texts = {**self.texts, **files, fingerprints.FILE: self.identity.text()}
-        if u.world.is_main:  # which writes them
-            texts[logged.FILE] = logged.text_of(self.folder.path)
+        with u.world.together():  # the others do not wait for a main rank that fails
+            if u.world.is_main:  # which writes them
+                texts[logged.FILE] = logged.text_of(self.folder.path)
         checkpoint.save(
             self.folder.checkpoints,
             self.writer,
@@ -117,7 +118,7 @@ class Saver:
         try:
             self.checkpoint(state, files())
             self.writer.wait()
-        except (CheckpointError, ElsewhereError) as problem:
+        except (CheckpointError, ElsewhereError, OSError) as problem:
             logger.error("%s", problem)
 
     def final(self) -> None:

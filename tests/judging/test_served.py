@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from real_fast import GradeError, Judge
-from real_fast.errors import ConfigError, RowError
+from real_fast.errors import ConfigError, JudgeError, RowError
 from real_fast.judging.served import ServedJudge
 from real_fast.types import SamplingParams
 from tests.judging.fakes import ROW, FakeEngine, rollout
@@ -162,6 +162,21 @@ def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
         assert bad.status_code == 422 and "response is empty" in bad.json()["detail"]
         assert client.post("/grade", json={"instruction": "a"}).status_code == 422
     assert judge._engine is None  # closed with the server
+
+
+def test_an_engine_that_fails_is_not_the_clients_fault(with_engine: Callable[..., Judge]) -> None:
+    testclient = pytest.importorskip("fastapi.testclient")
+    judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
+    judge._engine.fails_at = len(judge._prompt(ROW))  # type: ignore[union-attr]
+    with testclient.TestClient(load_example().make_app(lambda: judge)) as client:
+        failed = client.post("/grade", json=ROW)
+        assert (
+            failed.status_code == 503 and failed.json()["detail"] == "sampling failed: MemoryError: the cache is full"
+        )
+        assert client.post("/grade", json={**ROW, "response": " "}).status_code == 422
+        with pytest.raises(JudgeError, match="sampling failed"):
+            judge.grade(**ROW)
+        assert judge.grade_batch([ROW])[0].error == failed.json()["detail"]
 
 
 def test_a_client_that_hangs_up_gives_its_place_back(with_engine: Callable[..., Judge]) -> None:

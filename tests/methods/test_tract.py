@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from real_fast.config import Config, DataConfig, PromptConfig
+from real_fast.errors import OutputError
 from real_fast.methods.tract import Tract, record
 from real_fast.runs.folder import RunFolder
+from real_fast.runs.lock import alone_in
 from real_fast.types import JudgeRow
 
 
@@ -54,3 +58,20 @@ def test_the_second_stages_rows_have_ready_made_prompts_and_further_fields() -> 
     written = record(row, ["Fine."])
     assert written["messages"] == messages and written["extra"] == row.extra and written["feedbacks"] == ["Fine."]
     assert "orig_feedback" not in written
+
+
+def test_the_first_stages_folder_is_locked_while_it_trains(tmp_path: Path) -> None:
+    """A run or an evaluation with --output RUN/stage1 would write there, too."""
+    stages: Any = Tract.stages(
+        Config(method="tract", model="m", output=str(tmp_path), data=DataConfig(train="x.jsonl"))
+    )
+    first = next(stages)
+    assert first.output == str(tmp_path / "stage1")
+    with pytest.raises(OutputError, match="stage1 is being written by process"), alone_in(first.output):
+        pass
+    stages.close()  # as when the run ends, whichever way
+    with (
+        alone_in(first.output),
+        pytest.raises(OutputError, match="stage1 is being written by process"),
+    ):
+        next(Tract.stages(Config(method="tract", model="m", output=str(tmp_path), data=DataConfig(train="x.jsonl"))))

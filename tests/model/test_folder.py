@@ -126,6 +126,12 @@ def test_what_is_of_no_model_or_of_another_program_is_not_looked_at(written: Pat
     check_as_written(written, weights=True)
 
 
+def test_checksums_that_name_nothing_pass_nothing(written: Path) -> None:
+    (written / "checksums.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"checksums\.json does not name config\.json.*model\.safetensors"):
+        check_as_written(written, weights=True)
+
+
 def rename(weights: Weights, name: Callable[[str], str]) -> None:
     for key in list(weights):
         weights[name(key)] = weights.pop(key)

@@ -42,11 +42,13 @@ def train(model, optimizer, scheduler, steps, start=0):
         scheduler.step()
 
 
-def save(folder, parts, step, keep=2, writer=None):
+def save(folder, parts, step, keep=2, writer=None, idle=0):
     model, optimizer, scheduler = parts
     contents = contents_of(model, NoTokenizer(), {"a.json": "1"}, model.dtype)
     writer = writer or FolderWriter(background="never")
-    return checkpoint.save(folder, writer, contents, model, optimizer, scheduler, TrainState(step=step), keep)
+    return checkpoint.save(
+        folder, writer, contents, model, optimizer, scheduler, TrainState(step=step, idle_updates=idle), keep
+    )
 
 
 @pytest.mark.parametrize("optim", [{}, {"name": "adamw8bit", "offload": "moments"}])
@@ -90,6 +92,23 @@ def test_newest_complete_is_found_and_half_written_ignored(tiny_llama, tmp_path)
     (tmp_path / "step-000011.tmp").mkdir()
     (tmp_path / "step-000012").mkdir()  # killed before its state was written by some other tool
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-000002", "step-000010"]  # keep=2 removed step 1
+
+
+def test_updates_that_train_nothing_push_out_no_good_checkpoint(tiny_llama, tmp_path):
+    """Step 4 breaks the weights, and all behind it are skipped until the run gives up."""
+    parts = make(tiny_llama)
+    train(*parts, 1)
+
+    def kept():
+        return [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)]
+
+    for step in (2, 3, 4):
+        save(tmp_path, parts, step)
+    for idle in range(1, 6):
+        save(tmp_path, parts, 4 + idle, idle=idle)
+        assert kept() == [3, 4, 4 + idle]
+    save(tmp_path, parts, 10)  # it goes on after all
+    assert kept() == [9, 10]
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed_leaves_nothing_of_it(tiny_llama, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,18 @@ from real_fast.data.synthetic import generate
 from real_fast.distributed.world import OneProcess
 from real_fast.errors import OutputError
 from real_fast.runs.folder import RunFolder, move_aside
-from real_fast.runs.lock import LOCK, alone_in
+from real_fast.runs.lock import LOCK, alone_in, move_lock
 from real_fast.utils.jsonio import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+class MainRank(OneProcess):
+    size = 2
+
+
+class SecondRank(OneProcess):
+    rank, size, is_main = 1, 2, False
 
 
 def hold(folder, inside="print('held', flush=True); time.sleep(60)", ranks=1):
@@ -31,7 +40,8 @@ def hold(folder, inside="print('held', flush=True); time.sleep(60)", ranks=1):
         f"OneProcess.size = {ranks}\n"
         f"with alone_in({str(folder)!r}, OneProcess()):\n    {inside}"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
     process.said = process.stdout.readline()
     return process
 
@@ -61,6 +71,36 @@ def test_the_lock_stays_with_the_name_of_a_folder_that_is_moved_aside(tmp_path):
         with pytest.raises(OutputError), alone_in(folder):
             pass
     assert not list(folder.iterdir())
+
+
+def test_a_run_is_moved_aside_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    """exFAT, SMB, FUSE. The other ranks' share of the lock goes along."""
+
+    def none(*_, **__):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", none)
+    folder = tmp_path / "run"
+    main = alone_in(folder, MainRank())
+    with ExitStack() as ranks:
+        ranks.enter_context(main)
+        ranks.enter_context(alone_in(folder, SecondRank()))
+        move_aside(folder)
+        assert [p.name for p in folder.iterdir()] == [LOCK] and not list((tmp_path / "run.old-1").iterdir())
+        with pytest.raises(OutputError, match=f"by process {os.getpid()} on "), alone_in(folder):
+            pass
+        main.__exit__(None, None, None)  # the main one is done, and the other holds on
+        with pytest.raises(OutputError), alone_in(folder):
+            pass
+
+
+def test_a_lock_that_another_run_has_in_the_new_folder_stays(tmp_path):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOCK).write_text("{}", encoding="utf-8")
+    with pytest.raises(OutputError, match="is being written by another process"):
+        move_lock(tmp_path / "old", tmp_path / "new")
+    assert (tmp_path / "old" / LOCK).is_file()
 
 
 def test_a_link_stays_where_a_run_behind_it_is_moved_aside(tmp_path):
@@ -142,10 +182,6 @@ def test_a_forked_process_that_ends_takes_no_lock_away(tmp_path):
         process.wait()
 
 
-class SecondRank(OneProcess):
-    rank, size, is_main = 1, 2, False
-
-
 def test_a_rank_that_outlives_the_main_one_keeps_the_folder(tmp_path):
     main = hold(tmp_path, ranks=2)
     try:
@@ -162,6 +198,19 @@ def test_a_rank_that_outlives_the_main_one_keeps_the_folder(tmp_path):
         main.kill()
         main.wait()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_main_rank_that_ends_with_an_error_leaves_the_folder_to_one_that_still_writes(tmp_path):
+    main = hold(tmp_path, "print('held', flush=True); sys.stdin.readline(); raise RuntimeError", ranks=2)
+    with alone_in(tmp_path, SecondRank()):
+        _, _ = main.communicate("\n", timeout=60)
+        assert main.returncode == 1
+        said = f"what process {main.pid} on .* has left behind .*, or by a run in another container: end that"
+        with pytest.raises(OutputError, match=said), alone_in(tmp_path):
+            pass
+    assert not (tmp_path / LOCK).exists()  # the last one removes it
+    with alone_in(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("left", [b"", b'{"pid": 1', b"[]", b'{"pid": "me"}', b'{"pid": -1}', b"\xff\xfe", b"\0\0"])

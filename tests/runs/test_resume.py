@@ -257,6 +257,12 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
+def forget(path, name):
+    sums = json.loads(path.read_text(encoding="utf-8"))
+    del sums[name]
+    path.write_text(json.dumps(sums), encoding="utf-8")
+
+
 DAMAGE = {
     "model.safetensors is not as it was written": lambda p: flip_a_bit(p / "model.safetensors"),
     "optimizer.safetensors is not as it was written": lambda p: flip_a_bit(p / "optimizer.safetensors"),
@@ -264,6 +270,14 @@ DAMAGE = {
     "trainer_state.json is not as it was written": lambda p: (p / "trainer_state.json").write_text('{"step": 1}'),
     "trainer_state.json is missing": lambda p: (p / "trainer_state.json").unlink(),
     "it cannot be read": lambda p: (p / "checksums.json").write_text("{"),
+    "checksums.json is missing": lambda p: (p / "checksums.json").unlink(),
+    "checksums.json does not name ": lambda p: (p / "checksums.json").write_text("{}"),
+    "checksums.json does not name optimizer.safetensors": lambda p: forget(
+        p / "checksums.json", "optimizer.safetensors"
+    ),
+    "checksums.json does not name model-00001-of-00001.safetensors": lambda p: shutil.copy(
+        p / "model.safetensors", p / "model-00001-of-00001.safetensors"
+    ),
 }
 
 
@@ -272,6 +286,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(run, what, caplog):
     DAMAGE[what](newest(run))
     assert checkpoint.newest(run.output / "checkpoints").name == "step-000001"
     assert f"going on from step-000001, since what is newer is damaged (step-000002: {what}" in caplog.text
+
+
+def test_a_users_own_files_are_no_damage(run):
+    for name in ("README.md", "notes.json", "scores.safetensors"):
+        (newest(run) / name).write_text("mine", encoding="utf-8")
+    assert checkpoint.newest(run.output / "checkpoints") == newest(run)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys):
@@ -283,7 +303,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, capsys):
 
 
 def test_a_checkpoint_of_an_earlier_version_that_is_cut_off_is_passed_over(run):
-    (newest(run) / "checksums.json").unlink()
+    for name in ("fingerprints.json", "checksums.json"):
+        (newest(run) / name).unlink()
     file = newest(run) / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert checkpoint.newest(run.output / "checkpoints").name == "step-000001"

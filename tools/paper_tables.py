@@ -1,4 +1,4 @@
-"""Tables of experiments/paper.md: a row for each file of configs/paper/, what it takes, and what was published."""
+"""Tables of experiments/paper.md: a row for each file of configs/paper/, what it takes, and what was published.
 
 What a row needs is the plan's arithmetic. A result is put into experiments/paper/NAME.json, a copy of a run's
 eval/after.json or of an evaluation's summary.json, and `make tables` shows it.

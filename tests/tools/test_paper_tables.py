@@ -1,4 +1,4 @@
-"""The rows of the published table: each is what its name says, fits where it is planned, and has its place on the page."""
+"""The rows of the published table: each is what its name says, fits where planned, and has its place on the page."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def run(installed, cwd, *argv):
 
 def test_the_wheel_has_all_that_a_run_needs(installed):
     names = {path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()}
-    ours = {f"real_fast/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    ours = {f"real_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "real_fast").rglob("*.py")}
     ours |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "real_fast/prompt/templates").iterdir()}
     assert ours | {"real_fast/planning/models.json", "real_kernels/__init__.py"} <= names

@@ -16,7 +16,7 @@ from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def run_python(code: str, cwd: Path) -> str:
@@ -51,7 +51,7 @@ def test_real_kernels_needs_neither_real_fast_nor_transformers(tmp_path: Path) -
     assert run_python(code, cwd=tmp_path) == "['real_kernels']"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_config_loads_and_validates(path: Path) -> None:
     config = load(path)
     config.output = config.output or "runs/x"
@@ -66,7 +66,7 @@ def test_config_loads_and_validates(path: Path) -> None:
 
 def test_published_settings_are_there() -> None:
     learning_rates = {"mistral-7b-real": 5e-8, "qwen3-8b-real": 1e-6, "qwen3-32b-real": 1e-6}
-    configs = {path.stem: load(path) for path in CONFIGS if path.stem in learning_rates}
+    configs = {name: load(ROOT / "configs" / f"{name}.yaml") for name in learning_rates}
     assert {name: config.optim.lr for name, config in configs.items()} == learning_rates
     for config in configs.values():
         assert (config.rollout.prompts_per_step, config.rollout.group_size) == (256, 8)
@@ -75,7 +75,7 @@ def test_published_settings_are_there() -> None:
         assert config.train.micro_batch_tokens >= longest_group
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(ROOT / "configs").as_posix())
 def test_config_builds_its_prompts(path: Path, smollm2_tokenizer: Any) -> None:
     """With SmolLM2's tokenizer in place of the model's own, which would have to be downloaded."""
     config = load(path)

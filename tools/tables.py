@@ -22,6 +22,7 @@ from tools import (
     benchmark_tables,
     experiment_tables,
     memory_tables,
+    paper_tables,
     plan_headers,
     reliability_tables,
     run_tables,
@@ -67,13 +68,14 @@ def tables(root: Path) -> dict[str, str]:
         **experiment_tables.tables(root / "experiments"),
         **scaling_tables.tables(root / "configs", root / "benchmarks" / "results"),
         **reliability_tables.tables(root / "docs"),
+        **paper_tables.tables(root / "configs" / "paper", root / "experiments" / "paper"),
         "one-gpu": plan_headers.table(root / "configs"),
     }
 
 
 def pages(root: Path) -> list[Path]:
-    """README and docs/*.md."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    """README, docs/*.md and experiments/paper.md."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "experiments" / "paper.md"]
 
 
 def filled(text: str, page: Path, made: dict[str, str], root: Path) -> str:

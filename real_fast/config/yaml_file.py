@@ -21,7 +21,8 @@ def folder_of_configs() -> Path:
 
 
 def find(name: str | Path) -> Path:
-    """The file of a ``--config``: a path, or the name of one that comes with the package, e.g. "quickstart".
+    """The file of a ``--config``: a path, or the name of one that comes with the package, e.g. "quickstart" or
+    "paper/qwen3-8b-real".
 
     Raises:
         ConfigError: There is none, or it is a folder.
@@ -32,8 +33,9 @@ def find(name: str | Path) -> Path:
     if path.is_dir():
         raise ConfigError(f"config {name} is a folder: give a YAML file")
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
-    if path.parent in (Path("."), Path("configs")) and (known / f"{stem}.yaml").is_file():
-        return known / f"{stem}.yaml"
+    for folder in (Path("."), Path("paper")):
+        if path.parent in (folder, "configs" / folder) and (known / folder / f"{stem}.yaml").is_file():
+            return known / folder / f"{stem}.yaml"
     names = sorted(file.stem for file in known.glob("*.yaml"))
     close = get_close_matches(stem, names, n=1)
     raise ConfigError(

@@ -304,6 +304,16 @@ def test_a_configuration_is_found_by_name_from_anywhere(name, tmp_path, monkeypa
     assert parse("train", "--config", "configs/quickstart.yaml").model == "mine"
 
 
+@pytest.mark.parametrize("name", ["paper/qwen3-8b-raft", "configs/paper/qwen3-8b-raft.yaml"])
+def test_so_is_a_row_of_the_paper(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert parse("train", "--config", name).method == "raft"
+    for wrong in ("qwen3-8b-raft", "other/quickstart", "../configs/quickstart"):
+        with pytest.raises(SystemExit):
+            parse("train", "--config", wrong)
+        assert "there is no such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_print_config_is_what_config_takes(command, tmp_path, capsys):
     printed = shown(capsys, command, "--print_config")

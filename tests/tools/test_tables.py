@@ -36,6 +36,8 @@ WHERE = {
     "scaling-measured": "docs/scaling.md",
     "scaling-same": "docs/scaling.md",
     "ahead-seeds": "docs/methods.md",
+    "paper-rows": "experiments/paper.md",
+    "paper-commands": "experiments/paper.md",
     "reliability": "docs/reliability.md",
     "reliability-faults": "docs/reliability.md",
     "reliability-figures": "docs/reliability.md",

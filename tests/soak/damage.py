@@ -1,9 +1,10 @@
 """One file of a run is damaged, then the run is resumed (a case of disk_trials.py).
 
 A file is cut in half, emptied, removed, replaced by a folder, or has one bit changed. Of the newest checkpoint it must
-be found, named, and the checkpoint before taken; with all checkpoints damaged, and in what else the training reads, the
-run must stop, name the file, and touch nothing. Of what it only shows, it must be named. A damage of which nothing is
-said has survived only if the run ends in what the undisturbed one has, to the last bit.
+be found and named before work starts, and the checkpoint before taken; with all checkpoints damaged, and in what else
+the training reads, the run must stop, name the file, and touch nothing. Of what it only shows, it must be named. A
+damage of which nothing is said has survived only if it is none of the newest checkpoint, and the run ends in what the
+undisturbed one has, to the last bit.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Damage:
         files: These are damaged.
         seed: Of the places.
         stops: The run must stop, or be none the worse.
+        newest: It is of the newest checkpoint alone, so that the run must say that it goes on from the one before.
         early: The run was cut off before its first checkpoint, which would know what it was made from.
     """
 
@@ -82,6 +84,7 @@ class Damage:
     seed: int = 0
     stops: bool = False
     early: bool = False
+    newest: bool = False
 
 
 class CutOff:
@@ -116,13 +119,21 @@ class CutOff:
         found = sorted(p for p in (self.kept / below).rglob(pattern) if p.is_file())
         return [p.relative_to(self.kept).as_posix() for p in found]
 
-    def damages(self) -> list[Damage]:
-        """All that is tried."""
-        first, last = sorted(p.name for p in (self.kept / "checkpoints").iterdir())[-2:]
+    def _checkpoints(self) -> list[str]:
+        return sorted(p.name for p in (self.kept / "checkpoints").iterdir())[-2:]
+
+    def newest(self) -> list[Damage]:
+        """To each file of the newest checkpoint."""
         found = []
-        for file in self.files(f"checkpoints/{last}"):
-            found += [Damage(f"newest checkpoint: {Path(file).name}", way, [file]) for way in WAYS]
-            found += [Damage(f"newest checkpoint: {Path(file).name}", BITS[0], [file], seed) for seed in (1, 2)]
+        for file in self.files(f"checkpoints/{self._checkpoints()[-1]}"):
+            for way, seed in [*((way, 0) for way in WAYS), (BITS[0], 1), (BITS[0], 2)]:
+                found.append(Damage(f"newest checkpoint: {Path(file).name}", way, [file], seed, newest=True))
+        return found
+
+    def damages(self) -> list[Damage]:
+        """To all checkpoints, and to the reference."""
+        first, last = self._checkpoints()
+        found = []
         for name in ("trainer_state.json", *(p.name for p in (self.kept / "checkpoints" / last).glob("*.safetensors"))):
             both = [f"checkpoints/{step}/{name}" for step in (first, last)]
             found += [Damage(f"every checkpoint: {name}", way, both, stops=True) for way in WAYS]
@@ -158,6 +169,8 @@ class CutOff:
                 return "stops, and has touched the run"
             return None if damage.stops else f"stops: {named}"
         other = difference(self.want, outcome(self.output))
+        if damage.newest and (silent := _silent(ended.said, named)):
+            return f"goes on, {silent}{', and ' + other if other else ''}"
         if other is None or (named and self._only_shown(damage)):
             return None
         return f"goes on{'' if named else ' without a word'}, and {other}"
@@ -165,6 +178,14 @@ class CutOff:
     def _only_shown(self, damage: Damage) -> bool:
         """Whether what is damaged is for people alone, so that a run need not be like the undisturbed one."""
         return not damage.files[0].startswith(("checkpoints/", "reference/"))
+
+
+def _silent(said: str, named: Sequence[str]) -> str | None:
+    """What is wrong with the words of a run whose newest checkpoint is damaged; None for nothing."""
+    told = [line for line in named if "going on from" in line]
+    if not told:
+        return "without saying that it goes on from an earlier checkpoint, and for which file"
+    return None if said.index(told[0]) < said.find("\nloading ") else "and says so when it has begun"
 
 
 def others(run: CutOff) -> list[Damage]:
@@ -190,10 +211,20 @@ def _listing(output: Path) -> list[str]:
     return sorted(f"{p} {p.stat().st_size if p.is_file() else ''}" for p in output.rglob("*"))
 
 
-def trials(home: Home, case: str, share: float) -> Iterator[tuple[str, str | None]]:
-    """Try what there is to damage in a run of a case, or a share of it; gives kinds, and what was lost."""
+def trials(home: Home, case: str, share: float, newest: bool) -> Iterator[tuple[str, str | None]]:
+    """Try what there is to damage in a run of a case, or a share of it; gives kinds, and what was lost.
+
+    Args:
+        home: Has the model and the rows.
+        case: One of TRAIN.
+        share: Of what there is.
+        newest: In its newest checkpoint; without, in all else.
+    """
     run = CutOff(home, case)
-    todo = handed_over(run) if case == "tract" else [*run.damages(), *(others(run) if case == "real" else [])]
+    if newest:
+        todo = run.newest()
+    else:
+        todo = handed_over(run) if case == "tract" else [*run.damages(), *(others(run) if case == "real" else [])]
     count = max(1, round(len(todo) * share))
     for damage in (todo[i * len(todo) // count] for i in range(count)):
         where = damage.what.partition(":")[0].partition("/")[0]

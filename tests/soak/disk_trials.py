@@ -33,7 +33,7 @@ from tests.soak.tiny_runs import TRAIN, Ended, Home, difference, outcome, prepar
 
 COMMANDS = ("evaluate", "judge", "compare")
 CASES = (*TRAIN, *COMMANDS)
-DAMAGE = "damage of "
+DAMAGE, NEWEST, WRITES = "damage of ", "newest checkpoint of ", "writes of "
 OUTCOMES = "outcomes.jsonl"
 _HUNG = 180  # seconds, on a machine that does other things too
 # What there is to do: none of these words is an errno's.
@@ -54,6 +54,13 @@ def plan(journal: Sequence[tuple[str, Path]], share: float, start: int = 0) -> l
     if share < 1:
         return [tried[i * len(tried) // wanted][0] for i in range(wanted)]
     return [ways[i] for i in range(len(FAULTS)) for ways in tried if i < len(ways)][:wanted]
+
+
+def of_writes(journal: Sequence[tuple[str, Path]], share: float) -> list[Trial]:
+    """Each write with the disk full, and with it read-only; or a share of them."""
+    every = [(n, way) for n, (name, _) in enumerate(journal) if name == "write" for way in ("full", "readonly")]
+    wanted = max(1, round(len(every) * share))
+    return [every[i * len(every) // wanted] for i in range(wanted)]
 
 
 class Sweep:
@@ -82,10 +89,16 @@ class Sweep:
         self.want, self.journal = self._results(), self.disk.journal
         self.start = 2 if case == "judge" else 0  # the shell makes the folder and the file
 
-    def trials(self, share: float) -> Iterator[tuple[str, str | None]]:
-        """Try them; gives kinds, and what was lost."""
-        for number, way in plan(self.journal, share, self.start):
-            yield self.trial(number, FAULTS[way])
+    def trials(self, tried: Sequence[Trial]) -> Iterator[tuple[str, str | None]]:
+        """Try them; gives kinds, and what was lost. One in which nothing was left to fail is none."""
+        failed = 0
+        for number, way in tried:
+            kind, problem = self.trial(number, FAULTS[way])
+            failed += self.disk.fired_at >= 0
+            if problem or self.disk.fired_at >= 0:
+                yield kind, problem
+        if not failed:
+            yield f"{self.case}: no operation was left to fail", f"{self.case}: of {len(tried)} trials none was one"
 
     def trial(self, number: int, fault: DiskFault) -> tuple[str, str | None]:
         """One of them."""
@@ -156,16 +169,23 @@ class Sweep:
         return texts
 
 
+def trials_of(home: Home, what: str, share: float) -> Iterator[tuple[str, str | None]]:
+    """Try a share of a case, "writes of CASE", or "damage of CASE" or "newest checkpoint of CASE", of damage.py."""
+    for prefix in (DAMAGE, NEWEST):
+        if what.startswith(prefix):
+            return damage.trials(home, what.removeprefix(prefix), share, prefix == NEWEST)
+    sweep = Sweep(home, what.removeprefix(WRITES))
+    if what.startswith(WRITES):
+        return sweep.trials(of_writes(sweep.journal, share))
+    return sweep.trials(plan(sweep.journal, share, sweep.start))
+
+
 def main(folder: Path, shares: dict[str, float]) -> None:
-    """Try the cases; "damage of CASE" is of damage.py."""
+    """Try the cases."""
     home = prepare(folder)
     for case, share in shares.items():
         faulthandler.dump_traceback_later(_HUNG, exit=True)
-        for kind, problem in (
-            damage.trials(home, case.removeprefix(DAMAGE), share)
-            if case.startswith(DAMAGE)
-            else Sweep(home, case).trials(share)
-        ):
+        for kind, problem in trials_of(home, case, share):
             append_jsonl(folder / OUTCOMES, [kind, problem])
             faulthandler.dump_traceback_later(_HUNG, exit=True)
     faulthandler.cancel_dump_traceback_later()

@@ -48,11 +48,17 @@ def run(folder: Path, share: float) -> Found:
     """Each target in a process of its own, for its part of the hour; at least 10 s."""
     if importlib.util.find_spec("atheris") is None:
         return Found(notes=["not run: atheris, the fuzzer, has no wheel for this Python (requirements/soak.txt)"])
-    found = Found(notes=[f"inputs of up to {LONGEST} bytes; executions and edges are of real_fast's own Python code"])
+    found = Found(
+        notes=[
+            f"inputs of up to {LONGEST} bytes; executions and edges are of real_fast's own Python code",
+            f"the fuzzer stops an input after {SLOWEST} s by the clock, which other programs take from too; a second "
+            "of the processor for a line is what the part `hostile` holds to",
+        ]
+    )
     for name in NAMES:
         fault = Fault(f"fuzzer: {name}")
         figures = _fuzz(name, folder / name, max(10.0, SECONDS * share / len(NAMES)), fault)
-        fault.injected = figures["executions"]
+        fault.injected = max(figures["executions"], len(fault.lost))
         fault.survived = fault.injected - len(fault.lost)
         found.faults.append(fault)
         found.figures[name] = figures
@@ -88,13 +94,23 @@ def _fuzz(name: str, folder: Path, seconds: float, fault: Fault) -> dict[str, in
                 r"^\s*(?:=== Uncaught.*\n.*|[\w.]*(?:Error|Exception)\b.*|.*ERROR: libFuzzer.*)", said, re.M
             )
             fault.lost.append(f"{name}: {' '.join(why)[:300]}; input {crash.read_bytes()[:200]!r} ({kept.name})")
-        if not new and done.returncode:
-            fault.lost.append(f"{name}: the fuzzer ended with status {done.returncode}: {said[-300:]}")
+        if wrong := idle(bool(new), done.returncode, said):
+            fault.lost.append(f"{name}: {wrong}: {said[-300:]}")
             break
         if len(fault.lost) >= 10:
             break
     total["corpus (inputs)"] = keep(name, tried)
     return total
+
+
+def idle(found: bool, status: int, said: str) -> str | None:
+    """What is wrong with a fuzzer's end, but for what it found; None for nothing."""
+    if found:
+        return None
+    if status:
+        return f"the fuzzer ended with status {status}"
+    tried = re.search(_STATS["executions"], said)
+    return None if tried and int(tried[1]) else "the fuzzer tried nothing"
 
 
 def seeds(name: str) -> Iterable[bytes]:

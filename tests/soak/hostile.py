@@ -1,8 +1,9 @@
-"""10,000 malformed lines, files and answers through all that reads them, each within its time and its memory.
+"""10,000 malformed lines, 1,000 files and as many answers through all that reads them, within their time and memory.
 
 Survived is what ends in a value, or in an error for people that names the file; within a second of the processor for
-a line and each thing that reads it (the better of two, since some things are made once); in Python's memory within 32
-times its bytes, decompressed, and 16 MB; without a score for what failed.
+a line and each thing that reads it (the better of two, since some things are made once), and within 10 s by the clock,
+after which the reader is stopped; in Python's memory within 32 times its bytes, decompressed, and 16 MB; without a
+score for what failed. And loading ten times the rows takes at most 15 times as long.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import io
 import json
 import lzma
 import resource
+import signal
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import FrameType
 from typing import Any
 
 from real_fast.config import PromptConfig
@@ -33,9 +37,11 @@ from tests.soak.targets import Targets
 from tests.vocabularies import tokenizer_of
 
 SECONDS = 1.0
+CLOCK = 10.0  # seconds that pass: a machine that does other things too, or a reader that waits or never ends
 TIMES, MORE = 32, 16_000_000
-INPUTS = 10_000
-_PARTS = {"lines": 0.8, "files": 0.1, "answers of a server": 0.1}
+INPUTS = {"lines": 10_000, "files": 1_000, "answers of a server": 1_000}
+GROWTH = 15.0  # times the seconds for ten times the rows; linear is 10
+_LEAST = 0.1  # seconds of loading that a growth can be told from
 _BOUND = 10_000_000  # bytes of a decompressed file that are counted
 
 
@@ -55,31 +61,34 @@ def run(folder: Path, share: float) -> Found:
     try:
         outcomes = [
             (kind, watch.problem(f"{kind}, seed {seed}", data, tries))
-            for kind, seed, data, tries in inputs(targets, round(INPUTS * share))
+            for kind, seed, data, tries in inputs(targets, share)
         ]
+        loaded = growth(folder, targets, share)
+        outcomes += [(f"loading: {kind}", too_steep(kind, seconds)) for kind, seconds in loaded.items()]
     finally:
         targets.close()
-    figures = watch.figures() | {"tokenizers": list(tokenizers), "seconds to load rows": growth(folder, targets, share)}
+    figures = watch.figures() | {"tokenizers": list(tokenizers), "seconds to load rows": loaded}
     figures["limits"] = f"{SECONDS:g} s and {TIMES} x bytes + {MORE / 1e6:g} MB, each reader by itself"
     return Found(by_kind(outcomes), figures, notes)
 
 
-def inputs(targets: Targets, count: int) -> Iterator[tuple[str, int, bytes, list[Callable[[bytes], None]]]]:
+def inputs(targets: Targets, share: float) -> Iterator[tuple[str, int, bytes, list[Callable[[bytes], None]]]]:
     """Kind, seed, bytes, and what they go through."""
+    counts = {what: round(count * share) for what, count in INPUTS.items()}
     prompts = [partial(targets.prompts, builders=[builder]) for builder in targets.builders]
-    for seed in range(round(count * _PARTS["lines"])):
+    for seed in range(counts["lines"]):
         kind = list(LINES)[seed % len(LINES)]
         through = [targets.rows, prompts[seed // len(LINES) % len(prompts)], targets.verdicts, targets.lines]
         if Random(f"rare {seed}").random() < RARE.get(kind, 1):
             yield f"line: {kind}", seed, LINES[kind](Random(seed)), through
         else:
             yield "line: fields of any type", seed, LINES["fields of any type"](Random(seed)), through
-    for seed in range(round(count * _PARTS["files"])):
+    for seed in range(counts["files"]):
         kind = list(FILES)[seed % len(FILES)]
         endings, make = FILES[kind]
         rng = Random(seed)
         yield f"file: {kind}", seed, make(rng), [partial(targets.file, rng.choice(endings))]
-    for seed in range(round(count * _PARTS["answers of a server"])):
+    for seed in range(counts["answers of a server"]):
         yield "answer of a server", seed, answer(Random(seed)), [targets.answers]
 
 
@@ -101,8 +110,11 @@ class Watch:
                 if seconds > SECONDS:
                     seconds = min(seconds, _seconds(read, data))
                 tracemalloc.start()
-                read(data)
+                with within(6 * CLOCK):  # each allocation is noted
+                    read(data)
                 peak = tracemalloc.get_traced_memory()[1]
+            except TooLong as late:
+                return f"{what}, {name}: {late} for {len(data)} bytes: {data[:100]!r}"
             except Exception as error:  # whatever a reader raises is what is looked for
                 return f"{what}, {name}: {type(error).__name__}: {str(error)[:300]}"
             finally:
@@ -128,12 +140,33 @@ class Watch:
 
 def _seconds(read: Callable[[bytes], Any], data: bytes) -> float:
     start = time.process_time()
-    read(data)
+    with within(CLOCK):
+        read(data)
     return time.process_time() - start
 
 
+class TooLong(BaseException):
+    """A reader was stopped. No Exception, so that no reader takes it for an error of its data."""
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Stop what takes longer by the clock, in the main thread. Raises :class:`TooLong`."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TooLong(f"not done after {seconds:g} s by the clock")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where the first was lost in a finalizer
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def growth(folder: Path, targets: Targets, share: float) -> dict[str, dict[str, float]]:
-    """Seconds for loading 10,000 and 100,000 rows of several kinds; linear is ten times."""
+    """Seconds of the processor for loading 10,000 and 100,000 rows of several kinds."""
     builder = PromptBuilder(PromptConfig(template="short"), targets.finder.tokenizer, targets.scale)
     kinds: dict[str, Callable[[int], dict[str, Any]]] = {
         "rows of their own": lambda i: GOOD | {"id": str(i), "instruction": f"Name fruit {i}."},
@@ -147,10 +180,18 @@ def growth(folder: Path, targets: Targets, share: float) -> dict[str, dict[str, 
             path = folder / "many.jsonl"
             with path.open("wb") as file:
                 file.writelines(_line(make(i)) for i in range(rows))
-            start = time.monotonic()
+            start = time.process_time()
             load_rows(str(path), "train", builder, targets.scale, 2048, [])
-            found.setdefault(name, {})[str(rows)] = round(time.monotonic() - start, 2)
+            found.setdefault(name, {})[str(rows)] = round(time.process_time() - start, 2)
     return found
+
+
+def too_steep(kind: str, seconds: dict[str, float]) -> str | None:
+    """What is wrong with the seconds for some rows and for ten times as many; None for nothing."""
+    few, many = seconds.values()
+    if many <= GROWTH * max(few, _LEAST):
+        return None
+    return f"{kind}: {few} s and {many} s of the processor for {' and '.join(seconds)} rows"
 
 
 def _line(record: dict[str, Any]) -> bytes:

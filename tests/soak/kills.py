@@ -146,9 +146,17 @@ def _kill(rng: random.Random, phase: str, size: int, known: Ended, resumed: bool
 
 @dataclass
 class Outcome:
-    """What became of a case: which of its kills happened, what was lost, seconds that ranks took to end alone."""
+    """What became of a case.
+
+    Attributes:
+        killed: Those of its kills that happened.
+        during: What each of them hit, as :attr:`Ended.during` says it.
+        problem: What was lost.
+        alone: Seconds that ranks took to end alone.
+    """
 
     killed: list[Kill]
+    during: list[str]
     problem: str | None
     alone: list[float]
 
@@ -158,18 +166,21 @@ def outcome(folder: Path, case: Case, number: int) -> Outcome:
     output, log = folder / f"case-{number}", folder / f"case-{number}.log"
     argv = flags(folder, case.method, output)
     killed: list[Kill] = []
+    during: list[str] = []
     alone: list[float] = []
     problem: str | None = None
     for kill in (*case.kills, None):
         if (output / "summary.json").is_file() and not (output / ".lock").exists():
             break
         more = ["--resume"] if killed else []
+        said = log.stat().st_size if log.is_file() else 0
         ended = attempt([*argv, *more], output, log, case.size, kill)
         problem = problem or ended.problem
         if kill and ended.killed:
             killed.append(kill)
+            during.append(ended.during)
             alone += [ended.alone] if ended.alone is not None else []
-        elif any(ended.statuses) and not (output / "summary.json").is_file():
+        elif any(ended.statuses) and not had_ended(output, ended, log, said):
             problem = problem or f"{' '.join(more) or 'the run'} ended with {ended.statuses}: {_tail(log)}"
             break
         if problem:
@@ -179,30 +190,41 @@ def outcome(folder: Path, case: Case, number: int) -> Outcome:
     if problem is None:
         shutil.rmtree(output)
     else:
-        places = ", then ".join(map(str, killed))
-        problem = f"{case.method} on {case.size}, killed {places} (plan {case.seed!r}): {problem}"
-    return Outcome(killed, problem, alone)
+        places = f"killed {', then '.join(map(str, killed))}" if killed else "not killed"
+        problem = f"{case.method} on {case.size}, {places} (plan {case.seed!r}): {problem}"
+    return Outcome(killed, during, problem, alone)
+
+
+def had_ended(output: Path, ended: Ended, log: Path, said: int) -> bool:
+    """Whether --resume found a finished run, and says so in the log behind its first `said` bytes."""
+    refused = b"nothing is left to resume" in log.read_bytes()[said:] and all(status == 2 for status in ended.statuses)
+    return refused and (output / "summary.json").is_file()
 
 
 def found(cases: list[Case], done: list[Outcome], launched: list[tuple[str, str | None]]) -> Found:
     """The table, by phase and number of processes; the runs by their launchers in rows of their own."""
     kinds = list(launched)
     for case, one in zip(cases, done, strict=True):
-        for number, kill in enumerate(one.killed):
-            phase = kill.phase.rpartition(": ")[2]
+        on = "one process" if case.size == 1 else f"{case.size} ranks"
+        for number, hit in enumerate(one.during):
+            phase = hit.rpartition(": ")[2]
             phase = _KINDS.get(phase, phase) if number == 0 else "resume"
-            kinds.append((f"{phase}, {'one process' if case.size == 1 else f'{case.size} ranks'}", one.problem))
+            kinds.append((f"{phase}, {on}", one.problem))
+        if one.problem and not one.killed:
+            kinds.append((f"before the kill, {on}", one.problem))
     alone = [seconds for one in done for seconds in one.alone]
     by_method = {
         name: sum(len(o.killed) for c, o in zip(cases, done, strict=True) if c.method == name) for name in METHODS
     }
+    moved = sum(kill.phase != hit for one in done for kill, hit in zip(one.killed, one.during, strict=True))
     missed = sum(len(case.kills) - len(one.killed) for case, one in zip(cases, done, strict=True))
     return Found(
         by_kind(sorted(kinds, key=lambda kind: kind[0])),
         {
-            "kills": len(kinds),
+            "kills": len(launched) + sum(len(one.killed) for one in done),
             "kills by method": by_method,
             "the run had ended before the kill": missed,
+            "the phase had ended before the kill, which counts where it hit": moved,
             "most seconds that ranks left over took to end without a signal": round(max(alone, default=0.0), 2),
         },
     )

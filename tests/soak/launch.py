@@ -17,6 +17,7 @@ from tests.soak.child import IMPORTED, Rank, run
 
 ALONE = 5.0  # seconds that the ranks left over have to end by themselves, in the kills that try that
 TOLD = 20.0  # and seconds after SIGTERM; torchrun gives 30 before SIGKILL
+BETWEEN = "between two phases"
 _LONGEST = 90.0  # seconds of one run, which takes about 2
 
 
@@ -52,6 +53,8 @@ class Ended:
     Attributes:
         statuses: Exit status of each rank; negative for a signal.
         killed: Whether the kill happened.
+        during: The phase of the watched rank that the kill hit, which may be another than was planned; "" for a change
+            of the folder.
         phases: Of rank 0, in their order: name and seconds.
         changes: Of the folder, by rank 0.
         problem: What must not be: a rank that did not end.
@@ -60,6 +63,7 @@ class Ended:
 
     statuses: list[int | None]
     killed: bool = False
+    during: str = ""
     phases: list[tuple[str, float]] = field(default_factory=list)
     changes: int = 0
     problem: str | None = None
@@ -124,10 +128,32 @@ def _attend(processes: list[Any], pipes: list[Connection], kill: Kill | None) ->
                     break
     if kill and ended.killed:
         _kill(processes, kill, ended)
+        if kill.phase:
+            ended.during = _hit(pipes[watched], kill.phase, list(began))
     for process in processes:
         process.join(max(0.1, end - time.monotonic()))
     ended.statuses = [process.exitcode for process in processes]
     return ended
+
+
+def _hit(pipe: Connection, planned: str, running: list[str]) -> str:
+    """What a rank that was killed did last: the planned phase, where it was still in it; else the latest begun.
+
+    Args:
+        pipe: Has what the rank sent before its end.
+        planned: The phase.
+        running: Phases, in their order, which it was in when the phase began.
+    """
+    try:
+        while pipe.poll():
+            name, value = pipe.recv()
+            if name in running and value is not True:
+                running.remove(name)
+            elif value is True:
+                running.append(name)
+    except (EOFError, OSError):
+        pass
+    return planned if planned in running else [BETWEEN, *running][-1]
 
 
 def _died(kill: Kill | None, process: Any) -> bool:

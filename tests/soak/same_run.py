@@ -8,14 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from real_fast.runs import checkpoint
+import yaml
+
+from real_fast.runs import checkpoint, logged
 from real_fast.runs.sealed import CHECKSUMS, damage
 
-# What depends on the clock, the machine, or the call of the command.
+# What depends on the clock or the machine.
 _APART = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "peak_memory_gib", "machine", "step_time"}
-_APART |= {"resume", "output", "folder", "id", "run_name"}
-# What a killed and resumed run has beside: what it set aside, and the report, which shows all of these.
-_BESIDE = ("superseded", ".damaged", "report.html", "config.yaml", ".png", "tensorboard")
+# Of records that have times in them.
+_APART |= {"sha256"}
+# And what the call of the command says, in the files that keep it. Elsewhere, `id` and `output` are a row's.
+_CALL = {"resume", "output", "folder", "id", "run_name"}
+_HAVE_CALL = ("config.yaml", "trackers.json", "summary.json", "fingerprints.json")
+# What a killed and resumed run may have beside: what it set aside.
+_BESIDE = ("superseded", "tensorboard")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def differences(want: Path, got: Path) -> list[str]:
@@ -30,9 +37,12 @@ def differences(want: Path, got: Path) -> list[str]:
     for folder in (got, got / "stage1"):
         if not folder.is_dir():
             continue
+        found += [f"{path.relative_to(got)} is too much" for path in (folder / "checkpoints").glob("*.damaged*")]
         for sealed in (*checkpoint.complete(folder / "checkpoints"), folder / "final"):
             if problem := damage(sealed):
                 found.append(f"{sealed.relative_to(got)}: {problem}")
+            for name in logged.changed(folder, sealed / logged.FILE):
+                found.append(f"{sealed.relative_to(got)}: {name} is not as {logged.FILE} there has it")
     return found
 
 
@@ -48,19 +58,33 @@ def _content(run: Path, name: str) -> Any:
     path = run / name
     if path.name == CHECKSUMS:  # of files with times in them; damage() compares
         return None
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix == ".png":  # of curves of times too
+        return path.read_bytes()[:8] == _PNG
+    if path.suffix == ".html":  # the same
+        return path.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    if path.suffix not in (".json", ".jsonl", ".yaml"):
         return hashlib.sha256(path.read_bytes()).hexdigest()
     text = path.read_text(encoding="utf-8").replace(str(run), "RUN")
-    return [_plain(json.loads(line)) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    if path.name == logged.FILE:  # checksums of what has times in it; differences() compares
+        return [dict.fromkeys(json.loads(text))]
+    apart = _APART | _CALL if path.name in _HAVE_CALL else _APART
+    try:
+        values = (
+            [yaml.safe_load(text)] if path.suffix == ".yaml"
+            else [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+        )  # fmt: skip
+    except (ValueError, yaml.YAMLError) as error:
+        return f"cannot be read: {error}"
+    return [_plain(value, apart) for value in values]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, apart: set[str]) -> Any:
     if isinstance(value, dict):
         return {
-            key: _plain(one) for key, one in value.items()
-            if key not in _APART and not key.startswith(("time/", "memory/"))
+            key: _plain(one, apart) for key, one in value.items()
+            if key not in apart and not key.startswith(("time/", "memory/"))
         }  # fmt: skip
-    return [_plain(one) for one in value] if isinstance(value, list) else value
+    return [_plain(one, apart) for one in value] if isinstance(value, list) else value
 
 
 def _where(a: Any, b: Any) -> str:

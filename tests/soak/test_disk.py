@@ -23,7 +23,7 @@ from real_fast.runs.sealed import _replace
 from real_fast.runs.trackers import Trackers, _known
 from real_fast.utils.jsonio import append_jsonl, write_json
 from tests.soak import disk
-from tests.soak.disk_trials import CASES, DAMAGE, Sweep, plan
+from tests.soak.disk_trials import CASES, Sweep, of_writes, plan
 from tests.soak.faulty_disk import FAULTS, missing, preloaded
 from tests.soak.tiny_runs import Ended, difference
 
@@ -105,7 +105,7 @@ def test_what_python_and_rust_write_is_noted_and_fails_on_demand(tmp_path):
 @needs_disk
 @pytest.mark.e2e
 def test_some_of_the_trials(tmp_path):
-    outcomes = disk.tried(tmp_path, {"real": 0.006, "judge": 0.3, "damage of real": 0.02})
+    outcomes = disk.tried(tmp_path, {"real": 0.006, "judge": 0.3, "newest checkpoint of real": 0.034})
     assert not [problem for _, problem in outcomes if problem]
     assert len(outcomes) >= 6
 
@@ -118,7 +118,11 @@ def test_every_operation_has_its_turn():
         (op, way) for op in ("create", "write", "fsync", "unlink") for way in FAULTS if op in FAULTS[way].ops
     }
     assert len(plan(journal, 0.25)) == 9 and len(plan(journal, 2.0)) == 72 == len(set(plan(journal, 2.0)))
-    assert {case.removeprefix(DAMAGE) for case in disk.SHARES} == set(CASES)
+    writes = [n for n, (name, _) in enumerate(journal) if name == "write"]
+    assert of_writes(journal, 1.0) == [(n, way) for n in writes for way in ("full", "readonly")]
+    planned = {case for shares in disk.SHARES for case in shares}
+    assert planned >= set(CASES) and {"newest checkpoint of real", "writes of real"} <= planned
+    assert sum(map(len, disk.SHARES)) == len(planned)
 
 
 def test_a_trial_finds_what_is_wrong(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -27,7 +29,7 @@ from real_fast.prompt.guard import Guard
 from real_fast.runs import checkpoint
 from real_fast.score.scale import ScoreScale
 from tests.soak import hostile
-from tests.soak.fuzz import CORPUS, NAMES
+from tests.soak.fuzz import CORPUS, NAMES, idle
 from tests.soak.malformed import FIELDS, FILES, GOOD, LINES, MARKUP, answer
 from tests.soak.resumed import READ
 from tests.soak.targets import ENDINGS, Targets
@@ -116,6 +118,13 @@ def test_what_the_fuzzer_found(name: str, targets: Targets) -> None:
         targets.by_name[name](file.read_bytes())
 
 
+def never_mind(data: bytes) -> None:
+    """A reader that takes every exception for its data's."""
+    while True:
+        with suppress(Exception):
+            time.sleep(1)
+
+
 def test_a_fault_is_seen(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each limit of the soak, and each check of what comes out, can fail."""
     watch = hostile.Watch()
@@ -128,8 +137,23 @@ def test_a_fault_is_seen(targets: Targets, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(hostile, "SECONDS", 60.0)
     assert " MB for 10 bytes" in problem(lambda data: len(bytes(17_000_000)))
     assert "KeyError" in problem(lambda data: {}["a"])
+    monkeypatch.setattr(hostile, "CLOCK", 0.05)
+    for stuck in (lambda data: time.sleep(2), lambda data: [None for _ in iter(int, 1)], never_mind):
+        assert "not done after 0.05 s by the clock for 10 bytes: b'0123456789'" in problem(stuck)
+    assert hostile.too_steep("it", {"10": 1.0, "100": 14.9}) is None
+    assert (
+        hostile.too_steep("it", {"10": 1.0, "100": 15.1}) == "it: 1.0 s and 15.1 s of the processor for 10 and 100 rows"
+    )
+    assert hostile.too_steep("it", {"10": 0.01, "100": 0.9}) is None
     monkeypatch.setattr("tests.soak.targets.grade_lines", lambda *args: list(grade_lines(*args))[1:])
     assert "0 lines for 1" in problem(targets.lines)
+
+
+def test_a_fuzzer_that_tries_nothing_is_a_loss() -> None:
+    tried = "stat::number_of_executed_units: "
+    assert idle(False, 0, f"{tried}12\n") is None and idle(True, 77, "") is None
+    assert idle(False, 0, f"{tried}0\n") == idle(False, 0, "") == "the fuzzer tried nothing"
+    assert idle(False, 1, f"{tried}12\n") == "the fuzzer ended with status 1"
 
 
 # Faults that were found

@@ -38,6 +38,7 @@ GIVEN = ("--warmup.steps", "0", "--objective.kl_coef", "0")  # of methods withou
 TRAIN = {
     "real": (),
     "real in the background": ("--save.background", "always"),
+    "sft": ("--method", "sft", *GIVEN),
     "LoRA, merged": ("--train.lora", '{"r": 2}', "--save.merge", "true", "--optim.lr", "0.01"),
     "tract": ("--method", "tract", *GIVEN, "--train.steps", "1", "--debug", "false", "--rollout.max_tokens", "80"),
 }

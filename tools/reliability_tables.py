@@ -43,11 +43,12 @@ def faults_table(parts: dict[str, Any]) -> str:
     """A line per kind of fault."""
     if not parts:
         return NONE
-    out = ["| fault | injected | survived | lost |", "|---" * 4 + "|"]
-    for part in parts.values():
+    out = ["| part | fault | injected | survived | lost |", "|---" * 5 + "|"]
+    for name, part in parts.items():
         for fault in part["faults"]:
+            kind = fault["kind"].removeprefix(f"{name}: ")
             lost = "; ".join(fault["lost"]).replace("|", "\\|").replace("\n", " ") or "0"
-            out.append(f"| {fault['kind']} | {fault['injected']:,} | {fault['survived']:,} | {lost} |")
+            out.append(f"| {name} | {kind} | {fault['injected']:,} | {fault['survived']:,} | {lost} |")
     return "\n".join(out)
 
 

@@ -90,7 +90,7 @@ def _found(output: Path, log: str, watch: Watch, steps: int) -> Found:
     usual = median(times.values())
     slow = sorted(step for step, seconds in times.items() if seconds > max(2 * usual, usual + 1.0))
     said = {int(number): text for number, text in re.findall(r"update (\d+) took (.*)", log)}
-    faults = [Fault("long run: updates made"), Fault("long run: memory"), Fault("long run: slow updates explained")]
+    faults = [Fault("long: updates made"), Fault("long: memory"), Fault("long: slow updates explained")]
     for step in range(1, steps + 1):
         faults[0].count(None if step in times else f"update {step} is not in metrics.jsonl")
     for name, samples in watch.samples.items():

@@ -32,7 +32,7 @@ def test_a_part_keeps_the_sections_of_others(monkeypatch: pytest.MonkeyPatch, tm
     assert parts["kills"]["faults"] == [{"kind": "killed", "injected": 2, "survived": 2, "lost": []}]
     assert parts["disk"]["share"] == 0.5 and parts["disk"]["machine"] and parts["kills"]["figures"]
     assert "| all | 4 | 3 | 1 |" in summary_table(parts) and "- No cc." in summary_table(parts)
-    assert "| full | 2 | 1 | step-000002 \\| lost |" in faults_table(parts)
+    assert "| disk | full | 2 | 1 | step-000002 \\| lost |" in faults_table(parts)
 
 
 def test_a_part_that_fails_or_injects_nothing_is_no_success(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 # Set before anything imports them: no test may wait for a hub, and forked tokenizers only warn.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What a script starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Processes side by side share the cores: two that each take all of them are slower than one. OpenMP reads this when
 # torch is imported, which real_fast does too: nothing of it may be imported above.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:

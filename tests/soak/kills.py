@@ -91,7 +91,7 @@ def _launched(folder: Path, size: int, all_ranks: bool, seed: int) -> tuple[str,
     problem = killed_and_resumed(
         flags(folder, "lora", output), output, folder / f"lora-{size}", size, all_ranks, seed
     )  # fmt: skip
-    return f"torchrun with {size} ranks, {whole}" if size > 1 else "python -m real_fast.train", problem
+    return f"torchrun with {size} ranks, {whole}" if size > 1 else "the command itself, one process", problem
 
 
 def setup(folder: Path) -> None:

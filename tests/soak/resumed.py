@@ -86,8 +86,12 @@ def resume(folder: Path, data: bytes) -> None:
         (place / "config.yaml").write_text("{}")
     if name != "metrics.jsonl" and read is not check_folder:
         (place / "metrics.jsonl").write_text('{"step": 1, "phase": "train"}\n')
-    logging.getLogger("real_fast").setLevel("ERROR")  # of what is damaged, a warning tells
+    logger = logging.getLogger("real_fast")
+    level = logger.level
+    logger.setLevel("ERROR")  # of what is damaged, a warning tells
     try:
         read(place)
     except UserError as error:
         str(error).encode()
+    finally:
+        logger.setLevel(level)

@@ -27,6 +27,14 @@ from tests.soak.disk_trials import CASES, Sweep, of_writes, plan
 from tests.soak.faulty_disk import FAULTS, missing, preloaded
 from tests.soak.tiny_runs import Ended, difference
 
+
+@pytest.fixture(autouse=True)
+def _heard(caplog, monkeypatch):
+    """What is logged reaches caplog, whatever a command in an earlier test has set."""
+    monkeypatch.setattr(logging.getLogger("real_fast"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="real_fast")
+
+
 ROOT = Path(__file__).resolve().parents[2]
 needs_disk = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 

@@ -10,7 +10,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,31 +37,48 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of(PROG, "Run an experiment; go on where it stopped.")
     parser.add_argument("--results-only", action="store_true", help="run nothing; write the results of finished runs")
     args = parser.parse_args(argv)
+
+    def work(failed: list[str]) -> None:
+        experiment, folder = opened(args)
+        kept = args.results or folder / "results"
+        for place in (folder, kept):
+            check_writable(place)
+        with nullcontext() if args.results_only else alone_in(folder):
+            require_same(experiment, folder)
+            prepare_data(experiment, args.data.expanduser(), folder)
+            record.read(experiment, kept, folder / "data")  # what does not fit is said before hours of work
+            if not args.results_only:
+                runs = needed(experiment, folder, kept, args.methods)
+                run_all(experiment, runs, partial(run_one, experiment, folder, kept), failed, args.jobs)
+        if not failed or record.read(experiment, kept, folder / "data"):
+            print(results.write(experiment, folder / "data", kept))
+
+    return reported(PROG, work)
+
+
+def reported(prog: str, work: Callable[[list[str]], None]) -> int:
+    """Do a command's work, and say what went wrong.
+
+    Args:
+        prog: The command's name, for messages.
+        work: Gets a list, to which it adds a sentence for each run that failed.
+
+    Returns:
+        The exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C and what counts as it.
+    """
     failed: list[str] = []
     try:
         with stopped_by(signal.SIGTERM, signal.SIGHUP):
-            experiment, folder = opened(args)
-            kept = args.results or folder / "results"
-            for place in (folder, kept):
-                check_writable(place)
-            with nullcontext() if args.results_only else alone_in(folder):
-                require_same(experiment, folder)
-                prepare_data(experiment, args.data.expanduser(), folder)
-                record.read(experiment, kept, folder / "data")  # what does not fit is said before hours of work
-                if not args.results_only:
-                    runs = needed(experiment, folder, kept, args.methods)
-                    run_all(experiment, runs, partial(run_one, experiment, folder, kept), failed, args.jobs)
-            if not failed or record.read(experiment, kept, folder / "data"):
-                print(results.write(experiment, folder / "data", kept))
+            work(failed)
     except (OSError, UserError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     finally:
         for what in failed:
-            print(f"{PROG}: error: {what}", file=sys.stderr)
+            print(f"{prog}: error: {what}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.launch import run_all, train_one
-from experiments.run import alone_in, opened, parser_of, prepare_data, require_same, stopped_by
+from experiments.run import alone_in, opened, parser_of, prepare_data, reported, require_same
 from experiments.settings import Experiment, merged, run_folder
 from real_fast.config import Config, cli
-from real_fast.errors import ConfigError, UserError
+from real_fast.errors import ConfigError
 from real_fast.runs.folder import check_writable
 from real_fast.utils.jsonio import write_json
 
@@ -34,32 +33,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit status: 1 if a run failed, 2 for a mistake of the user's, 130 for Ctrl-C."""
     parser = parser_of(PROG, "Search learning rates on the dev rows.")
     args = parser.parse_args(argv)
-    failed: list[str] = []
-    try:
-        with stopped_by(signal.SIGTERM, signal.SIGHUP):
-            experiment, folder = opened(args)
-            results = args.results or folder / "results"
-            methods = args.methods or list(experiment.search.lr)
-            if unknown := [m for m in methods if m not in experiment.search.lr]:
-                raise ConfigError(f"--methods {unknown[0]}: {args.config} has no rates for it under search.lr")
-            for place in (folder, results):
-                check_writable(place)
-            trials, given = trial_experiment(experiment, methods)
-            with alone_in(folder):
-                require_same(experiment, folder)
-                prepare_data(experiment, args.data.expanduser(), folder)
-                run_all(trials, needed(trials, given, folder), partial(train_one, trials, folder), failed, args.jobs)
-            print(write(experiment, trials, given, folder, results / "search.json"))
-    except (UserError, OSError) as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    finally:
-        for what in failed:
-            print(f"{PROG}: error: {what}", file=sys.stderr)
-    return 1 if failed else 0
+
+    def work(failed: list[str]) -> None:
+        experiment, folder = opened(args)
+        results = args.results or folder / "results"
+        methods = args.methods or list(experiment.search.lr)
+        if unknown := [m for m in methods if m not in experiment.search.lr]:
+            raise ConfigError(f"--methods {unknown[0]}: {args.config} has no rates for it under search.lr")
+        for place in (folder, results):
+            check_writable(place)
+        trials, given = trial_experiment(experiment, methods)
+        with alone_in(folder):
+            require_same(experiment, folder)
+            prepare_data(experiment, args.data.expanduser(), folder)
+            run_all(trials, needed(trials, given, folder), partial(train_one, trials, folder), failed, args.jobs)
+        print(write(experiment, trials, given, folder, results / "search.json"))
+
+    return reported(PROG, work)
 
 
 def trial_experiment(experiment: Experiment, methods: Sequence[str]) -> tuple[Experiment, dict[str, tuple[str, float]]]:

@@ -15,14 +15,13 @@ from real_fast.judging.grade import Grade, verdict
 from real_fast.model.judge_settings import judge_config
 from real_fast.model.load import load_tokenizer
 from real_fast.prompt.builder import PromptBuilder
-from real_fast.rollout.checked import no_distribution
+from real_fast.rollout.checked import ROUNDING, no_distribution
 from real_fast.score.scale import ScoreScale
 from real_fast.score.verdict import phrases_outside, thought_left_open, written_behind
 from real_fast.types import JudgeTexts, Rollout
 
 # Servers give that many of the likeliest tokens at most; vLLM gives the scores' own besides, however unlikely.
 _TOP = 20
-_ROUNDING = 0.01  # what a probability in bf16 may lie above 1
 
 
 class ServedJudge:
@@ -131,8 +130,6 @@ class ServedJudge:
         for token, likely in tokens:
             if start >= at + len(phrase) and token.strip():  # the first token behind the phrase and its white space
                 logprobs = [likely.get(one, -math.inf) for one in self._written]
-                if (mass := sum(map(math.exp, logprobs))) > 1 + _ROUNDING:
-                    raise GradeError(f"the completion's log-probabilities are none: the scores' add up to {mass:.4g}")
                 written = None if score is None else scale.values[score]
                 return Rollout([], [], [], 0, "phrase", logprobs, written, text[:at])
             start += len(token)
@@ -165,6 +162,6 @@ def _logprob(value: Any) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"a log-probability is a number, and not {type(value).__name__}")
-    if value > _ROUNDING:
+    if value > ROUNDING:
         raise GradeError(f"the completion's log-probabilities are none: {value:.4g} is above 0")
     return float(value)

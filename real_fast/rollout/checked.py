@@ -14,7 +14,7 @@ from real_fast.types import Rollout, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_ROUNDING = 0.01  # nats that a log-probability may be above 0, and the sum of some probabilities above 1
+ROUNDING = 0.01  # nats that a log-probability may be above 0, and the sum of some probabilities above 1
 _LONGEST = 300  # characters of an engine's own message
 
 
@@ -162,7 +162,7 @@ def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int) -> str:
         return "the sampled tokens are not those that the score's context begins with"
     if ids and not math.isfinite(sum(r.sampled_logprobs)):
         return "a sampled token's log-probability is not finite"
-    if ids and max(r.sampled_logprobs) > _ROUNDING:
+    if ids and max(r.sampled_logprobs) > ROUNDING:
         return f"a sampled token's log-probability is {max(r.sampled_logprobs):.4g}, and none is above 0"
     return ""
 
@@ -181,8 +181,8 @@ def _scores(r: Rollout, sampling: SamplingParams, scale: ScoreScale, scored: boo
 
 def no_distribution(logprobs: Sequence[float]) -> str:
     """Why log-probabilities of some tokens of a vocabulary, which are not NaN, cannot be that; or ""."""
-    if max(logprobs) > _ROUNDING:
+    if max(logprobs) > ROUNDING:
         return f"a score's log-probability is {max(logprobs):.4g}, and none is above 0"
-    if (total := sum(map(math.exp, logprobs))) > 1 + _ROUNDING:
+    if (total := sum(map(math.exp, logprobs))) > 1 + ROUNDING:
         return f"the scores' probabilities add up to {total:.4g}"
     return ""

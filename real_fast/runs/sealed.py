@@ -14,14 +14,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from real_fast.runs import fingerprints, logged
 from real_fast.utils.jsonio import parse
 
 CHECKSUMS = "checksums.json"
-_FINGERPRINTS = "fingerprints.json"  # a checkpoint that has these was written with checksums
 # What is read of a folder, where it is there: without a checksum it is not what was written.
 _READ = ["model*.safetensors", "optimizer*.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-_READ += ["config.json", "tokenizer.json", "real_fast.json", "trainer_state.json", "ahead.json", "logged.json"]
-_READ += ["model.safetensors.index.json", _FINGERPRINTS]
+_READ += ["config.json", "tokenizer.json", "real_fast.json", "trainer_state.json", "ahead.json", logged.FILE]
+_READ += ["model.safetensors.index.json", fingerprints.FILE]
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def damage(folder: Path, skip: str = "") -> str | None:
     """
     try:
         if not (folder / CHECKSUMS).exists():
-            if (folder / _FINGERPRINTS).exists():
+            if (folder / fingerprints.FILE).exists():  # of a version that writes checksums
                 return f"{CHECKSUMS} is missing"
             for file in folder.glob("*.safetensors"):
                 with safe_open(file, framework="pt"):

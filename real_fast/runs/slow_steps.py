@@ -42,8 +42,9 @@ class SlowSteps:
         step = {key: float(record[key]) for key in ("step_time", *known) if isinstance(record[key], int | float)}
         step["cores"] = busy / max(wall, 1e-9)
         if len(self._seen) >= _KNOWN:
-            usual = {key: median(old.get(key, 0.0) for old in self._seen) for key in step}
-            if step["step_time"] > max(_TIMES * usual["step_time"], usual["step_time"] + _SECONDS):
+            seconds = median(old["step_time"] for old in self._seen)
+            if step["step_time"] > max(_TIMES * seconds, seconds + _SECONDS):
+                usual = {key: median(old.get(key, 0.0) for old in self._seen) for key in step}
                 logger.info("%s", _why(int(record["step"]), step, usual))
         self._seen.append(step)
 

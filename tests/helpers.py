@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +141,18 @@ def about_the_same(found, want, path=""):
 
 def rollout_texts(output):
     return [(line["step"], line["id"], line["rollout"], line["text"]) for line in read_jsonl(output / "rollouts.jsonl")]
+
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def serve_example():
+    """examples/serve.py, which is no package, as a module."""
+    file = Path(__file__).resolve().parents[1] / "examples" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_example", file)
+    module = sys.modules["serve_example"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

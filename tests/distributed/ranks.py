@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests.helpers import free_port
 
 # Forked from a process that has imported these and has no threads: a rank starts in a tenth of a second.
 _IMPORTED = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "real_fast.train"]
@@ -39,11 +40,10 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ends = [context.Pipe(duplex=False) for _ in range(size)]
-    # By value: tensors that processes share are gone with the process that made them.
+    # By value: tensors that processes share are gone with the process that made them. What is unpickled here, and in a
+    # rank, comes through a pipe from the test's own process and nowhere else; multiprocessing does the same by itself.
     call = pickle.dumps((function, args))
     ranks = [
         context.Process(target=_rank, args=(rank, size, port, call, timeout, group, send), daemon=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import math
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from real_fast import GradeError, Judge
 from real_fast.errors import ConfigError, JudgeError, RowError
 from real_fast.judging.served import ServedJudge
 from real_fast.types import SamplingParams
+from tests.helpers import serve_example
 from tests.judging.fakes import ROW, FakeEngine, rollout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,18 +140,9 @@ def test_a_served_grade_is_that_of_the_judge(folder: Path, small_tokenizer: Any)
     assert found.feedback == want.feedback and found.warning == want.warning
 
 
-def load_example() -> Any:
-    """examples/serve.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("serve_example", ROOT / "examples" / "serve.py")
-    assert spec is not None and spec.loader is not None
-    example = sys.modules["serve_example"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    return example
-
-
 def test_the_fastapi_example(with_engine: Callable[..., Judge]) -> None:
     testclient = pytest.importorskip("fastapi.testclient")
-    example = load_example()
+    example = serve_example()
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
     with testclient.TestClient(example.make_app(lambda: judge)) as client:
         good = client.post("/grade", json=ROW)
@@ -168,7 +158,7 @@ def test_an_engine_that_fails_is_not_the_clients_fault(with_engine: Callable[...
     testclient = pytest.importorskip("fastapi.testclient")
     judge = with_engine(FakeEngine([rollout([0.5, 0.25, 0.25])]))
     judge._engine.fails_at = len(judge._prompt(ROW))  # type: ignore[union-attr]
-    with testclient.TestClient(load_example().make_app(lambda: judge)) as client:
+    with testclient.TestClient(serve_example().make_app(lambda: judge)) as client:
         failed = client.post("/grade", json=ROW)
         assert (
             failed.status_code == 503 and failed.json()["detail"] == "sampling failed: MemoryError: the cache is full"
@@ -190,7 +180,7 @@ def test_a_client_that_hangs_up_gives_its_place_back(with_engine: Callable[..., 
             return super().generate(prompts, sampling)
 
     engine = Held([rollout([0.5, 0.25, 0.25])])
-    app = load_example().make_app(lambda: with_engine(engine))
+    app = serve_example().make_app(lambda: with_engine(engine))
 
     async def ask(response: str, hangs_up: bool) -> int:
         """The status of an answer, by the application's own protocol (ASGI)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import socket
 import threading
 import time
 import weakref
@@ -20,6 +19,7 @@ from real_fast.rollout.vllm_server import VllmServerEngine
 from real_fast.rollout.vllm_transfer import buckets, transfer_of
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
+from tests.helpers import free_port
 from tests.rollout.fake_server import FakeServer, failed
 
 PROMPTS = [[8, 9], [5, 6, 7]]  # in another order than the engine sends them in
@@ -46,8 +46,7 @@ def test_a_forced_score_is_read_in_full(engine: VllmServerEngine, fake: FakeServ
 
 
 def test_no_server_is_said_with_what_to_start(engine_of: Callable[..., VllmServerEngine]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(RolloutServerError, match=rf"no rollout server answers .*127\.0\.0\.1:{port} .*real-fast serve"):
         engine_of(f"http://127.0.0.1:{port}")
 

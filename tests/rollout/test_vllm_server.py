@@ -31,7 +31,7 @@ from real_fast.rollout.vllm_server import VllmServerEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.train import main
 from real_fast.types import Rollout, SamplingParams
-from tests.helpers import flags, metric_lines
+from tests.helpers import flags, free_port, metric_lines
 
 pytestmark = [
     pytest.mark.vllm,
@@ -78,8 +78,7 @@ def served(
     trainer = tiny_llama(True, len(tokenizer), 128, head_dim=32, initializer_range=0.08)
     trainer.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://127.0.0.1:{free_port()}"
     rollout = RolloutConfig(engine="vllm-server", url=url, max_tokens=16, max_num_seqs=8)
     config = Config(model=str(folder), output="o", rollout=rollout, train=TrainConfig(precision="fp32", device="cpu"))
     config.prompt.max_tokens, config.scale.phrase = 2048, "Score: "

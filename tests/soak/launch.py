@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import free_port
 from tests.soak.child import IMPORTED, Rank, run
 
 ALONE = 5.0  # seconds that the ranks left over have to end by themselves, in the kills that try that
@@ -74,9 +74,7 @@ def attempt(argv: Sequence[str], output: Path, log: Path, size: int = 1, kill: K
     """Run real_fast.train and, if asked, kill it. Every process has ended when this returns."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     watched = kill.victims[0] if kill else 0
     processes = []

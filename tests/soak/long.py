@@ -17,8 +17,9 @@ from statistics import median
 
 from benchmarks.machine import ROOT
 from real_fast.utils.jsonio import read_jsonl
+from tests.helpers import free_port
 from tests.soak.memory import Watch, draw, not_flat, thinned
-from tests.soak.models import free_port, make_judge
+from tests.soak.models import make_judge
 from tests.soak.record import Fault, Found
 
 STEPS = 300

@@ -1,9 +1,8 @@
-"""Random models that the soak serves and trains, and a port for a server."""
+"""Random models that the soak serves and trains."""
 
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,3 @@ def make_judge(folder: Path, hidden_size: int = 64) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "real_fast.json").write_text(json.dumps(_JUDGE), encoding="utf-8")
     return folder
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port

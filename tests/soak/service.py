@@ -20,12 +20,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks.machine import ROOT
+from tests.helpers import free_port, serve_example
 from tests.soak.memory import Watch, not_flat, thinned
-from tests.soak.models import free_port, make_judge
+from tests.soak.models import make_judge
 from tests.soak.record import Fault, Found
 
 MINUTES = 10
@@ -196,15 +196,6 @@ async def _settled(session: Any, url: str) -> dict[str, int]:
         return dict(await answer.json())
 
 
-def example() -> ModuleType:
-    """examples/serve.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("serve_example", ROOT / "examples" / "serve.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["serve_example"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def serve(folder: str, port: int) -> None:
     """The example with a route that says how many requests wait, and how many prompts were graded."""
     import uvicorn
@@ -225,7 +216,7 @@ def serve(folder: str, port: int) -> None:
         judge._engine.generate = counted  # type: ignore[method-assign]
         return judge
 
-    app = example().make_app(load)
+    app = serve_example().make_app(load)
 
     @app.get("/state")
     def state() -> dict[str, int]:

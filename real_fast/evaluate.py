@@ -92,9 +92,8 @@ def _run(config: EvaluateConfig, full: Config) -> dict[str, Any]:
     }
     summary: dict[str, Any] = clean({**about, **result.summary})
     with writing(folder):
-        (folder / "summary.json").unlink(
-            missing_ok=True
-        )  # of an evaluation that is overwritten: no mixture is complete
+        # Of an evaluation that is overwritten: no mixture is complete.
+        (folder / "summary.json").unlink(missing_ok=True)
         cli.dump(config, folder / "config.yaml")
         write_jsonl(folder / "predictions.jsonl", result.predictions)
         panels = by_benchmark(result.predictions, Path(describe(config.data)).name)

@@ -83,9 +83,8 @@ def table(files: list[Path], results: Path) -> str:
     """What each row takes and gives; the untrained 32B model stands in front of the rows that are trained from it."""
     names = " / ".join([*BENCHMARKS.values(), "average"])
     out = [f"| row | GPUs | hours | published: {names} | measured: {names} |", "|---" * 5 + "|"]
-    known: dict[
-        tuple[str, str, int], str
-    ] = {}  # hours, by what they depend on: an ablation of the reward takes the same
+    # Hours, by what they depend on: an ablation of the reward takes the same.
+    known: dict[tuple[str, str, int], str] = {}
     for path in files:
         name, config = path.stem, load(path)
         if name == "qwen3-32b-raft":

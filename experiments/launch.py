@@ -160,7 +160,7 @@ def gradings(experiment: Experiment, folder: Path, method: str, seed: int) -> di
         f"averaged-{n}": one(f"averaged-{n}", "averaged", experiment.primary.benchmarks, n=n, temperature=1.0)
         for n in experiment.feedbacks(method, seed)
     }
-    return {"test": one("test", "test", experiment.data.sources, temperature=0.0)} | averaged
+    return {"test": one("test", "test", experiment.graded_on(method), temperature=0.0)} | averaged
 
 
 def timed(part: str, command: list[str], log: Path, spent: Path, processes: Processes) -> int:

@@ -96,11 +96,11 @@ def write_table(tables: Tables, baseline: str, missing: Sequence[str], results: 
 def evaluations(
     experiment: Experiment, runs: dict[tuple[str, int], dict[str, Any]], graded: dict[str, list[Row]]
 ) -> list[Evaluation]:
-    """Predictions of every finished run, by benchmark."""
+    """Predictions of every finished run, by the benchmarks that its method is graded on."""
     found = []
     for (method, seed), run in runs.items():
-        for benchmark, rows in graded.items():
-            values = {i: p[0] for i, p in run["test"][benchmark].items()}
+        for benchmark in experiment.graded_on(method):
+            rows, values = graded[benchmark], {i: p[0] for i, p in run["test"].get(benchmark, {}).items()}
             found.append(evaluation(method, benchmark, rows, values, seed, protocol_of(experiment, method)))
     return found
 
@@ -152,7 +152,7 @@ def honest(experiment: Experiment, runs: dict[tuple[str, int], dict[str, Any]], 
     found = []
     for benchmark in experiment.data.trained:
         dev, test = (read_jsonl(rows / f"{part}-{benchmark}.jsonl") for part in ("dev", "test"))
-        for method in experiment.methods:
+        for method in (m for m in experiment.methods if benchmark in experiment.graded_on(m)):
             each = []
             for (name, _), run in runs.items():
                 known = honesty.arrays(run["dev"][benchmark], dev), honesty.arrays(run["test"][benchmark], test)

@@ -17,7 +17,7 @@ from real_fast.methods.registry import check_config
 # In the folder of the runs.
 TEMPLATE = Path("data") / "template.jinja"
 # Keys of a method that are the experiment's own; all others are settings of real_fast.train.
-_OWN = ("train_on", "seeds")
+_OWN = ("train_on", "graded_on", "seeds")
 
 
 @dataclass
@@ -78,7 +78,8 @@ class Experiment:
         data: The rows.
         common: Settings of ``real_fast.train`` that all methods share.
         methods: By name, what a method changes in `common`. ``init_from`` names another method, whose run of the same
-            seed is where it starts; ``train_on`` names the sources of its rows, all of them where it is not given.
+            seed is where it starts; ``train_on`` names the sources of its rows, ``graded_on`` the
+            benchmarks that its runs are graded on; all of them where it is not given.
         primary: The planned test.
         questions: By name; see :class:`Question`.
         averaged: See :class:`Averaged`.
@@ -125,6 +126,11 @@ class Experiment:
     def rows_of(self, method: str) -> list[str]:
         """Names of the sources that a method trains on."""
         return list(self.methods[method].get("train_on") or self.data.trained)
+
+    def graded_on(self, method: str) -> list[str]:
+        """Names of the benchmarks that a method's runs are graded on, in the order of the sources."""
+        wanted = self.methods[method].get("graded_on")
+        return [name for name in self.data.sources if wanted is None or name in wanted]
 
     def order(self) -> list[tuple[str, int]]:
         """Runs (method, seed) as they are made: seed by seed, so that what is stopped early has all methods.
@@ -232,9 +238,15 @@ def _check(experiment: Experiment, path: Path) -> None:
     for name, some in named.items():
         for method in some:
             problems[f"{name} names the method {method}, and there is none"] = method not in methods
+    for method, own in methods.items():
+        for benchmark in own.get("graded_on") or []:
+            problems[f"{method} is graded on {benchmark}, and there is no such benchmark"] = benchmark not in benchmarks
     for name, question in questions.items():
         for benchmark in question.benchmarks:
             problems[f"{name} names the benchmark {benchmark}, and there is none"] = benchmark not in benchmarks
+            for method in dict.fromkeys(method for pair in question.pairs for method in pair if method in methods):
+                problem = f"{name} asks for {method} on {benchmark}, which it is not graded on (graded_on)"
+                problems[problem] = benchmark in benchmarks and benchmark not in e.graded_on(method)
         problems[f"{name} has a pair that is not of two methods"] = any(len(pair) != 2 for pair in question.pairs)
     for method in methods:
         for source in e.rows_of(method):

@@ -27,7 +27,7 @@ from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
 
 PROG = "experiments.timing"
 _UPDATES = 4
-_ROWS = 24
+_ROWS = 64  # graded, each benchmark in proportion
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,9 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     config = experiment.config(method, experiment.seeds[0], folder)
     plan = settings_of(experiment, method)
     updates, stages = plan.train.steps, plan.supervised.stages if plan.method == "tract" else 1
-    rows = {name: data.limited(read_jsonl(file), _ROWS) for name, file in config["data"]["eval"].items()}
+    graded = {name: read_jsonl(folder / "data" / f"test-{name}.jsonl") for name in experiment.graded_on(method)}
+    tests = sum(map(len, graded.values()))
+    rows = {name: data.limited(some, max(1, round(_ROWS * len(some) / tests))) for name, some in graded.items()}
     for name, some in rows.items():
         write_jsonl(scratch / f"{name}.jsonl", some)
     short = {
@@ -88,13 +90,12 @@ def measured(experiment: Experiment, method: str, folder: Path) -> dict[str, Any
     rate = spent["cpu"] / spent["wall"]
     metrics = read_jsonl(scratch / "run" / "metrics.jsonl")
     steps = [line["step_time"] for line in metrics if line["phase"] == plan.method][1:]
-    graded = next(line["eval"]["seconds"] for line in metrics if line.get("name") == "after")
+    seconds = next(line["eval"]["seconds"] for line in metrics if line.get("name") == "after")
     update = rate * statistics.median(steps) if steps else 0.0
-    row = rate * graded / sum(map(len, rows.values()))
-    start = max(0.0, spent["cpu"] - rate * (sum(steps) + graded) - update)
+    row = rate * seconds / sum(map(len, rows.values()))
+    start = max(0.0, spent["cpu"] - rate * (sum(steps) + seconds) - update)
     every = plan.eval.every
     dev = sum(len(read_jsonl(Path(name))) for name in config["data"]["eval"].values())
-    tests = sum(len(read_jsonl(folder / "data" / f"test-{name}.jsonl")) for name in experiment.data.sources)
     evaluated = stages * dev * max(1, updates // every if every else 1) + tests
     runs = experiment.seeds_of(method)
     one = stages * (start + updates * update) + start + evaluated * row

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from experiments.launch import gradings
+from experiments.results import evaluations
 from experiments.settings import load
 from real_fast.config import Config, cli
-from real_fast.errors import ConfigError
+from real_fast.errors import ConfigError, OutputError
 from real_fast.methods.registry import METHODS
 from tests.experiments.tiny import TINY, written
 
@@ -59,6 +61,19 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
     assert min(rows["raft"], 2 * rows["tract"]) >= rows["sft"] + rows["real"]
 
 
+def test_a_method_is_graded_where_a_question_asks_for_it(tmp_path: Path) -> None:
+    methods = {**TINY["methods"], "longer": {"method": "sft", "graded_on": ["seen"]}}
+    experiment = load(written(tmp_path / "e.yaml", methods=methods), tmp_path)
+    assert (experiment.graded_on("longer"), experiment.graded_on("real")) == (["seen"], ["seen", "new"])
+    assert list(gradings(experiment, tmp_path, "longer", 0)["test"]["data"]) == ["seen"]
+    rows = {name: [{"id": name, "prompt_id": name, "score": 1.0}] for name in ("seen", "new")}
+    runs = {(m, 0): {"test": {b: {b: [2.0]} for b in experiment.graded_on(m)}} for m in ("longer", "real")}
+    found = [(e.method, e.benchmark) for e in evaluations(experiment, runs, rows)]
+    assert found == [("longer", "seen"), ("real", "seen"), ("real", "new")]
+    with pytest.raises(OutputError, match="longer: 1 rows of seen have no prediction, such as seen"):
+        evaluations(experiment, {("longer", 0): {"test": {"new": {"new": [2.0]}}}}, rows)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -72,6 +87,11 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
         ({"methods": {**TINY["methods"], "sft": {"optim": {"lr": -1.0}}}}, "sft: optim.lr is -1.0"),
         ({"methods": {**TINY["methods"], "sft": {"seeds": [0]}}}, "real starts from sft, which has no seed 1"),
         ({"methods": {**TINY["methods"], "sft": {"train_on": ["new"]}}}, "sft trains on new, of which nothing"),
+        ({"methods": {**TINY["methods"], "sft": {"graded_on": ["old"]}}}, "sft is graded on old, and there is no such"),
+        (
+            {"methods": {**TINY["methods"], "base": {"graded_on": ["seen"]}}},
+            "primary asks for base on new, which it is",
+        ),
         ({"seeds": [1, 1]}, "each once"),
         ({"baseline": "best"}, "baseline best is not among"),
         ({"primary": {"benchmarks": ["old"], "others": []}}, "primary names the benchmark old"),

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.record import RESULTS
-from real_kernels.tiles import FLOAT32, NARROW, SCORES, TILES, Tile
+from real_kernels.tiles import BRANCHES, FLOAT32, NARROW, SCORES, TILES, Tile
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel
@@ -107,6 +107,7 @@ def gemm(arch: str, dtype: str, tile: Tile, default: bool, variant: str, **flags
         "SHARED": flags.get("shared", False),
         "ENTROPY": flags.get("entropy", False),
         "STORE": store,
+        "BRANCHES": arch in BRANCHES,
         "PRECISION": "ieee",
         "WIDEN": False,
     }
@@ -162,6 +163,7 @@ def cases(arch: str) -> Iterator[Case]:
     types = dict.fromkeys(
         ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "logp", "entropy"), "*fp32"
     )
+    types["inverse_temperature"] = "fp32"
     constants = {"ENTROPY": True, "BLOCK_TILES": 32, "BLOCK_ROWS": 32}
     yield Case(arch, "combine", "entropy", "fp32", "32x32", True, _source(combine_kernel, types, constants, set()), {})
     floats = ("logp", "engine_score_logprobs", "values", "labels", "counts", "y_hat", "reward", "advantages")

@@ -41,7 +41,8 @@ class SoftmaxStats(NamedTuple):
     """What the backward pass needs of the forward pass; float32 (float64 for float64 hidden states).
 
     Attributes:
-        row_max: [n] largest logit.
+        row_max: [n] largest logit. This and `log_sum` are read by the implementation that made them alone, and the
+            Triton one has both in bits.
         log_sum: [n] log-sum-exp minus `row_max`: kept apart, as their sum would lose digits.
         logp: [n, m] log-probabilities of the selected tokens.
         entropy: [n] of the whole distribution, in nats; None unless asked for.

@@ -7,6 +7,9 @@ selected tokens, and by STORE:
 - 0: nothing else (forward pass of the recomputing head);
 - 1: exp(z - tile maximum) in the weight's dtype, which :mod:`real_kernels.triton_rows` turns into dL/dz in place;
 - 2: dL/dz itself, the log-sum-exp being known (backward pass of the recomputing head).
+
+Maxima and log-sum-exps in memory are in bits (base 2) and divided by the temperature: the hardware's exponential is exp2,
+so that exp(z / temperature - maximum) is one multiply-add, rounded once, and one instruction more.
 """
 
 from __future__ import annotations
@@ -17,6 +20,11 @@ import triton.language as tl
 # Small tensors that start anywhere, and counts that differ from call to call: each combination of what they happen to
 # be divisible by would be compiled anew.
 UNALIGNED = ["tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "dlogp", "logp", "entropy", "ids"]
+
+
+# Bits in a nat, and nats in a bit.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -42,9 +50,9 @@ def sum_of_dlogp(dlogp, rows, row_mask, m, SHARED: tl.constexpr):
 
 @triton.jit
 def cap_slope(l_k, lse, ratio, CAP: tl.constexpr):
-    """Derivative of the soft-cap at a selected token, whose logit is its log-probability plus the log-sum-exp."""
+    """Derivative of the soft-cap at a selected token, whose logit is its log-probability plus the log-sum-exp (bits)."""
     if CAP:
-        t = (l_k + lse) * ratio
+        t = (l_k + lse * LN_2) * ratio
         return 1 - t * t
     else:
         return 1.0
@@ -65,27 +73,33 @@ def put_selected(
     m,
     lse,
     ratio,
+    factor,
     SHARED: tl.constexpr,
     CAP: tl.constexpr,
+    BRANCHES: tl.constexpr,
 ):
-    """Overwrite the selected tokens' columns: -dlogp_k expm1(l_k) - p_k sum_{j != k} u_j, in float32.
+    """Overwrite the selected tokens' columns: factor (-dlogp_k expm1(l_k) - p_k sum_{j != k} dlogp_j), in float32.
 
-    `columns` are 0..width-1, counted from the tile's first; `ratio` is temperature / cap.
+    `columns` are 0..width-1, counted from the tile's first; `total` is factor times the sum of dlogp, `lse` in bits,
+    `ratio` temperature / cap.
     """
     if SHARED:
         for k in range(m):
             token = tl.load(ids + k).to(tl.int32) - first
             if (token >= 0) & (token < width):
-                dlogp_k = tl.load(dlogp + rows * m + k, mask=row_mask, other=0.0)
+                dlogp_k = tl.load(dlogp + rows * m + k, mask=row_mask, other=0.0) * factor
                 l_k = tl.load(logp + rows * m + k, mask=row_mask, other=0.0)
                 value = -dlogp_k * expm1(l_k) - tl.exp(l_k) * (total - dlogp_k)
                 value *= cap_slope(l_k, lse, ratio, CAP)
                 dz = tl.where((columns == token)[None, :], value[:, None], dz)
     else:
         token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - first
-        l_t = tl.load(logp + rows, mask=row_mask, other=0.0)
-        value = -total * expm1(l_t) * cap_slope(l_t, lse, ratio, CAP)
-        dz = tl.where(columns[None, :] == token[:, None], value[:, None], dz)
+        here = row_mask & (token >= 0) & (token < width)
+        found = tl.max(here.to(tl.int32), 0) if BRANCHES else 1
+        if found > 0:
+            l_t = tl.load(logp + rows, mask=row_mask, other=0.0)
+            value = -total * expm1(l_t) * cap_slope(l_t, lse, ratio, CAP)
+            dz = tl.where(columns[None, :] == token[:, None], value[:, None], dz)
     return dz
 
 
@@ -95,12 +109,12 @@ def logits_kernel(
     w,  # [V, D], or its descriptor
     bias,  # [V]
     ids,  # [n] targets, or [m] tokens that all rows share
-    tile_max,  # [tiles, n] float32
+    tile_max,  # [tiles, n] float32, bits
     tile_sum,  # [tiles, n] float32
-    tile_ez,  # [tiles, n] float32: sum of exp(z - max) (z - max), for the entropy
-    selected,  # [n, m] float32 logits
-    row_max,  # [n] float32
-    log_sum,  # [n] float32
+    tile_ez,  # [tiles, n] float32: sum of exp(z - max) (z - max), in bits, for the entropy
+    selected,  # [n, m] float32 logits, before the temperature
+    row_max,  # [n] float32, bits
+    log_sum,  # [n] float32, bits
     dlogp,  # [n, m] float32
     logp,  # [n, m] float32
     out,  # [n, columns], by STORE
@@ -126,6 +140,7 @@ def logits_kernel(
     SHARED: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
+    BRANCHES: tl.constexpr,  # around what few tiles need: targets, and columns past the vocabulary's end
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # for Triton's interpreter, whose dot knows no bfloat16; exact
 ):
@@ -183,21 +198,24 @@ def logits_kernel(
         e = tl.exp(-2 * tl.abs(z) / cap)
         t = (1 - e) / (1 + e)
         z = tl.where(z < 0, -t, t) * cap
-    z *= inverse_temperature
-
+    # From logits to bits at this temperature.
+    bits = inverse_temperature * LOG2_E
     if STORE == 2:
         peak = tl.load(row_max + rows, mask=row_mask, other=0.0)
         norm = tl.load(log_sum + rows, mask=row_mask, other=0.0)
-        total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED)
-        dz = tl.exp(z - peak[:, None] - norm[:, None]) * -total[:, None]
+        total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED) * inverse_temperature
+        # The sum as a factor: of a difference of three, the smallest would lose its digits where logits are large.
+        value = tl.math.exp2(z * bits - peak[:, None]) * (-total * tl.math.exp2(-norm))[:, None]
         ratio = 1 / (cap * inverse_temperature)
         if CAP:
-            dz *= 1 - t * t
+            value *= 1 - t * t
         # After the slope, which would have to wait in registers for what the selected columns branch on.
-        dz = put_selected(
-            dz, columns, column0, BN, rows, row_mask, ids, dlogp, logp, total, m, peak + norm, ratio, SHARED, CAP
-        )
-        value = tl.where(inside[None, :], dz * inverse_temperature, 0.0)
+        value = put_selected(
+            value, columns, column0, BN, rows, row_mask, ids, dlogp, logp, total, m, peak + norm, ratio,
+            inverse_temperature, SHARED, CAP, BRANCHES,
+        )  # fmt: skip
+        # Not only where some are: a second branch would hold the tile in registers twice.
+        value = tl.where(inside[None, :], value, 0.0)
     else:
         if SHARED:
             for k in range(m):
@@ -207,20 +225,24 @@ def logits_kernel(
                     tl.store(selected + rows * m + k, z_k, mask=row_mask)
         else:
             token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - column0
-            z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
-            here = (token >= 0) & (token < tl.minimum(BN, last - column0))
-            tl.store(selected + rows, z_t, mask=row_mask & here)
-        z = tl.where(inside[None, :], z, float("-inf"))
-        peak = tl.max(z, 1)
+            here = row_mask & (token >= 0) & (token < tl.minimum(BN, last - column0))
+            found = tl.max(here.to(tl.int32), 0) if BRANCHES else 1
+            if found > 0:
+                z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
+                tl.store(selected + rows, z_t, mask=here)
+        left = last - column0 if BRANCHES else 0
+        if left < BN:  # the last tile of the vocabulary
+            z = tl.where(inside[None, :], z, float("-inf"))
+        peak = tl.max(z, 1) * bits
         # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
         base = tl.where(peak == float("-inf"), 0.0, peak)
-        value = tl.exp(z - base[:, None])
+        z = z * bits - base[:, None]
+        value = tl.math.exp2(z)
         part = column_tile.to(tl.int64) * n + rows
         tl.store(tile_max + part, peak, mask=row_mask)
         tl.store(tile_sum + part, tl.sum(value, 1), mask=row_mask)
         if ENTROPY:
-            ez = tl.where(value > 0, value * (z - base[:, None]), 0.0)
-            tl.store(tile_ez + part, tl.sum(ez, 1), mask=row_mask)
+            tl.store(tile_ez + part, tl.sum(tl.where(value > 0, value * z, 0.0), 1), mask=row_mask)
     if STORE > 0:
         at = out + rows.to(tl.int64)[:, None] * stride_out + (column0 - first) + columns[None, :]
         in_row = columns < width - (column0 - first)

@@ -13,7 +13,7 @@ from real_kernels.matmul import HALF, operand
 from real_kernels.options import RealObjective
 from real_kernels.rollout_coefficients import RolloutCoefficients
 from real_kernels.rows import Rows, SavedLogits, SoftmaxStats
-from real_kernels.tiles import Kind, Tile, architecture, choose
+from real_kernels.tiles import BRANCHES, Kind, Tile, architecture, choose
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel, scale_kernel
@@ -151,6 +151,7 @@ class TritonHead:
             n,
             parts.shape[1],
             m,
+            1.0 / rows.temperature,
             ENTROPY=entropy,
             BLOCK_TILES=at_once,
             BLOCK_ROWS=block,
@@ -215,6 +216,7 @@ class TritonHead:
             SHARED=rows.shared,
             ENTROPY=len(parts) == 3,
             STORE=store,
+            BRANCHES=architecture(hidden.device) in BRANCHES,
             # float32 operands are multiplied as float32, not as TF32.
             PRECISION="ieee",
             WIDEN=interpreted() and hidden.dtype == torch.bfloat16,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from real_kernels.triton_gemm import UNALIGNED, put_selected, sum_of_dlogp
+from real_kernels.triton_gemm import LN_2, LOG2_E, UNALIGNED, put_selected, sum_of_dlogp
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -18,17 +18,18 @@ def scale_kernel(source, target, factor, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
-    tile_max,  # [tiles, n]
+    tile_max,  # [tiles, n], bits
     tile_sum,  # [tiles, n]
-    tile_ez,  # [tiles, n]
-    selected,  # [n, m] logits
-    row_max,  # [n]
-    log_sum,  # [n]: log-sum-exp minus row_max
-    logp,  # [n, m]
-    entropy,  # [n]
+    tile_ez,  # [tiles, n], bits
+    selected,  # [n, m] logits, before the temperature
+    row_max,  # [n], bits
+    log_sum,  # [n]: log-sum-exp minus row_max, bits
+    logp,  # [n, m], nats
+    entropy,  # [n], nats
     n,
     tiles,
     m,
+    inverse_temperature,
     ENTROPY: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -47,23 +48,24 @@ def combine_kernel(
         top = tl.load(tile_max + at, mask=mask, other=float("-inf"))
         new = tl.maximum(peak, tl.max(top, 0))
         shift = top - new[None, :]
-        scale = tl.exp(shift)
+        scale = tl.math.exp2(shift)
         part = tl.load(tile_sum + at, mask=mask, other=0.0)
-        before = tl.exp(peak - new)
+        before = tl.math.exp2(peak - new)
         if ENTROPY:
             ez = tl.load(tile_ez + at, mask=mask, other=0.0)
             weighted = before * (weighted + total * (peak - new))
             weighted += tl.sum(tl.where(scale > 0, scale * (ez + part * shift), 0.0), 0)
         total = total * before + tl.sum(part * scale, 0)
         peak = new
-    norm = tl.log(total)
+    norm = tl.math.log2(total)
     tl.store(row_max + rows, peak, mask=row_mask)
     tl.store(log_sum + rows, norm, mask=row_mask)
     if ENTROPY:
-        tl.store(entropy + rows, norm - weighted / total, mask=row_mask)
+        tl.store(entropy + rows, (norm - weighted / total) * LN_2, mask=row_mask)
     for k in range(m):
         z = tl.load(selected + rows * m + k, mask=row_mask, other=0.0)
-        l_k = z - peak - norm
+        # Rounded once, as the GEMM's epilogue has it.
+        l_k = (z * (inverse_temperature * LOG2_E) - peak - norm) * LN_2
         # Never above 0: rounding of the sum must not make a probability above 1. A minimum would make 0 of NaN.
         tl.store(logp + rows * m + k, tl.where(l_k > 0, 0.0, l_k), mask=row_mask)
 
@@ -91,12 +93,16 @@ def dlogits_kernel(
     tile = tl.program_id(0)
     columns = tl.arange(0, BN)
     row_mask = rows < n
-    total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED)
+    total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED) * inverse_temperature
     shift = tl.load(tile_max + tile.to(tl.int64) * n + rows, mask=row_mask, other=0.0)
-    shift -= tl.load(row_max + rows, mask=row_mask, other=0.0) + tl.load(log_sum + rows, mask=row_mask, other=0.0)
-    factor = -total * tl.exp(shift)
+    shift -= tl.load(row_max + rows, mask=row_mask, other=0.0)
+    norm = tl.load(log_sum + rows, mask=row_mask, other=0.0)
+    factor = -total * tl.math.exp2(shift) * tl.math.exp2(-norm)
     at = saved + rows.to(tl.int64)[:, None] * stride + tile * BN + columns[None, :]
     mask = row_mask[:, None] & (columns < width - tile * BN)[None, :]
     dz = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    dz = put_selected(dz, columns, tile * BN, BN, rows, row_mask, ids, dlogp, logp, total, m, 0.0, 0.0, SHARED, False)
-    tl.store(at, (dz * inverse_temperature).to(saved.dtype.element_ty), mask=mask)
+    dz = put_selected(
+        dz, columns, tile * BN, BN, rows, row_mask, ids, dlogp, logp, total, m, 0.0, 0.0,
+        inverse_temperature, SHARED, False, False,
+    )  # fmt: skip
+    tl.store(at, dz.to(saved.dtype.element_ty), mask=mask)

@@ -8,8 +8,8 @@ selected tokens, and by STORE:
 - 1: exp(z - tile maximum) in the weight's dtype, which :mod:`real_kernels.triton_rows` turns into dL/dz in place;
 - 2: dL/dz itself, the log-sum-exp being known (backward pass of the recomputing head).
 
-Maxima and log-sum-exps in memory are in bits (base 2) and divided by the temperature: the hardware's exponential is exp2,
-so that exp(z / temperature - maximum) is one multiply-add, rounded once, and one instruction more.
+Maxima and log-sum-exps in memory are in bits (base 2) and divided by the temperature: the hardware's exponential is
+exp2, so that exp(z / temperature - maximum) is one multiply-add, rounded once, and one instruction more.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def sum_of_dlogp(dlogp, rows, row_mask, m, SHARED: tl.constexpr):
 
 @triton.jit
 def cap_slope(l_k, lse, ratio, CAP: tl.constexpr):
-    """Derivative of the soft-cap at a selected token, whose logit is its log-probability plus the log-sum-exp (bits)."""
+    """Derivative of the soft-cap at a selected token, whose logit is its log-probability plus `lse`, in bits."""
     if CAP:
         t = (l_k + lse * LN_2) * ratio
         return 1 - t * t

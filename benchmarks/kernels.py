@@ -1,8 +1,9 @@
-"""Compiles every Triton kernel for every architecture, without a GPU: ``python -m benchmarks.kernels``.
+"""Compiles every launch of every Triton kernel for every architecture, without a GPU: ``python -m benchmarks.kernels``.
 
-Per kernel, tile and architecture: registers, spills, shared memory, and the matrix instructions in the machine code.
-Writes ``kernels.csv`` beside the other results; ``python -m tools.tables`` writes it into ``docs/kernels.md``. Exit
-status 1 if a kernel spills, does not fit, or multiplies without the instructions that it should use.
+Per kernel, tile and architecture: registers, spills, shared memory, programs that fit on a multiprocessor, instructions,
+and the matrix instructions in the machine code. Writes ``kernels.csv`` beside the other results; ``python -m
+tools.tables`` writes it into ``docs/kernels.md``. Exit status 1 if a kernel spills, does not fit, multiplies without the
+instructions that it should use, or has more instructions an element than its budget.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,58 +23,38 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.launches import TARGETS, Launch, launches
 from benchmarks.record import RESULTS
-from real_kernels.tiles import BRANCHES, FLOAT32, NARROW, SCORES, TILES, Tile
-from real_kernels.triton_gemm import logits_kernel
-from real_kernels.triton_reward import reward_kernel
-from real_kernels.triton_rows import combine_kernel, dlogits_kernel
+from real_kernels.tiles import TILES
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 # Bytes a program may have. sm_86 and sm_89 run what is compiled for sm_80, and have 99 KiB.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 SHARED_DEFAULT = {**SHARED, "sm_80": 99 * 1024}
+# Of an NVIDIA multiprocessor; registers are given to a warp by 256.
+REGISTERS, SHARED_OF_ALL = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
 # What 16-bit matrix products must come out as.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+# Instructions that every tile of sm_90 executes behind the products, an element of the tile and thread: with one target
+# a row, the maximum, a multiply-add, exp2 and the sum, or for dL/dz a multiply-add, exp2 and a product; stores beside.
+BUDGET = {"log-sum-exp": 4.5, "kept logits": 6.5, "dlogits": 5.5}
 _PATTERN = {
     "mma.sync": r"\bmma\.sync\.",
     "wgmma": r"\bwgmma\.mma_async\.",
     "tcgen05.mma": r"\btcgen05\.mma\.",
     "v_mfma": r"\bv_mfma_",
 }
-EPILOGUES = {"log-sum-exp": 0, "kept logits": 1, "dlogits": 2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to compile."""
-
-    arch: str
-    kernel: str
-    variant: str
-    dtype: str
-    tile: str
-    default: bool
-    source: Any
-    options: dict[str, Any]
-    descriptors: bool = False
-
-    @property
-    def products(self) -> bool:
-        """Whether it must use matrix instructions."""
-        return self.kernel == "logits" and self.dtype != "fp32"
-
-
 @dataclass(frozen=True)
 class Resources:
-    """A line of the table; `registers` per thread (vector registers on AMD), `spills` and `shared` in bytes."""
+    """A line of the table.
+
+    Attributes:
+        registers: Per thread (vector registers on AMD).
+        spills: Bytes.
+        shared: Bytes of shared memory.
+        programs: That fit on an NVIDIA multiprocessor at once.
+        instructions: Of the GEMM on sm_90, per thread: what every tile executes behind its products.
+    """
 
     arch: str
     kernel: str
@@ -85,146 +65,62 @@ class Resources:
     registers: int
     spills: int
     shared: int
+    programs: int
+    instructions: int
     matrix_instructions: str
     copies: str
     triton: str
     verdict: str
 
 
-def gemm(arch: str, dtype: str, tile: Tile, default: bool, variant: str, **flags: bool) -> Case:
-    """The GEMM with one epilogue; descriptors (TMA) where the launcher would use them."""
-    store = EPILOGUES[variant.split(",")[0]]
-    descriptors = arch in ("sm_90", "sm_100") and dtype != "fp32" and not flags.get("pointers", False)
-    constants: dict[str, Any] = {
-        "BM": tile.rows,
-        "BN": tile.columns,
-        "BK": tile.depth,
-        "GROUP": tile.group,
-        "DESCRIPTORS": descriptors,
-        "EVEN_D": flags.get("even", True),
-        "BIAS": flags.get("bias", False),
-        "CAP": flags.get("cap", False),
-        "SHARED": flags.get("shared", False),
-        "ENTROPY": flags.get("entropy", False),
-        "STORE": store,
-        "BRANCHES": arch in BRANCHES,
-        "PRECISION": "ieee",
-        "WIDEN": False,
-    }
-    half = f"*{dtype}"
-    types = dict.fromkeys(
-        ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "dlogp", "logp"), "*fp32"
-    ) | {
-        "h": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>" if descriptors else half,
-        "w": f"tensordesc<{dtype}[{tile.columns},{tile.depth}]>" if descriptors else half,
-        "bias": half,
-        "ids": "*i64",
-        "out": half,
-        "inverse_temperature": "fp32",
-        "cap": "fp32",
-    }
-    # As the launcher specialises them: multiples of 16 where real shapes are.
-    divisible = {"h", "w", "bias", "out", "D", "stride_h", "stride_w", "stride_out", "width", "first"}
-    if not flags.get("even", True):
-        divisible -= {"D", "stride_h", "stride_w"}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    name = f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages"
-    source = _source(logits_kernel, types, constants, divisible)
-    return Case(arch, "logits", variant, dtype, name, default, source, options, descriptors)
-
-
-def cases(arch: str) -> Iterator[Case]:
-    """Every kernel and configuration of an architecture."""
-    for tile in TILES[arch]:
-        default = tile == TILES[arch][0]
-        for variant in EPILOGUES:
-            yield gemm(arch, "bf16", tile, default, variant)
-        if default:
-            yield gemm(arch, "fp16", tile, default, "kept logits")
-            yield gemm(arch, "bf16", tile, default, "log-sum-exp, entropy", entropy=True)
-    for variant in EPILOGUES:
-        yield gemm(arch, "bf16", SCORES[arch], True, f"{variant}, score tokens", shared=True)
-    for variant in ("log-sum-exp", "dlogits"):
-        yield gemm(arch, "bf16", NARROW[arch], True, f"{variant}, bias, soft-cap", bias=True, cap=True)
-        yield gemm(arch, "bf16", NARROW[arch], True, f"{variant}, pointers, odd D", pointers=True, even=False)
-    few = SCORES[arch]
-    yield gemm(arch, "bf16", few, True, "dlogits, score tokens, bias, soft-cap", shared=True, bias=True, cap=True)
-    for tile in FLOAT32[arch]:
-        for variant in EPILOGUES:
-            yield gemm(arch, "fp32", tile, True, variant)
-    columns = sorted({tile.columns for tile in (*TILES[arch], SCORES[arch])})
-    for bn in columns:
-        types = {"saved": "*bf16", "ids": "*i64", "inverse_temperature": "fp32"} | dict.fromkeys(
-            ("tile_max", "row_max", "log_sum", "dlogp", "logp"), "*fp32"
-        )
-        constants = {"SHARED": False, "BLOCK_ROWS": 16, "BN": bn}
-        source = _source(dlogits_kernel, types, constants, {"saved", "stride", "width"})
-        yield Case(arch, "dlogits", "in place", "bf16", f"16x{bn}", True, source, {"num_warps": 8})
-    types = dict.fromkeys(
-        ("tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "logp", "entropy"), "*fp32"
-    )
-    types["inverse_temperature"] = "fp32"
-    constants = {"ENTROPY": True, "BLOCK_TILES": 32, "BLOCK_ROWS": 32}
-    yield Case(arch, "combine", "entropy", "fp32", "32x32", True, _source(combine_kernel, types, constants, set()), {})
-    floats = ("logp", "engine_score_logprobs", "values", "labels", "counts", "y_hat", "reward", "advantages")
-    types = dict.fromkeys((*floats, "coefficient", "refinement", "dlogp"), "*fp32") | {
-        "group": "*i64",
-        "rollout_valid": "*u8",
-    }
-    types |= dict.fromkeys(("lam", "beta", "clip"), "fp32")
-    flags = {"RENORMALIZE": True, "LEAVE_ONE_OUT": True, "NORMALIZE": True, "TOKEN_MEAN": False}
-    for reference in (False, True):
-        constants = {**flags, "REFERENCE": reference, "BLOCK": 32, "KP": 16}
-        source = _source(reward_kernel, types, constants, set())
-        name = "reference reward" if reference else "paper reward"
-        yield Case(arch, "reward", name, "fp32", "32", True, source, {})
-
-
-def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any], divisible: set[str]) -> Any:
-    """The kernel with its arguments' types; integers are i32 where nothing else is said."""
-    signature, attributes = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else types.get(name, "i32")
-        pointer_or_integer = signature[name][0] == "*" or signature[name] == "i32"
-        if name in divisible and pointer_or_integer:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-
-
-def compile_case(case: Case) -> Resources:
-    """Compile, and read the machine code's resources."""
-    compiled = triton.compile(case.source, target=TARGETS[case.arch], options=case.options)
-    metadata = compiled.metadata
-    if case.arch == "gfx942":
+def resources(arch: str, launch: Launch) -> Resources:
+    """What a launch's machine code takes, and whether that is fine."""
+    compiled, tile = launch.compiled, launch.tile
+    metadata, warps = compiled.metadata, compiled.metadata.num_warps
+    programs, instructions = 0, 0
+    if arch == "gfx942":
         text = compiled.asm["amdgcn"]
         registers = _number(text, r"\.vgpr_count:\s+(\d+)") + _number(text, r"\.agpr_count:\s+(\d+)")
         # Scalar registers spill into lanes of vector registers; what reaches memory is the private segment.
         spills = _number(text, r"\.private_segment_fixed_size:\s+(\d+)")
     else:
         text = compiled.asm["ptx"]
-        registers, spills = _cubin_resources(compiled, int(TARGETS[case.arch].arch))
+        registers, spills, instructions = _of_cubin(compiled, int(TARGETS[arch].arch))
+        of_program = -(-registers // 8) * 8 * 32 * warps
+        # A program's shared memory has a kibibyte of the system's beside it.
+        programs = min(REGISTERS // of_program, SHARED_OF_ALL[arch] // (metadata.shared + 1024), 64 // warps)
     found = [name for name, pattern in _PATTERN.items() if re.search(pattern, text)]
     copies = [name for name in ("cp.async.bulk.tensor", "cp.async.cg") if name in text]
+    half = launch.dtype != "fp32"
     problems = []
     if spills:
         problems.append(f"spills {spills} bytes")
-    limit = (SHARED_DEFAULT if case.default else SHARED)[case.arch]
+    limit = (SHARED if tile in TILES[arch][1:] else SHARED_DEFAULT)[arch]
     if metadata.shared > limit:
         problems.append(f"needs {metadata.shared} bytes of shared memory, and there are {limit}")
-    if case.products and MATRIX[case.arch] not in found:
-        problems.append(f"multiplies without {MATRIX[case.arch]}")
-    if case.descriptors and "cp.async.bulk.tensor" not in copies:
+    if tile and half and MATRIX[arch] not in found:
+        problems.append(f"multiplies without {MATRIX[arch]}")
+    fetched = arch in ("sm_90", "sm_100") and "pointers" not in launch.variant
+    if tile and half and fetched and "cp.async.bulk.tensor" not in copies:
         problems.append("does not fetch its tiles by the bulk copy engine")
+    if tile and half and programs < (tile.programs if arch != "gfx942" else 0):
+        problems.append(f"{programs} programs fit on a multiprocessor, and {tile.programs} should")
+    if tile and arch == "sm_90" and launch.variant in BUDGET:
+        elements = tile.rows * tile.columns / (32 * warps)
+        if instructions > BUDGET[launch.variant] * elements:
+            problems.append(f"{instructions} instructions for {elements:.0f} elements a thread")
     return Resources(
-        case.arch,
-        case.kernel,
-        case.variant,
-        case.dtype,
-        case.tile,
-        metadata.num_warps,
+        arch,
+        launch.kernel,
+        launch.variant,
+        launch.dtype,
+        "-" if tile is None else f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages",
+        warps,
         registers,
         spills,
         metadata.shared,
+        programs,
+        instructions,
         " ".join(found) or "-",
         " ".join(copies) or "-",
         triton.__version__,
@@ -232,8 +128,8 @@ def compile_case(case: Case) -> Resources:
     )
 
 
-def _cubin_resources(compiled: Any, capability: int) -> tuple[int, int]:
-    """Registers per thread, and bytes spilled."""
+def _of_cubin(compiled: Any, capability: int) -> tuple[int, int, int]:
+    """Registers per thread, bytes spilled, and instructions behind the products that every tile executes."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -241,15 +137,38 @@ def _cubin_resources(compiled: Any, capability: int) -> tuple[int, int]:
         cubin.write_bytes(compiled.asm["cubin"])
         text = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin))
         registers, stack = _number(text, r"REG:(\d+)"), _number(text, r"STACK:(\d+)") + _number(text, r"LOCAL:(\d+)")
+        instructions = behind_products(_run(knobs.nvidia.nvdisasm.path, "-c", str(cubin))) if capability == 90 else 0
         if not stack:
-            return registers, 0
+            return registers, 0, instructions
         # A stack may hold other things than spilled registers: the assembler says which.
         ptx.write_text(compiled.asm["ptx"])
         assembler = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
         name = re.search(r"\.target (\w+)", compiled.asm["ptx"])
         assert name is not None
         text = _run(assembler.path, "-v", f"--gpu-name={name[1]}", str(ptx), "-o", str(cubin))
-        return registers, _number(text, r"(\d+) bytes spill stores") + _number(text, r"(\d+) bytes spill loads")
+        spilled = _number(text, r"(\d+) bytes spill stores") + _number(text, r"(\d+) bytes spill loads")
+        return registers, spilled, instructions
+
+
+def behind_products(assembly: str) -> int:
+    """Instructions from the last matrix product to the end, without what a branch may skip; 0 without products."""
+    count, skipped_to = 0, ""
+    for line in assembly.rpartition("HGMMA")[2].splitlines() if "HGMMA" in assembly else ():
+        if label := re.match(r"(\.L_\w+):", line):
+            if label[1] == skipped_to:
+                skipped_to = ""
+        elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line) and not skipped_to:
+            count += 1
+            if re.search(r"(?<!@!P0 )(?<!@P0 )\bEXIT\b", line):
+                break
+            # Forward alone: the loop's own branch goes back to a label that has been passed.
+            if (branch := re.search(r"@!?U?P\d BRA.*`\((\.L_\w+)\)", line)) and _ahead(assembly, line, branch[1]):
+                skipped_to = branch[1]
+    return count
+
+
+def _ahead(assembly: str, line: str, label: str) -> bool:
+    return assembly.index(f"{label}:") > assembly.index(line)
 
 
 def _run(*command: str) -> str:
@@ -271,14 +190,12 @@ def main() -> int:
     arguments = parser.parse_args()
     lines = []
     for arch in arguments.arch or TARGETS:
-        for case in cases(arch):
-            if arguments.default and not case.default:
-                continue
-            line = compile_case(case)
+        for launch in launches(arch, alternatives=not arguments.default):
+            line = resources(arch, launch)
             lines.append(line)
             print(
                 f"{line.arch:7} {line.kernel:8} {line.variant:40} {line.dtype} {line.tile:22} "
-                f"{line.registers:4} registers {line.shared:7} B shared  {line.matrix_instructions:12} {line.verdict}",
+                f"{line.registers:4} registers {line.shared:7} B shared {line.programs:2} {line.instructions:5} {line.matrix_instructions:12} {line.verdict}",
                 flush=True,
             )
     arguments.csv.parent.mkdir(parents=True, exist_ok=True)

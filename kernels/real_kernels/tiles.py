@@ -22,6 +22,8 @@ class Tile(NamedTuple):
         stages: Depth of the software pipeline.
         warps: Warps per program.
         group: Row tiles that neighbouring programs share, for reuse in L2.
+        programs: That fit on a multiprocessor at once, so that one's epilogue runs beside the other's products.
+            "python -m benchmarks.kernels" holds the machine code to it.
     """
 
     rows: int
@@ -30,15 +32,15 @@ class Tile(NamedTuple):
     stages: int
     warps: int
     group: int = 16
+    programs: int = 1
 
 
 # 16-bit operands. Kept to what fits without spilling: 99 KiB of shared memory for the default of sm_80 (it serves sm_86
 # and sm_89 too), 227 KiB on sm_90 and sm_100, 64 KiB on gfx942. "python -m benchmarks.kernels" compiles them all.
 TILES: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(128, 128, 32, 4, 8), Tile(128, 256, 32, 3, 8), Tile(128, 128, 64, 3, 8)),
-    # The second leaves room for two programs on a multiprocessor: one's epilogue runs beside the other's products.
-    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8), Tile(256, 128, 64, 4, 8)),
-    "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8), Tile(256, 128, 64, 4, 8)),
+    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8, programs=2), Tile(256, 128, 64, 4, 8)),
+    "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8, programs=2), Tile(256, 128, 64, 4, 8)),
     "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
 }
 # float32 operands, multiplied exactly (no TF32): twice the bytes, and no matrix instructions.

@@ -1,7 +1,7 @@
 """Every launch that the Triton head makes, as it makes it, compiled for a card that need not be there.
 
-The public functions run on CPU tensors whose values are anything; a launch binds its arguments as Triton's launcher does
-(which integers are 1 or divisible by 16, which pointers are aligned) and is compiled instead of run.
+The public functions run on CPU tensors whose values are anything; a launch binds its arguments as Triton's launcher
+does (which integers are 1 or divisible by 16, which pointers are aligned) and is compiled instead of run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from real_kernels import (
     triton_head,
     weighted_logprob,
 )
+from real_kernels.options import Reward
 from real_kernels.tiles import Tile
 
 TARGETS = {
@@ -63,7 +64,7 @@ class Launch:
 
 
 class _Card:
-    """What Triton asks of a driver before it launches; a new device each, as it keeps what it knows of one by number."""
+    """What Triton asks of a driver before it launches; each a device of its own, as Triton keeps kernels by device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target, self.number = target, next(_DEVICES)
@@ -121,7 +122,7 @@ def launches(arch: str, alternatives: bool = True) -> Iterator[Launch]:
     for number, tile in enumerate(tiles.TILES[arch]):
         if number and not alternatives:
             return
-        for operands, dtype, work in _plain() if number else _everything():
+        for operands, dtype, work in _everything() if number == 0 else [_PLAIN]:
             with compiled_for(arch, tile) as found:
                 work()
             for function, options, compiled in found:
@@ -157,10 +158,11 @@ Work = tuple[str, str, Callable[[], None]]
 
 def _everything() -> Iterator[Work]:
     """All modes and kinds of operands."""
-    yield from _plain()
+    yield _PLAIN
+    yield "", "bf16", lambda: _rows(torch.bfloat16, entropy=True)
     yield "score tokens", "bf16", lambda: _score(torch.bfloat16)
-    for reward in ("paper", "authors"):
-        yield "", "bf16", lambda reward=reward: _real(torch.bfloat16, reward)
+    yield "", "bf16", lambda: _real(torch.bfloat16, "paper")
+    yield "", "bf16", lambda: _real(torch.bfloat16, "authors")
     yield "", "fp16", lambda: _rows(torch.float16, kept=True)
     yield "", "bf16", lambda: _rows(torch.bfloat16, kept=True, bias=True)
     yield "", "bf16", lambda: _rows(torch.bfloat16, bias=True, softcap=30.0)
@@ -172,9 +174,8 @@ def _everything() -> Iterator[Work]:
     yield "", "fp32", lambda: _score(torch.float32)
 
 
-def _plain() -> Iterator[Work]:
-    """What a training step does with rows, by either mode."""
-    yield "", "bf16", lambda: _rows(torch.bfloat16, kept=True, entropy=True)
+# What a training step does with rows, by either mode.
+_PLAIN: Work = "", "bf16", lambda: _rows(torch.bfloat16, kept=True)
 
 
 def _tensors(
@@ -208,7 +209,7 @@ def _score(dtype: torch.dtype, softcap: float | None = None, **how: Any) -> None
     score_logprobs(hidden, weight, torch.tensor(_SCORES), bias=bias, head=head).sum().backward()
 
 
-def _real(dtype: torch.dtype, reward: Any) -> None:
+def _real(dtype: torch.dtype, reward: Reward) -> None:
     """The whole loss, with the gradient in the forward pass."""
     hidden, weight, _ = _tensors(dtype)
     score_hidden = torch.randn(_ROLLOUTS, _D).to(dtype).requires_grad_()

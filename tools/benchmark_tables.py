@@ -171,12 +171,17 @@ def _time(seconds: float) -> str:
 
 def kernel_table(file: Path) -> str:
     """What every Triton kernel compiles to: default tiles and alternatives, a line each."""
-    out = ["| for | kernel | variant | dtype | tile | warps | registers | spilled | shared memory | instructions |"]
-    out.append("|---|---|---|---|---|---|---|---|---|---|")
+    out = [
+        "| for | kernel | variant | dtype | tile | warps | registers | spilled | shared memory | programs | epilogue "
+        "| instructions |"
+    ]
+    out.append("|---|" + "---|" * 11)
     with file.open(encoding="utf-8", newline="") as compiled:
         for line in csv.DictReader(compiled):
             instructions = " ".join(x for x in (line["matrix_instructions"], line["copies"]) if x != "-") or "-"
             cells = [line[name] for name in ("arch", "kernel", "variant", "dtype", "tile", "warps", "registers")]
-            cells += [f"{line['spills']} B", f"{int(line['shared']):,} B", instructions]
+            cells += [f"{line['spills']} B", f"{int(line['shared']):,} B"]
+            cells += [line[name] if line[name] != "0" else "-" for name in ("programs", "instructions")]
+            cells.append(instructions)
             out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)

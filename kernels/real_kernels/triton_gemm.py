@@ -200,7 +200,11 @@ def logits_kernel(
         z = tl.where(z < 0, -t, t) * cap
     # From logits to bits at this temperature.
     bits = inverse_temperature * LOG2_E
+    # What is past the vocabulary's end, in its last tile, has no probability and no gradient.
+    left = last - column0 if BRANCHES else 0
     if STORE == 2:
+        if left < BN:
+            z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.load(row_max + rows, mask=row_mask, other=0.0)
         norm = tl.load(log_sum + rows, mask=row_mask, other=0.0)
         total = sum_of_dlogp(dlogp, rows, row_mask, m, SHARED) * inverse_temperature
@@ -214,8 +218,6 @@ def logits_kernel(
             value, columns, column0, BN, rows, row_mask, ids, dlogp, logp, total, m, peak + norm, ratio,
             inverse_temperature, SHARED, CAP, BRANCHES,
         )  # fmt: skip
-        # Not only where some are: a second branch would hold the tile in registers twice.
-        value = tl.where(inside[None, :], value, 0.0)
     else:
         if SHARED:
             for k in range(m):
@@ -230,8 +232,7 @@ def logits_kernel(
             if found > 0:
                 z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
                 tl.store(selected + rows, z_t, mask=here)
-        left = last - column0 if BRANCHES else 0
-        if left < BN:  # the last tile of the vocabulary
+        if left < BN:
             z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.max(z, 1) * bits
         # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.

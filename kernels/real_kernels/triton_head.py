@@ -135,7 +135,7 @@ class TritonHead:
             self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected)
             return parts
 
-        tile = choose(device, hidden.dtype, self._kind(rows), (store, *self._key(rows, v)), launch)
+        tile = choose(device, hidden.dtype, self._kind(rows, entropy), (store, *self._key(rows, v)), launch)
         parts = launch(tile)
         # Few rows: more programs, each with more tiles at a time.
         block, at_once = (32, 32) if n > 1024 else (4, 256)
@@ -224,11 +224,13 @@ class TritonHead:
             num_stages=tile.stages,
         )
 
-    def _kind(self, rows: Rows) -> Kind:
+    def _kind(self, rows: Rows, entropy: bool = False) -> Kind:
         if rows.shared:
             return "scores"
         plain = self.softcap is None and _aligned_rows(rows.hidden) and _aligned_rows(self.weight)
-        return "rows" if plain else "narrow"
+        if not plain:
+            return "narrow"
+        return "entropy" if entropy else "rows"
 
     def _key(self, rows: Rows, columns: int) -> tuple[int, ...]:
         return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))

@@ -54,10 +54,10 @@ FLOAT32: dict[str, tuple[Tile, ...]] = {
 SCORES: dict[str, Tile] = {
     "sm_80": Tile(64, 128, 32, 4, 4),
     "sm_90": Tile(64, 128, 64, 4, 4),
-    "sm_100": Tile(64, 128, 64, 4, 4),
+    "sm_100": Tile(64, 128, 64, 4, 8),
     "gfx942": Tile(64, 128, 32, 2, 4),
 }
-# A soft-cap's slope, and rows that no descriptor can fetch (off 16 bytes), need registers of their own.
+# A soft-cap's slope, a bias on sm_100, and rows that no descriptor can fetch (off 16 bytes) take more registers.
 NARROW: dict[str, Tile] = {
     "sm_80": Tile(128, 128, 32, 4, 8),
     "sm_90": Tile(128, 128, 64, 3, 8),

@@ -228,7 +228,7 @@ class TritonHead:
         if rows.shared:
             return "scores"
         plain = self.softcap is None and _aligned_rows(rows.hidden) and _aligned_rows(self.weight)
-        if not plain:
+        if not plain or (self.bias is not None and architecture(rows.hidden.device) == "sm_100"):
             return "narrow"
         return "entropy" if entropy else "rows"
 

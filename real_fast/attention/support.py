@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +53,22 @@ def enable(
     if reason is not None:
         model.set_attn_implementation(before or "sdpa")
         raise SharedPromptError(f"model {_name(model)} cannot share prompts: {reason}. {WAY_OUT}")
+
+
+@contextmanager
+def decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Query heads that share keys read them once a decoding step; Transformers' SDPA would copy all keys for each.
+
+    For a model whose attention is Transformers' SDPA and goes through its AttentionInterface; others stay as they are.
+    """
+    ours = getattr(model.config, "_attn_implementation", None) == "sdpa" and known_reason(model) is None
+    if ours:
+        model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        if ours:
+            model.set_attn_implementation("sdpa")
 
 
 def check_span(model: PreTrainedModel, tokens: int) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from real_fast.attention.support import decoding
 from real_fast.model.lora import adapter_tensors
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
+from real_fast.rollout.prefill import can_join, join, left_padded, parts
 from real_fast.runs.progress import show
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
@@ -54,8 +56,9 @@ class _Sequence:
 class TransformersEngine:
     """Samples with a Transformers model, the trainer's own or a copy.
 
-    Each prompt is computed once and its cache repeated for its rollouts. A phrase that has to be appended is fed
-    through the same cache, so a forced score costs a few decoding steps and no second pass over the prompt.
+    Each prompt is computed once, beside others of about its length, and its cache repeated for its rollouts. A phrase
+    that has to be appended is fed through the same cache, so a forced score costs a few decoding steps and no second
+    pass over the prompt.
 
     Args:
         model: A causal language model; in evaluation mode and without gradients while it samples, then as before.
@@ -89,6 +92,7 @@ class TransformersEngine:
         self.dtype = model.dtype if dtype is None else dtype
         self.takes = model.dtype
         self._weights: dict[str, torch.Tensor] = {}
+        self._joins = True  # until a layer's cache turns out to be of another kind
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -181,7 +185,7 @@ class TransformersEngine:
         # In evaluation mode, activation checkpointing does not switch the cache off.
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), decoding(self.model):
                 # Not by autocast, which would keep cached keys in fp32 and cast them at every step.
                 for name, weight in self.model.named_parameters(remove_duplicate=False):
                     # Quantised ones (8 bits or fewer, or packed into integers) mean nothing without their scales.
@@ -214,16 +218,26 @@ class TransformersEngine:
         out = functional_call(self.model, self._weights, (), inputs, tie_weights=False)
         return out.logits[:, -1].float(), out.past_key_values
 
+    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Next-token logits, the mask and the cache of prompts, longest first."""
+        some = parts(list(map(len, prompts))) if self._joins else [slice(None)]
+        logits, caches = [], []
+        for part in some:
+            ids, mask = (x.to(self.device) for x in left_padded(prompts[part]))
+            found, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+            if len(some) > 1 and not can_join(cache):
+                self._joins = False
+                return self._prefill(prompts)
+            logits.append(found)
+            caches.append(cache)
+        if len(some) == 1:
+            return logits[0], mask, caches[0]
+        return torch.cat(logits), left_padded(prompts)[1].to(self.device), join(caches)
+
     def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: SamplingParams) -> list[_Sequence]:
         device = self.device
-        longest = max(map(len, prompts.values()))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts.values()):
-            ids[row, longest - len(prompt) :] = torch.tensor(list(prompt))
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        logits, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
+        logits, mask, cache = self._prefill(list(prompts.values()))
+        longest = mask.shape[1]
         if len(samples) > 1:
             cache.batch_repeat_interleave(len(samples))
             logits = logits.repeat_interleave(len(samples), 0)

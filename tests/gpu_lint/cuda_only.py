@@ -139,7 +139,7 @@ def _flash_backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    _check_states(grad, q, k, v, out)
+    _check_states(q, k, v)  # the other two are made contiguous first
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     heads = q.shape[1]
     for a, b in _segments(cu_q, cu_k, max_q, max_k):

@@ -188,7 +188,7 @@ def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def place() -> str:
-    """``file:function`` of ours, from the innermost frame outwards; lines would change with every edit."""
+    """``file:function`` of ours, from the innermost frame outwards; lines would change with every edit. "autograd" where none is ours."""
     frame = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
@@ -198,7 +198,7 @@ def place() -> str:
                 function = _COMPREHENSION.sub("", frame.f_code.co_qualname)
                 return f"{name}/{file.removeprefix(folder)}:{function}"
         frame = frame.f_back
-    return "elsewhere"
+    return "autograd"
 
 
 @contextmanager
@@ -213,6 +213,9 @@ def cuda_device() -> Iterator[Pretending]:
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretended",
         "device": lambda *_: nullcontext(),
+        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *_: None,
+        "max_memory_allocated": lambda *_: 0,
         "mem_get_info": lambda *_: (80 * 2**30, 80 * 2**30),
         "synchronize": lambda *_: mode.wait("synchronize"),
         "_lazy_init": lambda: None,

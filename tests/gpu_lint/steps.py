@@ -161,7 +161,7 @@ def update(
     trainer.config, trainer.world, trainer.state, trainer.timer = config, ALONE, state, timer
     trainer.method, trainer.policy, trainer.updater = method, policy, updater
     trainer.groups = SimpleNamespace(compares=lambda _: case.compare, check=lambda *_: None)  # type: ignore[assignment]
-    SCALE.ids_tensor(policy.device), SCALE.values_tensor(policy.device)  # which are put there once in a process
+    _put_scale(policy.device)
     result: dict[str, Any] = {}
     for _ in range(case.updates):
         begin()
@@ -172,12 +172,18 @@ def update(
     return policy, result["loss"], result["grad_norm"]
 
 
+def _put_scale(device: torch.device) -> None:
+    """Its tensors are copied to a device once in a process, and not in every update."""
+    device = torch.empty(0, device=device).device  # with its number, as tensors name it
+    SCALE.ids_tensor(device), SCALE.values_tensor(device)
+
+
 def _warmed_up(updater: Updater, begin: Callable[[], None]) -> tuple[float, float]:
     texts = ["Right.", "No", "It follows the rubric, but says nothing of why."]
     rows = [JudgeRow(str(n), str(n), "", "", "", "", 2.0, [x], [2.0], [5, 6, 7 + n]) for n, x in enumerate(texts)]
     warmup, lines = WarmupConfig(steps=1, batch_size=3), []
     order = sft_order(rows, warmup, "these rows", 0)
-    SCALE.ids_tensor(updater.policy.device), SCALE.values_tensor(updater.policy.device)
+    _put_scale(updater.policy.device)
     begin()
     warm_up(updater, order, warmup, letters, SCALE, lines.append, nullcontext)  # type: ignore[arg-type]
     return lines[0]["loss"], lines[0]["grad_norm"]

@@ -27,7 +27,7 @@ OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", "0", "
 def test_device_lint():
     """All checks in one process: most of the time of a second one would go into importing."""
     files = sorted(map(str, HERE.glob("check_*.py")))
-    assert len(files) == 3
+    assert len(files) == 4
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", START, *OPTIONS, *files]

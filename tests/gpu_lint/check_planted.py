@@ -30,9 +30,12 @@ def model(tmp_path_factory):
     return steps.make_model(tmp_path_factory.mktemp("model"))
 
 
+PLAIN = "real, sdpa, fp32"  # without Triton's interpreter
+
+
 @pytest.fixture
 def update(model, tmp_path):
-    return lambda name="real": steps.run(steps.CASES[name], model, tmp_path)
+    return lambda: steps.run(steps.CASES[PLAIN], model, tmp_path)
 
 
 def with_change(function, change):
@@ -98,7 +101,7 @@ def test_an_index_of_the_host_is_copied(update):
         return replace(to(batch, device), score_rows=batch.score_rows)
 
     with patch.object(Batch, "to", all_but_one):
-        changed = differences(committed()["real"], by_place(update().waits))
+        changed = differences(committed()[PLAIN], by_place(update().waits))
     assert changed == [
         "autograd waits for a copy to the device 2 times, and not 0",
         "real_fast/methods/real.py:Real.fused.<locals>.loss waits for a copy to the device 2 times, and not 0",
@@ -184,7 +187,7 @@ def test_a_new_wait_is_not_on_the_list(ask, kind, update):
 
     with patch.object(Real, "fused", waiting):
         found = by_place(update().waits)
-    changed = differences(committed()["real"], found)
+    changed = differences(committed()[PLAIN], found)
     place = "real_fast/methods/policy_gradient.py:PolicyGradient._with_kl_measured.<locals>.measured"
     assert changed == [f"{place} waits for a {kind} 2 times, and not 0"]
 
@@ -192,7 +195,7 @@ def test_a_new_wait_is_not_on_the_list(ask, kind, update):
 def test_a_wait_that_is_no_more_is_told_too(update):
     found = by_place(update().waits)
     found.pop("real_kernels/head.py:real_forward")
-    assert differences(committed()["real"], found) == [
+    assert differences(committed()[PLAIN], found) == [
         "real_kernels/head.py:real_forward waits for a size 0 times, and not 2"
     ]
 

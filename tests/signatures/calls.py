@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,11 +45,12 @@ class Call:
     open: bool
 
 
-def calls(package: str) -> Iterator[Call]:
+@cache
+def calls(package: str) -> tuple[Call, ...]:
     """All of ours into a package."""
-    for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield from calls_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix(), package)
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    named = [(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()) for path in files]
+    return tuple(call for text, name in named for call in calls_in(text, name, package))
 
 
 def calls_in(text: str, file: str, package: str) -> Iterator[Call]:

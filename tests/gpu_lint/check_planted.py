@@ -247,7 +247,7 @@ def test_operands_of_two_dtypes():
     columns = triton_head.TritonHead.columns
     with (
         patch.object(triton_head.TritonHead, "columns", lambda self, part: columns(self, part).half()),
-        pytest.raises(RuntimeError, match="a product of torch.float16 has no result in torch.bfloat16"),
+        pytest.raises(RuntimeError, match=r"a product of .*float16 has no result in .*bfloat16"),
     ):
         operators.run(operators.CASES["real"])
 
@@ -261,4 +261,3 @@ def test_the_loss_is_not_computed_on_the_host(update):
 
     with patch.object(Policy, "forward", at_home), pytest.raises(ValueError, match="on cuda:0 and weight on cpu"):
         update()
-

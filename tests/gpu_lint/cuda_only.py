@@ -1,4 +1,4 @@
-"""What PyTorch has for CUDA alone, computed on the CPU: products with wider results, and FlashAttention's varlen kernel.
+"""What PyTorch has for CUDA alone, computed on the CPU: products with wider results, and FlashAttention by segments.
 
 Arguments are checked as the CUDA code checks them.
 """
@@ -6,6 +6,7 @@ Arguments are checked as the CUDA code checks them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def _segments(cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int) ->
     q, k = cu_q.tolist(), cu_k.tolist()
     if len(q) != len(k):
         raise RuntimeError(f"{len(q) - 1} segments of queries and {len(k) - 1} of keys")
-    return [(slice(*a), slice(*b)) for a, b in zip(zip(q, q[1:]), zip(k, k[1:]), strict=True)]  # noqa: B905
+    return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k), strict=True)]
 
 
 def _check_states(*states: torch.Tensor) -> None:
@@ -149,7 +150,10 @@ def _flash_backward(
         dp = torch.einsum("nhd,mhd->hnm", upstream, values)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * factor
         dq[a] = torch.einsum("hnm,mhd->nhd", ds, keys).to(q.dtype)
-        for total, x in ((dk, torch.einsum("hnm,nhd->mhd", ds, queries)), (dv, torch.einsum("hnm,nhd->mhd", p, upstream))):
+        for total, x in (
+            (dk, torch.einsum("hnm,nhd->mhd", ds, queries)),
+            (dv, torch.einsum("hnm,nhd->mhd", p, upstream)),
+        ):
             total[b] = x.unflatten(1, (total.shape[1], -1)).sum(2).to(total.dtype)
     return dq, dk, dv
 

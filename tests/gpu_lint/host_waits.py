@@ -1,8 +1,8 @@
 """Where the host waits for the device in an update: host_waits.json, and the command that writes it anew.
 
 ``python -m tests.gpu_lint.host_waits`` runs every case of :mod:`tests.gpu_lint.steps` and says what has changed. A file
-and a function stand for a place, and a number for how often an update waits there. The cases have two micro-batches (where
-prompts are not shared, five; of the warm-up, one): 2 is once a micro-batch or twice an update.
+and a function stand for a place, and a number for how often an update waits there. The cases have two micro-batches
+(where prompts are not shared, five; of the warm-up, one): 2 is once a micro-batch or twice an update.
 
 Kinds of waits: "number" (a value is asked for: item, bool, float), "size" (how many numbers come out: nonzero, a
 boolean mask as an index), "copy to the host" and "copy to the device" (of memory that is not pinned, or is waited for),

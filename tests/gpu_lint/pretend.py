@@ -188,7 +188,10 @@ def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def place() -> str:
-    """``file:function`` of ours, from the innermost frame outwards; lines would change with every edit. "autograd" where none is ours."""
+    """``file:function`` of the innermost frame that is ours; "autograd" where none is.
+
+    Lines would change with every edit.
+    """
     frame = sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename

@@ -74,10 +74,10 @@ CASES: dict[str, Case] = {
     "real, sdpa, fp32": Case(train=FP32),
     "real, padded, fp32": Case(train=FP32 | {"shared_prompt": False}),
     "real, bf16 weights": Case(train={"weights": "bf16"}, optim={"lr": 1e-2}),
-    "real, checkpointed activations": Case(train={"activation_checkpointing": True}),
+    "real, checkpointed activations": Case(train=FP32 | {"activation_checkpointing": True}),
     "real, KL, two iterations": Case(objective={"kl_coef": 0.1, "num_iterations": 2}),
-    "real, KL measured": Case(objective={"kl_every": 1}),
-    "real, moments on the host": Case(optim={"offload": "moments"}, updates=2),  # the first makes them
+    "real, KL measured": Case(train=FP32, objective={"kl_every": 1}),
+    "real, moments on the host": Case(train=FP32, optim={"offload": "moments"}, updates=2),  # the first makes them
     "real, everything on the host": Case(optim={"offload": "all"}),
     "real, LoRA": Case(train={"lora": LoraConfig(r=2)}),
     "binary_rl": Case("binary_rl"),
@@ -140,9 +140,7 @@ def on_the_cpu(case: Case, model: Path, folder: Path) -> tuple[float, float]:
     return update(plain, model, folder, "cpu", lambda: None)[1:]
 
 
-def update(
-    case: Case, model: Path, folder: Path, device: str, begin: Callable[[], None]
-) -> tuple[Any, float, float]:
+def update(case: Case, model: Path, folder: Path, device: str, begin: Callable[[], None]) -> tuple[Any, float, float]:
     """The policy, and the loss and gradient norm of one update; `begin` is called right before it."""
     config = case.config(model, device)
     torch.manual_seed(0)

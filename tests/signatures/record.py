@@ -1,7 +1,7 @@
 """The signatures that we rely on, by package and version: table.json, and the command that writes it anew.
 
-``python -m tests.signatures.record`` takes those of the installed packages. A version that is not installed is read from
-its wheel, which need not fit this machine:
+``python -m tests.signatures.record`` takes those of the installed packages. A version that is not installed is read
+from its wheel, which need not fit this machine:
 
     pip download --no-deps --dest wheels vllm==0.26.0 && unzip -q wheels/vllm-0.26.0-*.whl -d unpacked
     python -m tests.signatures.record vllm 0.26.0 unpacked

@@ -1,4 +1,4 @@
-"""Signatures of a package's functions and classes, read from its files: nothing of it is imported, or need be installed.
+"""Signatures of a package's functions and classes, read from its files: nothing is imported, or need be installed.
 
 Names are followed through imports (``from a import b``, ``from a import *``, and vLLM's table of lazy ones). What
 PyTorch has in C++ is looked up in its ``.pyi`` files, where a function has a signature for each overload.

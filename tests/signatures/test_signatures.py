@@ -80,10 +80,18 @@ def parameters(version: str, name: str) -> set[str]:
 @pytest.mark.parametrize("version", TABLE["vllm"])
 def test_what_vllm_is_started_with(version, on_cpu):
     """Settings that are put together elsewhere; what vllm.LLM does not know itself, it hands on to EngineArgs."""
-    given = llm_settings(
-        dtype=torch.bfloat16, max_model_len=64, max_num_seqs=8, gpu_memory_utilization=0.5, processed=True, seed=0,
-        trust_remote_code=False, on_cpu=on_cpu,
-    ).keys() | {"enable_sleep_mode", "quantization", "enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras"}  # fmt: skip
+    settings = llm_settings(
+        dtype=torch.bfloat16,
+        max_model_len=64,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.5,
+        processed=True,
+        seed=0,
+        trust_remote_code=False,
+        on_cpu=on_cpu,
+    )
+    given = {*settings, "enable_sleep_mode", "quantization", "enable_lora", "max_lora_rank", "max_loras"}
+    given |= {"max_cpu_loras"}
     assert given <= parameters(version, "vllm.LLM") | parameters(version, "vllm.engine.arg_utils.EngineArgs")
 
 

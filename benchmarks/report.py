@@ -6,6 +6,7 @@ Ratios compare measurements of one run alone; of several runs of the same thing,
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import defaultdict
@@ -160,9 +161,11 @@ def plot(lines: list[dict[str, str]], folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Read the CSV; write summary.json and the figures."""
+    """Read the CSV; write summary.json and, where matplotlib is, the figures."""
     lines = read()
     (RESULTS / "summary.json").write_text(json.dumps(summarize(lines), indent=2) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
     plot(lines, RESULTS)
     report_head.plot(newest(lines, "head"), RESULTS)
 

@@ -60,6 +60,8 @@ E2E = {
     "test_train",
 }
 SLOW = {
+    "test_bare",
+    "test_gpu_lint",
     "test_head",
     "test_ops",
     "test_plots",

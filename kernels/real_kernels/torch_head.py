@@ -89,9 +89,12 @@ class TorchHead:
             z.sub_(stats.row_max[part, None]).sub_(stats.log_sum[part, None])
             dz = z.exp_().mul_(-u.sum(1, keepdim=True))
             values, of = selected_columns(logp, u), ids[part]
-            for k in range(of.shape[1]):
-                row = ((of[:, k] >= first) & (of[:, k] < last)).nonzero()[:, 0]
-                dz[row, of[row, k] - first] = values[row, k]
+            here = (of >= first) & (of < last)
+            columns = (of - first).clamp(0, last - first - 1)
+            for k in range(of.shape[1]):  # one at a time: tokens that are not here share a column with others
+                column, inside = columns[:, k : k + 1], here[:, k : k + 1]
+                # Not by nonzero, which a GPU would have to be waited for.
+                dz.scatter_(1, column, torch.where(inside, values[:, k : k + 1], dz.gather(1, column)))
             _chain_(dz, slope, rows.temperature)
 
     def _keep(self, rows: Rows, buffer: torch.Tensor, entropy: bool) -> SavedLogits:

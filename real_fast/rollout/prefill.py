@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -49,7 +50,7 @@ def join(caches: Sequence[Cache]) -> Cache:
     """
     first, *others = caches
     for place, layer in enumerate(first.layers):
-        layers = [layer, *(cache.layers[place] for cache in others)]
+        layers: list[Any] = [layer, *(cache.layers[place] for cache in others)]
         longest = max(one.keys.shape[-2] for one in layers)
         for name in ("keys", "values"):
             some = [getattr(one, name) for one in layers]

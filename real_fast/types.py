@@ -143,12 +143,12 @@ class Rollout:
     @property
     def input_ids(self) -> list[int]:
         """What the model is given behind the prompt: the context, and the score where an end is learned behind it."""
-        return [*self.context_ids, *(self.ending or ())[:1]]
+        return self.context_ids if self.ending is None else [*self.context_ids, self.ending[0]]
 
     @property
     def targets(self) -> list[int]:
         """What it learns to write: the sampled (or given) tokens, and the end of an answer."""
-        return [*self.sampled_ids, *(self.ending or ())[1:]]
+        return self.sampled_ids if self.ending is None else [*self.sampled_ids, self.ending[1]]
 
     @property
     def has_score(self) -> bool:

@@ -210,7 +210,8 @@ class Batch:
         engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no
             score (K is 0 where no rollout has one).
         outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
-        ending: [N] bool, targets behind a score, which end a given answer.
+        endings: [E] int64, places in [N] of the targets behind a score, which end a given answer. How many there are is
+            known on the host, so that nobody has to ask the device.
         ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where not
             asked for.
         placeholder: Whether it holds no group, and only keeps step with the micro-batches of other ranks.
@@ -230,7 +231,7 @@ class Batch:
     rollout_valid: torch.Tensor
     engine_score_logprobs: torch.Tensor
     outcome: torch.Tensor
-    ending: torch.Tensor
+    endings: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
     placeholder: bool = False
 

@@ -70,9 +70,8 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
     rows = torch.arange(int(n.sum())) + torch.repeat_interleave(response_start - 1 - first, n)
     rows[first[n > 0]] = prompt_end[n > 0]
     # The end of an answer is predicted by the score's token, which stands right behind the context.
-    rows[last[ends]] = (response_start + length)[ends]
-    ending = torch.zeros(len(rows), dtype=torch.bool)
-    ending[last[ends]] = True
+    endings = last[ends]
+    rows[endings] = (response_start + length)[ends]
     return Batch(
         **inputs,
         rows=rows,
@@ -88,7 +87,7 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         group=torch.tensor([group.index for group, _ in pairs]),
         rollout_valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
         engine_score_logprobs=_engine_score_logprobs([rollout for _, rollout in pairs]),
-        ending=ending,
+        endings=endings,
         outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
         placeholder=groups[0].index < 0,
     )

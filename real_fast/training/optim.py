@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -56,12 +58,12 @@ def clip_and_step(
     if world.size > 1:
         _add_up(model, world)
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = whole(nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf")))
-    finite = world.all(bool(torch.isfinite(norm)))
+    norm = float(whole(nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))))  # the one wait of an update
+    finite = world.all(math.isfinite(norm))
     if finite:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm), finite
+    return norm, finite
 
 
 def _add_up(model: nn.Module, world: World) -> None:

@@ -43,7 +43,7 @@ def plain_pad(groups, pad_id):
 
 def _batch(groups, spans, row, layout):
     """`spans`: where each rollout's prompt ends, and where its response starts."""
-    rows, targets, logprobs, owner, ending, scores = [], [], [], [], [], []
+    rows, targets, logprobs, owner, endings, scores = [], [], [], [], [], []
     rollouts = [r for g in groups for r in g.rollouts]
     k = max((len(r.score_logprobs) for r in rollouts if r.score_logprobs is not None), default=0)
     for i, (r, (end, start)) in enumerate(zip(rollouts, spans, strict=True)):
@@ -52,12 +52,11 @@ def _batch(groups, spans, row, layout):
             targets.append(token)
             logprobs.append(logprob)
         if r.ending is not None:
+            endings.append(len(rows))
             rows.append(start + len(r.context_ids))
             targets.append(r.ending[1])
             logprobs.append(0.0)
-        count = len(r.targets)
-        owner += [i] * count
-        ending += [r.ending is not None and place == count - 1 for place in range(count)]
+        owner += [i] * len(r.targets)
         scores.append(start + len(r.context_ids) - 1 if r.context_ids else end)
     return Batch(
         **{name: torch.tensor(values, dtype=torch.int64) for name, values in row.items()},
@@ -73,6 +72,6 @@ def _batch(groups, spans, row, layout):
         rollout_valid=torch.tensor([r.has_score for r in rollouts]),
         engine_score_logprobs=torch.tensor([r.score_logprobs or [0.0] * k for r in rollouts]),
         outcome=torch.tensor([-1 if r.outcome is None else r.outcome for r in rollouts]),
-        ending=torch.tensor(ending, dtype=torch.bool),
+        endings=torch.tensor(endings, dtype=torch.int64),
         placeholder=groups[0].index < 0,
     )

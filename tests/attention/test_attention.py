@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers import models as hf
 
@@ -16,34 +15,7 @@ from real_fast.attention.layout import Layout
 from real_fast.attention.sdpa import masked_attention, shared_prompt_attention
 from real_fast.attention.support import check_span, enable
 from real_fast.errors import ConfigError, SharedPromptError
-
-CPU = torch.device("cpu")
-GROUPS = ((7, (3, 0, 5)), (4, (2, 6, 1)), (3, ()), (1, (1,)))
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 0.05}
-
-
-def states(tokens, dtype, heads=6, kv_heads=2, size=16, device="cpu", seed=0):
-    """Queries, keys and values as a model makes them: [1, T, H, Dh] transposed."""
-    g = torch.Generator().manual_seed(seed)
-    made = [torch.randn(1, tokens, h, size, generator=g, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
-    return [x.to(device, dtype).transpose(1, 2).requires_grad_() for x in made]
-
-
-def dense(layout, query, key, value, scale, window):
-    """Attention with the layout's mask, in float64."""
-    mask = layout.mask(window).to(query.device)
-    return scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=mask, scale=scale, enable_gqa=True
-    )
-
-
-def gradients(out, inputs, seed=1):
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.autograd.grad(out, inputs, upstream.to(out.device, out.dtype))
-
-
-def check(got, want, dtype):
-    torch.testing.assert_close(got.double(), want.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+from tests.attention.dense import CPU, GROUPS, TOLERANCE, check, dense, gradients, states
 
 
 def test_the_mask_says_what_separate_sequences_say():

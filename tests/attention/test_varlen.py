@@ -11,8 +11,8 @@ from real_fast.attention import flash
 from real_fast.attention.key_copies import KeyCopies
 from real_fast.attention.layout import Layout
 from real_fast.attention.varlen import VarlenAttention
+from tests.attention.dense import CPU, GROUPS, check, dense, gradients, states
 from tests.attention.plain_flash import plain_flash
-from tests.attention.test_attention import CPU, GROUPS, check, dense, gradients, states
 
 
 @pytest.fixture(autouse=True)

@@ -80,6 +80,7 @@ class SamplingParams:
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
         alone: Every prompt is sampled as the first of a call is, so that its samples do not depend on the others.
         scores: Whether somebody reads the score log-probabilities; without, an engine may leave them out.
+        texts: Whether somebody reads the rollouts' texts; without, an engine leaves them out.
         places: The prompts' places, where a call gets some of the prompts of a larger one; None for 0, 1, 2, ...
     """
 
@@ -91,6 +92,7 @@ class SamplingParams:
     seed: int = 0
     alone: bool = False
     scores: bool = True
+    texts: bool = True
     places: tuple[int, ...] | None = None
 
     def place(self, prompt: int) -> int:
@@ -120,7 +122,7 @@ class Rollout:
         score_logprobs: K log-probabilities of the score tokens (full softmax, temperature 1), or None where a
             generated answer has no score or the engine was not asked for them.
         written_score: The score that the model wrote itself after its own phrase, or None.
-        text: ``context_ids`` decoded, for people to read.
+        text: ``context_ids`` decoded, for people to read; empty where the engine was not asked for it.
         ending: Of a given answer, the score's token and the one that ends the answer behind it, which is a target; None
             where there is none. Both stand behind the score's place, and the first is input.
         outcome: Place on the scale of a score drawn from the distribution, K for anything off the scale; None where

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from real_fast.attention.layout import Layout
@@ -77,7 +76,7 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         rows=rows,
         targets=flat(r.targets for _, r in pairs),
         sampled_logprobs=flat(
-            (part for _, r in pairs for part in (r.sampled_logprobs, (0.0,) * (r.ending is not None))), np.float64
+            (part for _, r in pairs for part in (r.sampled_logprobs, (0.0,) * (r.ending is not None))), torch.float64
         ),
         rollout=torch.repeat_interleave(torch.arange(len(pairs)), n),
         score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),

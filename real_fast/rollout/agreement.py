@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from real_fast.config import RolloutConfig
@@ -121,11 +120,11 @@ def compare(
     scored = [i for i, r in enumerate(rollouts) if r.score_logprobs is not None and trainer_scores[i] is not None]
     _check_lengths(rollouts, trainer_logprobs, trainer_scores, scored, len(scale.values), mask)
     # All tokens at once: a tensor operation on a rollout's few hundred takes as long as one on all of them.
-    mine = flat((r.sampled_logprobs for r in rollouts), np.float64)
+    mine = flat((r.sampled_logprobs for r in rollouts), torch.float64)
     token_gaps = (mine - _flat(trainer_logprobs).double()).abs()
     if mask is not None:
         token_gaps = token_gaps[_flat(mask).bool()]
-    mine = flat((rollouts[i].score_logprobs or () for i in scored), np.float64)
+    mine = flat((rollouts[i].score_logprobs or () for i in scored), torch.float64)
     theirs = _flat([trainer_scores[i] for i in scored]).double()
     values = torch.tensor(scale.values, dtype=torch.float64)
     score_gaps = ((mine.exp() - theirs.exp()).reshape(-1, len(values)) @ values).abs() / scale.span
@@ -197,7 +196,7 @@ def _flat(rows: Sequence[Row | None]) -> torch.Tensor:
     tensors = [row for row in rows if isinstance(row, torch.Tensor)]
     if tensors and len(tensors) == len(rows):
         return torch.cat(tensors).detach().cpu()
-    return flat((row.tolist() if isinstance(row, torch.Tensor) else row or () for row in rows), np.float64)
+    return flat((row.tolist() if isinstance(row, torch.Tensor) else row or () for row in rows), torch.float64)
 
 
 def _mean_and_max(gaps: torch.Tensor) -> tuple[float, float]:

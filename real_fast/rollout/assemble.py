@@ -64,8 +64,12 @@ def build_rollout(
     logprobs: Sequence[float],
     parsed: Parsed,
     score_logprobs: list[float] | None,
+    texts: bool = True,
 ) -> Rollout:
-    """Put a rollout together from the sampled `ids`, a log-probability of each, and what :func:`parse_sample` says."""
+    """Put a rollout together from the sampled `ids`, a log-probability of each, and what :func:`parse_sample` says.
+
+    `texts`: see :class:`SamplingParams`.
+    """
     if len(ids) != len(logprobs):
         raise RuntimeError(f"the engine returned {len(ids)} sampled ids and {len(logprobs)} log-probabilities")
     return Rollout(
@@ -77,5 +81,5 @@ def build_rollout(
         score_logprobs=score_logprobs,
         unread=parsed.has_score and score_logprobs is None,
         written_score=parsed.written_score,
-        text=finder.decode(parsed.context_ids),
+        text=finder.decode(parsed.context_ids) if texts else "",
     )

@@ -105,13 +105,15 @@ class PhraseFinder:
 
     def ending(self, ids: Sequence[int], text: str) -> int | None:
         """Fewest of the `ids` whose text is `text`; None where none ends there."""
-        tokens = self.spelling.shortest(ids, text)
-        return tokens if self.decode(ids[:tokens]) == text else None
+        tokens, exactly = self.spelling.shortest(ids, text)
+        return tokens if exactly else None
 
     def feedback(self, ids: Sequence[int], text: str) -> int:
         """Number of tokens of a feedback: `text`, the beginning of what `ids` spell."""
         feedback = text.rstrip()
-        tokens = self.spelling.shortest(ids, feedback)
+        tokens, exactly = self.spelling.shortest(ids, feedback)
+        if exactly:
+            return tokens
         return tokens if self.decode(ids[:tokens]).rstrip() == feedback else tokens - 1
 
     def phrase_from(self, ids: Sequence[int], feedback: str) -> tuple[int, int]:
@@ -151,7 +153,7 @@ def parse_sample(
     if answer == "none":
         appended = [*finder.closing("", thought), *scale.phrase_ids]
         return Parsed(0, appended, len(appended), "phrase", True, None)
-    stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+    stop = None if eos_ids.isdisjoint(ids) else next(i for i, token in enumerate(ids) if token in eos_ids)
     body = list(ids[:stop])
     num_actions = len(ids) if stop is None else stop + 1
     finish: Finish = "length" if stop is None else "eos"

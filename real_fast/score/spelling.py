@@ -26,20 +26,23 @@ class Spelling:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._pieces = _Pieces(tokenizer.backend_tokenizer) if _is_byte_level(tokenizer) else None
+        self._read: tuple[list[int], list[bytes], bytes] = [], [], b""
 
     def text(self, ids: Sequence[int]) -> str:
         """What `ids` spell."""
         if self._pieces is not None:
-            return b"".join(map(self._pieces.__getitem__, ids)).decode("utf-8", "replace")
+            return self._bytes(self._pieces, ids)[1].decode("utf-8", "replace")
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def shortest(self, ids: Sequence[int], text: str) -> int:
-        """Fewest of the `ids` whose text begins with `text`; all of them where that of none does."""
+    def shortest(self, ids: Sequence[int], text: str) -> tuple[int, bool]:
+        """Fewest of the `ids` whose text begins with `text`, and whether it is `text`; all where that of none does."""
         if self._pieces is not None and _UNREADABLE not in text:
-            pieces, wanted = [self._pieces[token] for token in ids], text.encode()
-            if not b"".join(pieces).startswith(wanted):
-                return len(ids)
-            return bisect_left([0, *accumulate(map(len, pieces))], len(wanted))
+            (pieces, whole), wanted = self._bytes(self._pieces, ids), text.encode()
+            if not whole.startswith(wanted):
+                return len(ids), False
+            ends = [0, *accumulate(map(len, pieces))]
+            tokens = bisect_left(ends, len(wanted))
+            return tokens, ends[tokens] == len(wanted)
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
@@ -47,7 +50,15 @@ class Spelling:
                 high = middle
             else:
                 low = middle + 1
-        return low
+        return low, self.text(ids[:low]) == text
+
+    def _bytes(self, pieces: _Pieces, ids: Sequence[int]) -> tuple[list[bytes], bytes]:
+        """Of each token, and all of them; the last ones are remembered, as a text is looked at several times."""
+        read = self._read  # another thread may put its own there meanwhile
+        if read[0] != ids:
+            found = list(map(pieces.__getitem__, ids))
+            self._read = read = list(ids), found, b"".join(found)
+        return read[1:]
 
 
 class _Pieces(dict[int, bytes]):

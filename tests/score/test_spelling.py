@@ -45,10 +45,13 @@ def test_texts_are_the_tokenizers_own(family: str, vocabulary: Callable[[str], A
         assert spelling.text(ids) == text
         for part in (text[: draw.randrange(len(text) + 1)], text + "?", "other"):
             fewest = [m for m in range(len(ids)) if decoded(tokenizer, ids[:m]).startswith(part)]
-            assert spelling.shortest(ids, part) == (fewest[0] if fewest else len(ids))
+            want = fewest[0] if fewest else len(ids)
+            assert spelling.shortest(ids, part) == (want, decoded(tokenizer, ids[:want]) == part)
 
 
 PIECES = (
+    "   ",
+    " >",
     "So the score is",
     "\n",
     ">",

@@ -60,9 +60,10 @@ PROMPTS, K, P, R = 256, 8, 1200, 250
 BUDGET = 25_600
 STEPS = 5
 VOCABULARY = 151_936
-MODEL = "model"  # the part of what a real run would not spend on the host
+MODEL = "model"  # what a real run does not spend on the host
+ENGINE = "rollouts put together"
 PARTS = (
-    "rollouts put together",
+    ENGINE,
     "rollouts checked",
     "counted",
     "packed",
@@ -213,7 +214,7 @@ class HostStep(Trainer):
     def places(self) -> tuple[tuple[Any, str, str], ...]:
         """Whose calls are which part."""
         return (
-            (self.engine, "generate", "rollouts put together"),
+            (self.engine, "generate", ENGINE),
             (policy_gradient, "sample", "rollouts checked"),
             (UpdateCounts, "of", "counted"),
             (self.updater, "micro_batches", "packed"),

@@ -137,9 +137,9 @@ class Trainer:
                         out = self.policy(batch, self.method.loss(counts, old[i], compare and iteration == 0))
                         out.loss.backward()
                     old[i] = metrics.add(batch, out, iteration)
-                if iteration == 0 and self.method.uses_rollouts:
+                if compare and iteration == 0:  # elsewhere the metrics do it, when nothing waits for them
                     gap = metrics.compare_engine()
-                    if compare and metrics.finite:
+                    if metrics.finite:
                         self.groups.check(gap, self.config.rollout, self.state.step)
             self.updater.step()  # clip, skip what is not finite, optimiser, schedule
 

@@ -80,6 +80,7 @@ class SamplingParams:
         seed: Every sample is a function of (seed, prompt's place, sample's place), so a resumed run repeats it.
         alone: Every prompt is sampled as the first of a call is, so that its samples do not depend on the others.
         scores: Whether somebody reads the score log-probabilities; without, an engine may leave them out.
+        texts: Whether somebody reads the rollouts' texts; without, an engine leaves them out.
         places: The prompts' places, where a call gets some of the prompts of a larger one; None for 0, 1, 2, ...
     """
 
@@ -91,6 +92,7 @@ class SamplingParams:
     seed: int = 0
     alone: bool = False
     scores: bool = True
+    texts: bool = True
     places: tuple[int, ...] | None = None
 
     def place(self, prompt: int) -> int:
@@ -120,7 +122,7 @@ class Rollout:
         score_logprobs: K log-probabilities of the score tokens (full softmax, temperature 1), or None where a
             generated answer has no score or the engine was not asked for them.
         written_score: The score that the model wrote itself after its own phrase, or None.
-        text: ``context_ids`` decoded, for people to read.
+        text: ``context_ids`` decoded, for people to read; empty where the engine was not asked for it.
         ending: Of a given answer, the score's token and the one that ends the answer behind it, which is a target; None
             where there is none. Both stand behind the score's place, and the first is input.
         outcome: Place on the scale of a score drawn from the distribution, K for anything off the scale; None where
@@ -143,12 +145,12 @@ class Rollout:
     @property
     def input_ids(self) -> list[int]:
         """What the model is given behind the prompt: the context, and the score where an end is learned behind it."""
-        return [*self.context_ids, *(self.ending or ())[:1]]
+        return self.context_ids if self.ending is None else [*self.context_ids, self.ending[0]]
 
     @property
     def targets(self) -> list[int]:
         """What it learns to write: the sampled (or given) tokens, and the end of an answer."""
-        return [*self.sampled_ids, *(self.ending or ())[1:]]
+        return self.sampled_ids if self.ending is None else [*self.sampled_ids, self.ending[1]]
 
     @property
     def has_score(self) -> bool:
@@ -210,7 +212,8 @@ class Batch:
         engine_score_logprobs: [M, K] float32, the engine's log-probabilities of the score tokens; 0 where there is no
             score (K is 0 where no rollout has one).
         outcome: [M] int64, the drawn score's place on the scale, K for off the scale, -1 where none was drawn.
-        ending: [N] bool, targets behind a score, which end a given answer.
+        endings: [E] int64, places in [N] of the targets behind a score, which end a given answer. How many there are is
+            known on the host, so that nobody has to ask the device.
         ref_logprobs: [N] float32, the reference policy's log-probabilities of `targets`, in nats; None where not
             asked for.
         placeholder: Whether it holds no group, and only keeps step with the micro-batches of other ranks.
@@ -230,7 +233,7 @@ class Batch:
     rollout_valid: torch.Tensor
     engine_score_logprobs: torch.Tensor
     outcome: torch.Tensor
-    ending: torch.Tensor
+    endings: torch.Tensor
     ref_logprobs: torch.Tensor | None = None
     placeholder: bool = False
 

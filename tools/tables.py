@@ -21,6 +21,7 @@ from benchmarks.record import read
 from tools import (
     benchmark_tables,
     experiment_tables,
+    host_tables,
     memory_tables,
     paper_tables,
     plan_headers,
@@ -65,6 +66,7 @@ def tables(root: Path) -> dict[str, str]:
         **run_tables.tables(root / "docs" / "results"),
         **benchmark_tables.tables(root / "benchmarks" / "results", root),
         **memory_tables.tables(root / "benchmarks" / "results"),
+        **host_tables.tables(root / "configs", root / "benchmarks" / "results"),
         **experiment_tables.tables(root / "experiments"),
         **scaling_tables.tables(root / "configs", root / "benchmarks" / "results"),
         **reliability_tables.tables(root / "docs"),

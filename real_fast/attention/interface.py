@@ -11,10 +11,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from real_fast.attention.flash import HAS_FLASH_ATTN
 from real_fast.attention.flex import FlexAttention
 from real_fast.attention.layout import Layout
 from real_fast.attention.sdpa import SdpaAttention
-from real_fast.attention.varlen import HAS_FLASH_ATTN, VarlenAttention
+from real_fast.attention.varlen import VarlenAttention
 from real_fast.errors import ConfigError, UnsupportedAttentionError
 
 Backend = Literal["sdpa", "varlen", "flex"]

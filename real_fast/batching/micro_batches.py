@@ -42,9 +42,10 @@ def micro_batches(
                 f"{need} tokens in one micro-batch, and train.micro_batch_tokens is {budget}: {REMEDY}"
             )
     if shared_prompt:
-        bins = balanced_bins([group.shared_tokens for group in groups], budget, ranks)
+        sizes = [group.shared_tokens for group in groups]
+        bins = balanced_bins(sizes, budget, ranks)
         parts = [[groups[i] for i in part] for part in bins]
-        loads = [sum(group.shared_tokens for group in part) for part in parts]
+        loads = [sum(sizes[i] for i in part) for part in bins]
     else:
         parts = _similar_lengths(groups, budget)
         parts += [[] for _ in range(-len(parts) % ranks)]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 
 from real_fast.attention.layout import Layout
 from real_fast.types import Batch, Group, Rollout
+from real_fast.utils.flat import flat
 
 
 def pack_batch(groups: Sequence[Group]) -> Batch:
     """One row: each group's prompt once, then its responses. No loop over tokens, no padding."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     layout = Layout.of_groups([(len(g.prompt_ids), [len(r.input_ids) for r in g.rollouts]) for g in groups])
-    ids = chain.from_iterable([p for g in groups for p in (g.prompt_ids, *(r.input_ids for r in g.rollouts))])
+    ids = flat(part for g in groups for part in (g.prompt_ids, *(r.input_ids for r in g.rollouts)))
     prompts = torch.tensor([len(g.prompt_ids) for g in groups])
     count = torch.tensor([len(g.rollouts) for g in groups])
     length = torch.tensor([len(r.input_ids) for r in rollouts])
@@ -26,7 +26,7 @@ def pack_batch(groups: Sequence[Group]) -> Batch:
     first = torch.repeat_interleave(count.cumsum(0) - count, count)  # each rollout's group's first rollout
     return _batch(
         groups,
-        input_ids=torch.tensor(list(ids), dtype=torch.int64)[None],
+        input_ids=ids[None],
         position_ids=layout.position_ids()[None],
         layout=layout,
         attention_mask=None,
@@ -42,7 +42,7 @@ def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
     input_ids = torch.full((len(pairs), width), pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(len(pairs), width, dtype=torch.int64)
     for i, (group, rollout) in enumerate(pairs):
-        ids = torch.tensor([*group.prompt_ids, *rollout.input_ids], dtype=torch.int64)
+        ids = flat([group.prompt_ids, rollout.input_ids])
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
     start = torch.arange(len(pairs)) * width + torch.tensor([len(group.prompt_ids) for group, _ in pairs])
@@ -62,23 +62,23 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]
     n = torch.tensor([len(rollout.targets) for _, rollout in pairs])
     ends = torch.tensor([rollout.ending is not None for _, rollout in pairs])
-    rollout = torch.repeat_interleave(torch.arange(len(pairs)), n)
-    place = torch.arange(len(rollout)) - (n.cumsum(0) - n)[rollout]
-    # A sampled token is predicted one position before it: the first one by the prompt's last token.
-    rows = torch.where(place == 0, prompt_end[rollout], response_start[rollout] + place - 1)
     length = torch.tensor([len(rollout.context_ids) for _, rollout in pairs])
+    last = n.cumsum(0) - 1
+    first = last + 1 - n
+    # A token is predicted one position before it: the first one by the prompt's last token.
+    rows = torch.arange(int(n.sum())) + torch.repeat_interleave(response_start - 1 - first, n)
+    rows[first[n > 0]] = prompt_end[n > 0]
     # The end of an answer is predicted by the score's token, which stands right behind the context.
-    ending = ends[rollout] & (place == n[rollout] - 1)
-    rows = torch.where(ending, (response_start + length)[rollout], rows)
+    endings = last[ends]
+    rows[endings] = (response_start + length)[ends]
     return Batch(
         **inputs,
         rows=rows,
-        targets=torch.tensor(list(chain.from_iterable(r.targets for _, r in pairs)), dtype=torch.int64),
-        sampled_logprobs=torch.tensor(
-            [x for _, r in pairs for x in (*r.sampled_logprobs, *[0.0] * (len(r.targets) - len(r.sampled_ids)))],
-            dtype=torch.float64,
+        targets=flat(r.targets for _, r in pairs),
+        sampled_logprobs=flat(
+            (part for _, r in pairs for part in (r.sampled_logprobs, (0.0,) * (r.ending is not None))), torch.float64
         ),
-        rollout=rollout,
+        rollout=torch.repeat_interleave(torch.arange(len(pairs)), n),
         score_rows=torch.where(length > 0, response_start + length - 1, prompt_end),
         labels=torch.tensor(
             [label for g in groups for label in g.labels or [g.label] * len(g.rollouts)], dtype=torch.float32
@@ -86,7 +86,7 @@ def _batch(groups: Sequence[Group], *, prompt_end: torch.Tensor, response_start:
         group=torch.tensor([group.index for group, _ in pairs]),
         rollout_valid=torch.tensor([rollout.has_score for _, rollout in pairs]),
         engine_score_logprobs=_engine_score_logprobs([rollout for _, rollout in pairs]),
-        ending=ending,
+        endings=endings,
         outcome=torch.tensor([-1 if rollout.outcome is None else rollout.outcome for _, rollout in pairs]),
         placeholder=groups[0].index < 0,
     )

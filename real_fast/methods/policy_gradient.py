@@ -145,6 +145,7 @@ class PolicyGradient(Method):
             answer=rollout.answer,
             seed=step_seed(self.config.seed, step),
             scores=compare or self.reads_engine_scores,
+            texts=False,  # those that are shown are decoded where they are shown
         )
         rollouts = sample(engine, [row.prompt_ids for row in rows], params, self.scale, [row.id for row in rows])
         return [

@@ -179,10 +179,11 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
             coefficients = torch.full(batch.targets.shape, -weights.feedback / count, device=device, dtype=dtype)
             text, logprobs = weighted_logprob(hidden[batch.rows], weight, batch.targets, coefficients, head=head)
             total, parts["feedback"] = total + text, text.detach()
-        elif weights.end and bool(batch.ending.any()):
-            rows, targets = batch.rows[batch.ending], batch.targets[batch.ending]
+        elif weights.end and len(batch.endings):
+            rows, targets = batch.rows[batch.endings], batch.targets[batch.endings]
             coefficients = torch.full(targets.shape, -weights.end / counts.rollouts, device=device, dtype=dtype)
-            end, logprobs[batch.ending] = weighted_logprob(hidden[rows], weight, targets, coefficients, head=head)
+            end, found = weighted_logprob(hidden[rows], weight, targets, coefficients, head=head)
+            logprobs = logprobs.index_copy(0, batch.endings, found)
             total, parts["end"] = total + end, end.detach()
         if weights.score:
             q = label_weights(labels, values, validate=head.validate)
@@ -191,7 +192,9 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
         if weights.squared_error:
             squared = weights.squared_error * torch.where(valid, (y_hat - labels) ** 2, 0.0).sum() / counts.rollouts
             total, parts["squared_error"] = total + squared, squared.detach()
-        computed = batch.ending & bool(weights.end) | bool(weights.feedback)
+        computed = torch.full(batch.targets.shape, bool(weights.feedback), device=device)
+        if weights.end:
+            computed.index_fill_(0, batch.endings, True)
         return LossOutput(total, logp.detach(), y_hat.detach(), logprobs, computed, parts)
 
     return loss

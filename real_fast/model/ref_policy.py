@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from real_fast.model.lora import adapter_state, adapters_off, change_nothing, ot
 from real_fast.model.policy import Policy
 from real_fast.model.precision import rounded_weights
 from real_fast.model.sharded import frozen_copy_of_spread
+from real_fast.model.waiting import Waiting
 from real_fast.runs.checkpoint import open_tensors, save_tensors
 from real_fast.types import Batch
 from real_kernels import HeadOptions, linear_logprob
@@ -39,51 +41,42 @@ class RefPolicy:
 
     def __init__(self, policy: Policy, temperature: float, resident: bool) -> None:
         self.temperature = temperature
-        self.device = policy.device
-        self.home = self.device if resident else torch.device("cpu")
-        self.away: list[torch.Tensor] = []
+        device = policy.device
+        moves = not resident and device.type != "cpu"
         if policy.spread is None:
-            self.policy = frozen_copy(policy, self.home)
+            self.policy = frozen_copy(policy, torch.device("cpu") if moves else device)
         else:
             self.policy = frozen_copy_of_spread(policy)
-            self._leave()
+        self.waiting = Waiting(self._tensors, device, policy.spread is not None) if moves else None
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """What moves: of a spread policy, this rank's slices."""
+        if self.policy.spread is None:
+            return [*self.policy.parameters(), *self.policy.buffers()]
+        return [local(parameter) for parameter in self.policy.parameters()]
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """[N] log-probabilities of each micro-batch's sampled tokens, by one forward pass without gradients each."""
+        with self._there():
+            return [self.policy(batch, _of_targets(self.temperature)) for batch in batches]
 
-        self._come()
-        found = [self.policy(batch, _of_targets(self.temperature)) for batch in batches]
-        self._leave()
-        return found
-
-    def _come(self) -> None:
-        """To the device that it computes on."""
-        if self.policy.spread is None:
-            self.policy.to(self.device)
-        for part, kept in zip(self._slices() if self.away else (), self.away, strict=True):
-            part.untyped_storage().resize_(len(kept))
-            _bytes_of(part).copy_(kept)
-        self.away = []
-
-    def _leave(self) -> None:
-        """To where it waits. FSDP2 keeps hold of a rank's slices, so their memory alone is given back."""
-        if self.policy.spread is None:
-            self.policy.to(self.home)
-        elif self.home != self.device:
-            for part in self._slices():
-                self.away.append(_bytes_of(part).to("cpu", copy=True))
-                part.untyped_storage().resize_(0)
-
-    def _slices(self) -> list[torch.Tensor]:
-        return [local(parameter) for parameter in self.policy.parameters()]
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """Inside, it is on the device that it computes on."""
+        if self.waiting is not None:
+            self.waiting.come()
+        try:
+            yield
+        finally:
+            if self.waiting is not None:
+                self.waiting.leave()
 
     def save(self, run: Path, world: World = ALONE) -> None:
         """Write the weights into a run's folder; all ranks call this. Raises :class:`CheckpointError`."""
-        self._come()
-        tensors = ((name, whole(parameter)) for name, parameter in self.policy.model.named_parameters())
-        save_tensors(run / FOLDER, tensors, world)
-        self._leave()
+        with self._there():
+            tensors = ((name, whole(parameter)) for name, parameter in self.policy.model.named_parameters())
+            save_tensors(run / FOLDER, tensors, world)
 
     @torch.no_grad()
     def load(self, run: Path, check: bool = True) -> None:
@@ -96,16 +89,12 @@ class RefPolicy:
         Raises:
             CheckpointError: There are none, or they are another model's.
         """
-        self._come()
-        own = dict(self.policy.model.named_parameters())
-        for name, tensor in _read(run, own, check).items():
-            local(own[name]).copy_(tensor)
-        self._leave()
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor's storage."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        with self._there():
+            own = dict(self.policy.model.named_parameters())
+            for name, tensor in _read(run, own, check).items():
+                local(own[name]).copy_(tensor)
+            if self.waiting is not None:
+                self.waiting.keep()
 
 
 class RefAdapters:

@@ -17,6 +17,9 @@ from real_fast.config import RolloutConfig
 from real_fast.errors import EngineMismatchError
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout
+from real_fast.utils.flat import flat
+
+Row = torch.Tensor | Sequence[float]
 
 # Largest mean differences of a log-probability and of an expected score that are put down to rounding, by what the
 # engine computes in. Measured with SmolLM2-135M on two kinds of CPU: see docs/rollouts.md.
@@ -90,10 +93,10 @@ class EngineGap:
 
 def compare(
     rollouts: Sequence[Rollout],
-    trainer_logprobs: Sequence[torch.Tensor | Sequence[float]],
-    trainer_scores: Sequence[torch.Tensor | Sequence[float] | None],
+    trainer_logprobs: Sequence[Row],
+    trainer_scores: Sequence[Row | None],
     scale: ScoreScale,
-    mask: Sequence[torch.Tensor | Sequence[bool]] | None = None,
+    mask: Sequence[Row] | None = None,
 ) -> EngineGap:
     """Compare what the engine reported with what the trainer computed for the same rollouts.
 
@@ -108,35 +111,46 @@ def compare(
     Raises:
         ValueError: Numbers of rollouts, tokens or scores that do not belong together.
     """
-    kept = [[True] * len(r.sampled_ids) for r in rollouts] if mask is None else mask
-    if not len(rollouts) == len(trainer_logprobs) == len(trainer_scores) == len(kept):
+    counts = {len(rollouts), len(trainer_logprobs), len(trainer_scores), len(rollouts if mask is None else mask)}
+    if len(counts) > 1:
         raise ValueError(
             f"{len(rollouts)} rollouts, {len(trainer_logprobs)} rows of log-probabilities, {len(trainer_scores)} of "
-            f"scores and {len(kept)} of the mask: there must be one for each rollout"
+            f"scores and {len(rollouts if mask is None else mask)} of the mask: there must be one for each rollout"
         )
+    scored = [i for i, r in enumerate(rollouts) if r.score_logprobs is not None and trainer_scores[i] is not None]
+    _check_lengths(rollouts, trainer_logprobs, trainer_scores, scored, len(scale.values), mask)
+    # All tokens at once: a tensor operation on a rollout's few hundred takes as long as one on all of them.
+    mine = flat((r.sampled_logprobs for r in rollouts), torch.float64)
+    token_gaps = (mine - _flat(trainer_logprobs).double()).abs()
+    if mask is not None:
+        token_gaps = token_gaps[_flat(mask).bool()]
+    mine = flat((rollouts[i].score_logprobs or () for i in scored), torch.float64)
+    theirs = _flat([trainer_scores[i] for i in scored]).double()
     values = torch.tensor(scale.values, dtype=torch.float64)
-    token_gaps: list[torch.Tensor] = []
-    score_gaps: list[torch.Tensor] = []
-    for i, (rollout, logprobs, scores, keep) in enumerate(
-        zip(rollouts, trainer_logprobs, trainer_scores, kept, strict=True)
-    ):
-        mine, theirs, chosen = _vector(rollout.sampled_logprobs), _vector(logprobs), torch.as_tensor(keep).bool().cpu()
-        if not mine.shape == theirs.shape == chosen.shape:
+    score_gaps = ((mine.exp() - theirs.exp()).reshape(-1, len(values)) @ values).abs() / scale.span
+    return EngineGap(len(token_gaps), *_mean_and_max(token_gaps), len(score_gaps), *_mean_and_max(score_gaps))
+
+
+def _check_lengths(
+    rollouts: Sequence[Rollout],
+    logprobs: Sequence[Row],
+    scores: Sequence[Row | None],
+    scored: Sequence[int],
+    values: int,
+    mask: Sequence[Row] | None,
+) -> None:
+    """Raise :class:`ValueError` for the first rollout whose numbers are not as many as its tokens, or as the scores."""
+    with_score = set(scored)
+    for i, (rollout, theirs) in enumerate(zip(rollouts, logprobs, strict=True)):
+        n, chosen = len(rollout.sampled_logprobs), len(rollout.sampled_logprobs if mask is None else mask[i])
+        if not n == len(theirs) == chosen:
             raise ValueError(
-                f"rollout {i} has {len(mine)} sampled tokens, and the trainer's log-probabilities {len(theirs)}, the "
-                f"mask {len(chosen)}"
+                f"rollout {i} has {n} sampled tokens, and the trainer's log-probabilities {len(theirs)}, the mask "
+                f"{chosen}"
             )
-        token_gaps.append((mine - theirs)[chosen].abs())
-        if rollout.score_logprobs is not None and scores is not None:
-            mine, theirs = _vector(rollout.score_logprobs), _vector(scores)
-            if not mine.shape == theirs.shape == values.shape:
-                raise ValueError(
-                    f"rollout {i}: {len(mine)} and {len(theirs)} score log-probabilities for {len(values)} scores"
-                )
-            score_gaps.append(((mine.exp() - theirs.exp()) @ values).abs().reshape(1) / scale.span)
-    token_mean, token_max = _mean_and_max(token_gaps)
-    score_mean, score_max = _mean_and_max(score_gaps)
-    return EngineGap(sum(map(len, token_gaps)), token_mean, token_max, len(score_gaps), score_mean, score_max)
+        mine, other = rollout.score_logprobs, scores[i]
+        if i in with_score and mine is not None and other is not None and not len(mine) == len(other) == values:
+            raise ValueError(f"rollout {i}: {len(mine)} and {len(other)} score log-probabilities for {values} scores")
 
 
 def trainer_logprobs_of(
@@ -177,10 +191,13 @@ def trainer_logprobs_of(
     return logprobs, scores
 
 
-def _vector(numbers: torch.Tensor | Sequence[float]) -> torch.Tensor:
-    return torch.as_tensor(numbers).detach().to("cpu", torch.float64).reshape(-1)
+def _flat(rows: Sequence[Row | None]) -> torch.Tensor:
+    """[sum of lengths] in their dtype, float64 for lists; on the CPU, by one copy from the device."""
+    tensors = [row for row in rows if isinstance(row, torch.Tensor)]
+    if tensors and len(tensors) == len(rows):
+        return torch.cat(tensors).detach().cpu()
+    return flat((row.tolist() if isinstance(row, torch.Tensor) else row or () for row in rows), torch.float64)
 
 
-def _mean_and_max(gaps: list[torch.Tensor]) -> tuple[float, float]:
-    flat = torch.cat(gaps) if gaps else torch.zeros(0)
-    return (float(flat.mean()), float(flat.max())) if flat.numel() else (0.0, 0.0)
+def _mean_and_max(gaps: torch.Tensor) -> tuple[float, float]:
+    return (float(gaps.mean()), float(gaps.max())) if len(gaps) else (0.0, 0.0)

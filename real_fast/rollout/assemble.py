@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from real_fast.score.phrase import Parsed
+from real_fast.score.phrase import Parsed, PhraseFinder
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
 
@@ -59,9 +59,17 @@ def check_prompts(
 
 
 def build_rollout(
-    tokenizer: Any, ids: Sequence[int], logprobs: Sequence[float], parsed: Parsed, score_logprobs: list[float] | None
+    finder: PhraseFinder,
+    ids: Sequence[int],
+    logprobs: Sequence[float],
+    parsed: Parsed,
+    score_logprobs: list[float] | None,
+    texts: bool = True,
 ) -> Rollout:
-    """Put a rollout together from the sampled `ids`, a log-probability of each, and what :func:`parse_sample` says."""
+    """Put a rollout together from the sampled `ids`, a log-probability of each, and what :func:`parse_sample` says.
+
+    `texts`: see :class:`SamplingParams`.
+    """
     if len(ids) != len(logprobs):
         raise RuntimeError(f"the engine returned {len(ids)} sampled ids and {len(logprobs)} log-probabilities")
     return Rollout(
@@ -73,5 +81,5 @@ def build_rollout(
         score_logprobs=score_logprobs,
         unread=parsed.has_score and score_logprobs is None,
         written_score=parsed.written_score,
-        text=str(tokenizer.decode(parsed.context_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)),
+        text=finder.decode(parsed.context_ids) if texts else "",
     )

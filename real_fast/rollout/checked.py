@@ -144,7 +144,9 @@ def _check(
 def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int) -> str:
     """What is wrong with the sampled tokens, or ""."""
     ids, context, text = r.sampled_ids, r.context_ids, sampling.answer in ("forced", "generated")
-    for some in (ids, context):
+    kept = len(context) - r.n_forced
+    same = kept >= 0 and ids[:kept] == context[:kept]
+    for some in (ids, context[kept:] if same else context):
         if some and not 0 <= min(some) <= max(some) < vocabulary:
             wrong = next(token for token in some if not 0 <= token < vocabulary)
             return f"the token id {wrong}, and the model has the ids 0 to {vocabulary - 1}"
@@ -157,8 +159,7 @@ def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int) -> str:
     # It goes on until the verdict, the end or the limit; one that an engine dropped on the way does not.
     if text and r.finish == "length" and r.written_score is None and len(ids) < sampling.max_tokens:
         return f"it breaks off after {len(ids)} of {sampling.max_tokens} tokens, with neither an end nor a verdict"
-    kept = len(context) - r.n_forced
-    if kept < 0 or ids[:kept] != context[:kept] or len(ids) - kept not in (0, 1):
+    if not same or len(ids) - kept not in (0, 1):
         return "the sampled tokens are not those that the score's context begins with"
     if ids and not math.isfinite(sum(r.sampled_logprobs)):
         return "a sampled token's log-probability is not finite"

@@ -123,7 +123,7 @@ class TransformersEngine:
                     for s in self._decode(batch, samples, sampling):
                         assert s.parsed is not None
                         results[s.place].append(
-                            build_rollout(self.tokenizer, s.ids, s.logprobs, s.parsed, s.score_logprobs)
+                            build_rollout(self.finder, s.ids, s.logprobs, s.parsed, s.score_logprobs, sampling.texts)
                         )
         return results
 

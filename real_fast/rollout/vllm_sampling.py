@@ -131,7 +131,7 @@ class VllmSampling(ABC):
             scores[i] = self._score(flat, flat.start_indices[0], flat.end_indices[0])
         results: list[list[Rollout]] = [[] for _ in prompts]
         for s, p, score in zip(samples, parsed, scores, strict=True):
-            results[s.place].append(build_rollout(self.tokenizer, s.ids, s.logprobs, p, score))
+            results[s.place].append(build_rollout(self.finder, s.ids, s.logprobs, p, score, sampling.texts))
         greedy = sampling.temperature == 0  # vLLM refuses to give the same text more than once
         return [[copy.deepcopy(group[0]) for _ in range(sampling.n)] for group in results] if greedy else results
 

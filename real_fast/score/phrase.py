@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from real_fast.score.scale import ScoreScale
+from real_fast.score.spelling import Spelling
 from real_fast.score.verdict import Place, Written, phrases_outside, thought_cut_off, thought_left_open, written_behind
 from real_fast.types import AnswerMode, Finish
 
@@ -28,7 +29,7 @@ class PhraseFinder:
     """Finds the phrase in sampled ids by decoding them, whatever tokens spell it, and never changes an id."""
 
     def __init__(self, tokenizer: Any, scale: ScoreScale) -> None:
-        self.tokenizer = tokenizer
+        self.spelling = Spelling(tokenizer)
         self.scale = scale
         self.phrase = scale.phrase.strip()
         self._stem = self.phrase + scale.held
@@ -88,7 +89,7 @@ class PhraseFinder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled ids, special tokens included."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self.spelling.text(ids)
 
     def places(self, ids: Sequence[int], text: str, thought: str = "") -> Iterator[Place]:
         """Verdicts' places in `text`, which is that of `ids`, but for tokens that make another word of the phrase."""
@@ -104,25 +105,16 @@ class PhraseFinder:
 
     def ending(self, ids: Sequence[int], text: str) -> int | None:
         """Fewest of the `ids` whose text is `text`; None where none ends there."""
-        tokens = self._shortest(ids, text)
-        return tokens if self.decode(ids[:tokens]) == text else None
+        tokens, exactly = self.spelling.shortest(ids, text)
+        return tokens if exactly else None
 
     def feedback(self, ids: Sequence[int], text: str) -> int:
         """Number of tokens of a feedback: `text`, the beginning of what `ids` spell."""
         feedback = text.rstrip()
-        tokens = self._shortest(ids, feedback)
+        tokens, exactly = self.spelling.shortest(ids, feedback)
+        if exactly:
+            return tokens
         return tokens if self.decode(ids[:tokens]).rstrip() == feedback else tokens - 1
-
-    def _shortest(self, ids: Sequence[int], text: str) -> int:
-        """Fewest of the `ids` whose text goes up to the end of `text`."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if self.decode(ids[:middle]).startswith(text):
-                high = middle
-            else:
-                low = middle + 1
-        return low
 
     def phrase_from(self, ids: Sequence[int], feedback: str) -> tuple[int, int]:
         """How the context goes on behind a feedback: ``ids[:kept] + phrase_ids[own:]``, as much as possible of `ids`.
@@ -161,7 +153,7 @@ def parse_sample(
     if answer == "none":
         appended = [*finder.closing("", thought), *scale.phrase_ids]
         return Parsed(0, appended, len(appended), "phrase", True, None)
-    stop = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+    stop = None if eos_ids.isdisjoint(ids) else next(i for i, token in enumerate(ids) if token in eos_ids)
     body = list(ids[:stop])
     num_actions = len(ids) if stop is None else stop + 1
     finish: Finish = "length" if stop is None else "eos"

@@ -12,6 +12,7 @@ from functools import cache
 
 from real_fast.score.ending import THOUGHTS
 
+_MARGIN = re.compile(r"[ \t]{0,3}")
 _QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”", "„": "“", "«": "»", "‘": "’"}
 
 
@@ -102,8 +103,9 @@ def _scan(text: str, phrase: str, thought: str) -> tuple[list[Place], str, bool]
                 waiting, closing, certain = [], "", False
         elif mark in THOUGHTS:
             closing, certain = THOUGHTS[mark], at <= first
-        elif mark.endswith(">") and mark not in THOUGHTS.values():
-            closing, certain = "\n", True
+        elif mark == ">":
+            if _MARGIN.fullmatch(text, text.rfind("\n", 0, at) + 1, at):  # a quoted line
+                closing, certain = "\n", True
         elif mark in _QUOTES and not text[at - 1 : at].isalnum() and not text[at + 1 : at + 2].isspace():
             closing, certain = _QUOTES[mark], False
     if not certain:
@@ -115,7 +117,8 @@ def _scan(text: str, phrase: str, thought: str) -> tuple[list[Place], str, bool]
 def _marks(phrase: str) -> re.Pattern[str]:
     """Whatever :func:`phrases_outside` stops at; the phrase first, since it may begin with a mark itself."""
     marks = [*THOUGHTS, *THOUGHTS.values(), *sorted({*_QUOTES, *_QUOTES.values()}), "\n"]
-    return re.compile("|".join([re.escape(phrase), *map(re.escape, marks), r"^[ \t]{0,3}>"]), re.M)
+    # Each begins with a letter of its own, which lets the search skip what begins with none of them.
+    return re.compile("|".join(map(re.escape, [phrase, *marks, ">"])))
 
 
 def written_behind(text: str, at: int, space: str, texts: Sequence[str]) -> Written:

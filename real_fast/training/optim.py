@@ -58,7 +58,7 @@ def clip_and_step(
     if world.size > 1:
         _add_up(model, world)
     trained = [p for p in model.parameters() if p.grad is not None]
-    # Asked for once: the host waits for the device here.
+    # The one wait of an update.
     norm = float(whole(nn.utils.clip_grad_norm_(trained, max_grad_norm or float("inf"))))
     finite = world.all(math.isfinite(norm))
     if finite:

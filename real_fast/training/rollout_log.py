@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from real_fast.score.scale import ScoreScale
+from real_fast.score.spelling import Spelling
 from real_fast.training.step_metrics import StepMetrics
 
 
@@ -20,7 +21,7 @@ def rollout_lines(
         step: Updates done, this one included.
         prompts: How many prompts.
         scale: The score scale.
-        tokenizer: Decodes given answers, which have no text of their own.
+        tokenizer: Decodes what has no text of its own: given answers, and what the trainer sampled.
 
     Yields:
         step, id (of the row), rollout (its place among the prompt's), text, finish, forced_tokens, label,
@@ -30,6 +31,7 @@ def rollout_lines(
     if not prompts:
         return
     place: Counter[int] = Counter()
+    spelling = Spelling(tokenizer)
     found = []
     for batch, out in metrics.batches:
         p = out.score_logprobs.float().exp().cpu()
@@ -55,7 +57,7 @@ def rollout_lines(
                     "step": step,
                     "id": group.row_id,
                     "rollout": number,
-                    "text": rollout.text or tokenizer.decode(rollout.context_ids),
+                    "text": rollout.text or spelling.text(rollout.context_ids),
                     "finish": rollout.finish,
                     "forced_tokens": rollout.n_forced,
                     **values,

@@ -79,7 +79,7 @@ class StepMetrics:
     def finite(self) -> bool:
         """Whether every micro-batch's loss is a number."""
         self._exchange()
-        return all(bool(torch.isfinite(out.loss)) for _, out in self.batches)
+        return bool(torch.stack([out.loss for _, out in self.batches]).isfinite().all())
 
     def add(self, batch: Batch, out: LossOutput, iteration: int) -> LossOutput:
         """Keep a micro-batch's small tensors; nothing is copied to the host yet.
@@ -164,7 +164,7 @@ class StepMetrics:
             found["kl"] = _mean(self.gather("kl"))
         if self.further:
             ratio = torch.cat([ratio for ratio, _ in self.further]).cpu()
-            clipped = sum(int(clipped.sum()) for _, clipped in self.further)
+            clipped = int(torch.cat([clipped for _, clipped in self.further]).sum())
             # A token whose advantage is 0 is never clipped, and counts all the same.
             tokens = sum(len(r.sampled_ids) for r in self.rollouts if r.has_score)
             iterations = len(self.further) // len(self.batches)
@@ -184,6 +184,8 @@ class StepMetrics:
     def result(self) -> dict[str, Any]:
         """One flat dictionary of numbers; a correlation that is not defined is None."""
         self._exchange()
+        if self.engine_gap is None and self.batches[0][1].rewards is not None:  # of rollouts: an engine sampled them
+            self.compare_engine()
         if self.world.size > 1:
             self.further = [one for some in self.world.gather(_on_cpu(self.further)) for one in some]
             self.weights = [one for some in self.world.gather(_on_cpu(self.weights)) for one in some]
@@ -199,7 +201,8 @@ class StepMetrics:
         finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
         agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
         tokens = sum(b.tokens for b, _ in self.batches)
-        padding = sum(int(b.padding) for b, _ in self.batches if b.padding is not None)
+        padded = [b.padding for b, _ in self.batches if b.padding is not None]
+        padding = int(torch.stack(padded).sum()) if padded else 0
         return {
             "loss": float(sum(out.loss for _, out in self.batches)),
             **{f"loss/{name}": self.part(name) for name in self.batches[0][1].parts},

@@ -77,21 +77,23 @@ def warm_up(
                 picked = order.batch(step * warmup.batch_size)
                 groups = [supervised_group(row, [i], n, encode_feedback, scale) for n, (row, i) in enumerate(picked)]
                 counts = UpdateCounts.of(groups)
-                loss = score_loss = 0.0
+                parts: list[torch.Tensor] = []
                 batches = updater.micro_batches(groups)
                 for i, batch in enumerate(batches):
                     with updater.accumulate(last=i == len(batches) - 1):
                         out = policy(batch, supervised_loss(SFT, scale, counts))
                         out.loss.backward()
-                    loss += float(out.loss.detach())
-                    score_loss += float(out.parts["score"]) * (counts.tokens + counts.rollouts) / counts.rollouts
-                loss, score_loss = map(sum, zip(*updater.world.gather((loss, score_loss)), strict=True))
+                    parts.append(torch.stack([out.loss.detach(), out.parts["score"]]))
                 lr = float(decay.get_last_lr()[0])
                 norm, stepped = clip_and_step(policy, optimizer, updater.optim.max_grad_norm, updater.world)
                 if stepped:
                     decay.step()
                     spikes.see(norm)
                 updater.idle.step(stepped)
+                # Behind the step, which waits for the device in any case.
+                found = [pair for some in updater.world.gather(torch.stack(parts).tolist()) for pair in some]
+                loss = sum(loss for loss, _ in found)
+                score_loss = sum(score * (counts.tokens + counts.rollouts) / counts.rollouts for _, score in found)
             log(
                 {
                     "phase": "warmup",

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 from transformers import models as hf
 
@@ -15,36 +14,8 @@ from real_fast.attention.interface import NAME, pick_backend, prepare, prepared_
 from real_fast.attention.layout import Layout
 from real_fast.attention.sdpa import masked_attention, shared_prompt_attention
 from real_fast.attention.support import check_span, enable
-from real_fast.attention.varlen import KeyCopies, VarlenAttention
 from real_fast.errors import ConfigError, SharedPromptError
-
-CPU = torch.device("cpu")
-GROUPS = ((7, (3, 0, 5)), (4, (2, 6, 1)), (3, ()), (1, (1,)))
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 0.05}
-
-
-def states(tokens, dtype, heads=6, kv_heads=2, size=16, device="cpu", seed=0):
-    """Queries, keys and values as a model makes them: [1, T, H, Dh] transposed."""
-    g = torch.Generator().manual_seed(seed)
-    made = [torch.randn(1, tokens, h, size, generator=g, dtype=torch.float64) for h in (heads, kv_heads, kv_heads)]
-    return [x.to(device, dtype).transpose(1, 2).requires_grad_() for x in made]
-
-
-def dense(layout, query, key, value, scale, window):
-    """Attention with the layout's mask, in float64."""
-    mask = layout.mask(window).to(query.device)
-    return scaled_dot_product_attention(
-        query.double(), key.double(), value.double(), attn_mask=mask, scale=scale, enable_gqa=True
-    )
-
-
-def gradients(out, inputs, seed=1):
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.autograd.grad(out, inputs, upstream.to(out.device, out.dtype))
-
-
-def check(got, want, dtype):
-    torch.testing.assert_close(got.double(), want.double(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+from tests.attention.dense import CPU, GROUPS, TOLERANCE, check, dense, gradients, states
 
 
 def test_the_mask_says_what_separate_sequences_say():
@@ -112,34 +83,6 @@ def test_flex_mask_and_forward(window):
     inputs = [x.detach() for x in states(layout.tokens, torch.float32)]
     with torch.no_grad():
         check(flex(*inputs, 0.3, window), dense(layout, *inputs, 0.3, window), torch.float32)
-
-
-def test_copies_of_keys_are_what_the_varlen_kernel_reads():
-    layout = Layout.of_groups(GROUPS)
-    varlen = VarlenAttention(layout, CPU)
-    keys = states(layout.tokens, torch.float64)[1][0].transpose(0, 1)
-    spread = varlen.copies.spread(keys)
-    segments = layout.segments.tolist()
-    assert varlen.cu_q.tolist()[-1] == layout.tokens and varlen.max_k == layout.longest
-    for i, (start, length, prompt, before) in enumerate(segments):
-        assert varlen.cu_q[i + 1] - varlen.cu_q[i] == length
-        want = torch.cat([keys[prompt : prompt + before], keys[start : start + length]])
-        assert torch.equal(spread[varlen.cu_k[i] : varlen.cu_k[i + 1]], want)
-    (mine,) = gradients(spread, [keys])
-    (theirs,) = gradients(keys[varlen.copies.source], [keys])
-    check(mine, theirs, torch.float64)
-
-
-def test_gradients_of_copied_keys_add_up_in_float32():
-    """In bf16, 256 + 1 is 256: adding 65 copies one by one would lose them all."""
-    layout = Layout.of_groups([(1, (1,) * 65)])
-    keys = torch.zeros(layout.tokens, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    copies = KeyCopies(layout, CPU)
-    upstream = torch.ones(len(copies.source), 1, 1, dtype=torch.bfloat16)
-    upstream[copies.own[0]] = 256
-    copies.spread(keys).backward(upstream)
-    assert keys.grad[0].item() == torch.tensor(256.0 + 65).bfloat16().item()
-    assert keys.grad[1:].eq(1).all()
 
 
 def tiny(family, **changes):

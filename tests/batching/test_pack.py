@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from random import Random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from real_fast.batching.pack import pack_batch, pad_batch
 from real_fast.model.policy import Policy
-from real_fast.types import Rollout
+from real_fast.types import Group, Rollout
+from tests.batching.plain_pack import plain_pack, plain_pad
 from tests.helpers import EOS, make_groups
 
 
@@ -50,3 +57,45 @@ def test_a_packed_row_spelled_out():
         assert batch.rows[mine].tolist() == [prompt_end, *range(start, start + n)][:n]
         assert int(batch.score_rows[i]) == (start + len(r.context_ids) - 1 if r.context_ids else prompt_end)
     assert batch.rollout_valid.tolist() == [r.has_score for r, *_ in rollouts]
+
+
+def rollouts_of(lengths, draw):
+    """Rollouts of (context, forced, sampled EOS, end behind the score, score)."""
+    made = []
+    for context, forced, eos, ends, score in lengths:
+        ids = [draw.randrange(3, 300) for _ in range(context)]
+        sampled = ids[: max(0, context - forced)] + [EOS] * eos
+        scores = [-draw.random() for _ in range(3)] if score else None
+        end, outcome = (7, EOS) if ends else None, draw.randrange(4) if score else None
+        logprobs = [-draw.random() for _ in sampled]
+        made.append(Rollout(sampled, logprobs, ids, forced, "eos", scores, None, ending=end, outcome=outcome))
+    return made
+
+
+rollout_shapes = st.tuples(st.integers(0, 6), st.integers(0, 2), st.booleans(), st.booleans(), st.booleans())
+
+
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(1, 9), st.booleans(), st.lists(rollout_shapes, min_size=1, max_size=4)),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 2**32),
+)
+def test_packing_equals_packing_token_by_token_to_the_last_bit(shapes, seed):
+    draw = Random(seed)
+    groups = []
+    for prompt, raters, lengths in shapes:
+        labels = [draw.uniform(1, 3) for _ in lengths] if raters else None
+        ids = [draw.randrange(3, 300) for _ in range(prompt)]
+        groups.append(Group(draw.randrange(100), ids, draw.uniform(1, 3), rollouts_of(lengths, draw), labels))
+    for got, want in ((pack_batch(groups), plain_pack(groups)), (pad_batch(groups, EOS), plain_pad(groups, EOS))):
+        for name, value in vars(want).items():
+            mine = getattr(got, name)
+            if name == "layout" and value is not None:
+                mine, value = mine.segments, value.segments
+            if isinstance(value, torch.Tensor):
+                assert mine.dtype == value.dtype and mine.shape == value.shape and torch.equal(mine, value), name
+            else:
+                assert mine == value, name

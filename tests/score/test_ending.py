@@ -112,8 +112,8 @@ def test_the_end_is_predicted_behind_the_score(picked: list[int], shared: bool) 
     for batch in micro_batches(groups, 10**6, 0, shared):
         flat = batch.input_ids.flatten()
         assert flat[batch.score_rows].tolist() == [SCALE.phrase_ids[-1]] * 2
-        assert flat[batch.rows[batch.ending]].tolist() == [SCALE.score_ids[1]] * 2
-        assert batch.targets[batch.ending].tolist() == [2, 2]
+        assert flat[batch.rows[batch.endings]].tolist() == [SCALE.score_ids[1]] * 2
+        assert batch.targets[batch.endings].tolist() == [2, 2]
         assert UpdateCounts.of(groups).tokens == len(batch.targets)
 
 

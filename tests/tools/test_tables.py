@@ -16,6 +16,8 @@ WHERE = {
     "quickstart": "README.md",
     "bench-step": "README.md docs/packing.md",
     "bench-sweep": "docs/packing.md",
+    "host-time": "docs/packing.md",
+    "host-cards": "docs/packing.md",
     "bench-plots": "docs/packing.md",
     "bench-rollout": "docs/rollouts.md",
     "bench-vllm": "docs/rollouts.md",

@@ -80,7 +80,7 @@ def forward(
             window_size_left=left, window_size_right=right, softcap=0.0, alibi_slopes=None, return_softmax=False,
         )  # fmt: skip
         return out, lse
-    # A causal window is no "causal" of PyTorch's operator, which varlen_attn calls in the same way.
+    # A causal window is no "causal" of PyTorch's operator.
     causal = pattern.causal and not pattern.window
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *segments, 0.0, causal, False, scale=pattern.scale, window_size_left=left, window_size_right=right

@@ -52,7 +52,7 @@ def pick_backend(wanted: str, device: torch.device, dtype: torch.dtype) -> Backe
 
 def describe(backend: Backend) -> str:
     """The kernel behind a backend, for people to read."""
-    varlen = "flash-attn" if HAS_FLASH_ATTN else "PyTorch's varlen_attn"
+    varlen = "flash-attn" if HAS_FLASH_ATTN else "PyTorch's flash attention"
     return {"sdpa": "SDPA", "flex": "FlexAttention", "varlen": varlen}[backend]
 
 

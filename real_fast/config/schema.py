@@ -288,7 +288,7 @@ class TrainConfig:
         micro_batch_tokens: Most tokens (padding included) in one forward pass; a group is never split over two.
         shared_prompt: Run each prompt once and let its rollouts attend to it; false repeats it for every rollout.
         attention: Kernel for shared prompts. "auto": varlen on CUDA, sdpa elsewhere; varlen is flash-attn where it is
-            installed, else PyTorch's varlen_attn; "flex" is FlexAttention.
+            installed, else PyTorch's own FlashAttention; "flex" is FlexAttention.
         precision: "bf16": matrix products in bf16 over fp32 weights; "fp32". "auto" is bf16 on a GPU that has it and on
             a CPU that multiplies faster in it than in fp32 (it is measured), and fp32 elsewhere.
         weights: What the trained weights are kept in. "bf16" has no fp32 masters and is refused at learning rates whose

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from real_fast.attention import varlen
-from real_fast.attention.varlen import KeyCopies, VarlenAttention
+from real_fast.attention.varlen import VarlenAttention
 from real_fast.methods.real import Real
 from real_fast.model.policy import Policy
 from real_fast.types import Batch
@@ -50,23 +50,23 @@ def with_change(function, change):
 
 
 def offsets_on_the_host(self, layout, device):
-    self.cu_q = self.cu_q.cpu()
+    self.own = self.own._replace(queries=self.own.queries.cpu())
 
 
 def offsets_in_64_bits(self, layout, device):
-    self.cu_k = self.cu_k.long()
+    self.own = self.own._replace(keys=self.own.keys.long())
 
 
 def index_on_the_host(self, layout, device):
-    self.own = self.own.cpu()
+    self.shared = self.shared._replace(responses=self.shared.responses.cpu())
 
 
 @pytest.mark.parametrize(
     ("where", "change", "message"),
     [
-        (VarlenAttention, offsets_on_the_host, "_varlen_attn.* gets tensors on cpu and cuda"),
+        (VarlenAttention, offsets_on_the_host, "_flash_attention_forward.* gets tensors on the CPU and on cuda:0"),
         (VarlenAttention, offsets_in_64_bits, "must be int32"),
-        (KeyCopies, index_on_the_host, "index_select.* gets tensors on the CPU and on cuda:0"),
+        (VarlenAttention, index_on_the_host, "index_select.* gets tensors on the CPU and on cuda:0"),
     ],
 )
 def test_a_wrong_tensor_in_the_attention(where, change, message, model, tmp_path):

@@ -50,7 +50,7 @@ def _addmm(
     return result if out is None else out.copy_(result)
 
 
-def _probabilities(
+def _scores(
     q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None, left: int | None, right: int | None
 ) -> tuple[torch.Tensor, float]:
     """[H, n, m] of [n, H, Dh] queries, aligned with the end of [m, H, Dh] keys; and the scale of the scores."""
@@ -63,7 +63,7 @@ def _probabilities(
     if left is not None and left >= 0:
         seen &= distance <= left
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1), scale
+    return scores.masked_fill(~seen, float("-inf")), scale
 
 
 def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -113,13 +113,14 @@ def _flash(
     if dropout or any(x is not None for x in others.values()):
         raise NotImplementedError(f"dropout {dropout}, {others}")
     _check_states(q, k, v)
-    out = torch.empty_like(q)
+    out, logsumexp = torch.empty_like(q), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
     for a, b in _segments(cu_q, cu_k, max_q, max_k):
         keys, values = _wide(k[b], q.shape[1]), _wide(v[b], q.shape[1])
-        p, _ = _probabilities(q[a].float(), keys, causal, scale, window_size_left, window_size_right)
-        out[a] = torch.einsum("hnm,mhd->nhd", p, values).to(out.dtype)
+        scores, _ = _scores(q[a].float(), keys, causal, scale, window_size_left, window_size_right)
+        logsumexp[:, a] = scores.logsumexp(-1)
+        out[a] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values).to(out.dtype)
     nothing = torch.zeros(2, dtype=torch.uint64)
-    return out, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32), nothing, nothing[0], q.new_empty(0)
+    return out, logsumexp, nothing, nothing[0], q.new_empty(0)
 
 
 def _flash_backward(
@@ -141,14 +142,17 @@ def _flash_backward(
     window_size_right: int | None = None,
 ) -> tuple[torch.Tensor, ...]:
     _check_states(q, k, v)  # the other two are made contiguous first
+    if logsumexp.dtype != torch.float32 or logsumexp.shape != (q.shape[1], q.shape[0]):
+        raise RuntimeError(f"FlashAttention takes a log-sum-exp [heads, tokens] in float32, not {logsumexp.shape}")
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     heads = q.shape[1]
     for a, b in _segments(cu_q, cu_k, max_q, max_k):
-        # No autograd below an operator: by the formula, P = softmax(S), dS = P (dP - sum(P dP)).
+        # By the formula: P = exp(S - log-sum-exp), dS = P (dP - sum(grad out)); both may be of more keys than are here.
         queries, keys, values, upstream = q[a].float(), _wide(k[b], heads), _wide(v[b], heads), grad[a].float()
-        p, factor = _probabilities(queries, keys, causal, scale, window_size_left, window_size_right)
+        scores, factor = _scores(queries, keys, causal, scale, window_size_left, window_size_right)
+        p = (scores - logsumexp[:, a, None]).exp()
         dp = torch.einsum("nhd,mhd->hnm", upstream, values)
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * factor
+        ds = p * (dp - (upstream * out[a].float()).sum(-1).t()[:, :, None]) * factor
         dq[a] = torch.einsum("hnm,mhd->nhd", ds, keys).to(q.dtype)
         for total, x in (
             (dk, torch.einsum("hnm,nhd->mhd", ds, queries)),

@@ -104,7 +104,7 @@ class Pretending(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         device = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
         if not any(isinstance(x, Pretended) for x in tensors) and device != "cuda":
-            return func(*args, **kwargs)
+            return func(*args, **{name: value for name, value in kwargs.items() if name != "pin_memory"})
         if func.namespace != "aten":
             return self._custom(func, tensors, args, kwargs)
         if func in _COPIES:

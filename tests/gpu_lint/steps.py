@@ -7,12 +7,13 @@ made by hand: no engine samples, and nothing is read or saved.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,6 +22,7 @@ from real_fast.config import Config, LoraConfig, WarmupConfig
 from real_fast.config.schema import ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
 from real_fast.distributed.world import ALONE
 from real_fast.methods.registry import METHODS
+from real_fast.model import ref_policy
 from real_fast.runs.checkpoint import TrainState
 from real_fast.train import Trainer
 from real_fast.training.optim import build_optimizer, build_scheduler
@@ -118,7 +120,7 @@ def make_model(folder: Path) -> Path:
 
 def run(case: Case, model: Path, folder: Path) -> Outcome:
     """One update on the pretended device. Raises what a GPU would, or :class:`LaunchError`."""
-    with cuda_device() as mode, checked_launches() as launched:
+    with cuda_device() as mode, checked_launches() as launched, _reference_stays():
 
         def begin() -> None:
             mode.waits.clear()
@@ -131,6 +133,15 @@ def run(case: Case, model: Path, folder: Path) -> Outcome:
             if parameter.device != home or (home == CUDA) != isinstance(parameter, Pretended):
                 raise AssertionError(f"{name} ends up on {parameter.device}")
     return Outcome(waits, launched, loss, grad_norm)
+
+
+@contextmanager
+def _reference_stays() -> Iterator[None]:
+    """A frozen policy does not move, as its parameters cannot become pretended ones (tests/model/test_waiting.py does)."""
+    copy = ref_policy.frozen_copy
+    stays = {"frozen_copy": lambda policy, _: copy(policy, policy.device), "Waiting": lambda *_: None}
+    with patch.multiple(ref_policy, **stays):
+        yield
 
 
 def on_the_cpu(case: Case, model: Path, folder: Path) -> tuple[float, float]:
@@ -166,7 +177,7 @@ def update(case: Case, model: Path, folder: Path, device: str, begin: Callable[[
         metrics = StepMetrics(groups, SCALE)
         trainer.update(groups, metrics)
         result = metrics.result() | updater.metrics()
-        list(rollout_lines(metrics, 1, 1, SCALE, SimpleNamespace(decode=str)))
+        list(rollout_lines(metrics, 1, 1, SCALE, SimpleNamespace(decode=lambda ids, **_: str(ids))))
     return policy, result["loss"], result["grad_norm"]
 
 

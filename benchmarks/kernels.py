@@ -108,10 +108,10 @@ def resources(arch: str, launch: Launch) -> Resources:
         problems.append("does not fetch its tiles by the bulk copy engine")
     if tile and half and programs < (tile.programs if arch != "gfx942" else 0):
         problems.append(f"{programs} programs fit on a multiprocessor, and {tile.programs} should")
-    if tile and arch == "sm_90" and launch.variant in BUDGET:
+    if tile and half and arch == "sm_90" and launch.variant in BUDGET:
         fixed, each = BUDGET[launch.variant]
         elements = tile.rows * tile.columns // (32 * warps)
-        if instructions > fixed + each * elements:
+        if not 3 * elements < instructions <= fixed + each * elements:
             problems.append(f"{instructions} instructions behind the products, for {elements} elements a thread")
     return Resources(
         arch,
@@ -163,7 +163,7 @@ def behind_products(assembly: str) -> int:
                 skipped_to = ""
         elif re.match(r"\s+/\*[0-9a-f]{4,}\*/", line) and not skipped_to:
             count += 1
-            if re.search(r"(?<!@!P0 )(?<!@P0 )\bEXIT\b", line):
+            if re.search(r"\*/\s+EXIT\b", line):  # without a condition
                 break
             # Forward alone: the loop's own branch goes back to a label that has been passed.
             if (branch := re.search(r"@!?U?P\d BRA.*`\((\.L_\w+)\)", line)) and _ahead(assembly, line, branch[1]):
@@ -172,7 +172,9 @@ def behind_products(assembly: str) -> int:
 
 
 def _ahead(assembly: str, line: str, label: str) -> bool:
-    return assembly.index(f"{label}:") > assembly.index(line)
+    """Whether a branch skips what is behind it, and not all of that up to the end."""
+    target, here = assembly.index(f"{label}:"), assembly.index(line)
+    return here < target < here + assembly[here:].index(" EXIT ;")
 
 
 def _run(*command: str) -> str:

@@ -163,6 +163,8 @@ def _everything() -> Iterator[Work]:
     yield "score tokens", "bf16", lambda: _score(torch.bfloat16)
     yield "", "bf16", lambda: _real(torch.bfloat16, "paper")
     yield "", "bf16", lambda: _real(torch.bfloat16, "authors")
+    yield "101 scores", "bf16", lambda: _real(torch.bfloat16, "authors", 101)
+    yield "many rows", "bf16", lambda: _rows(torch.bfloat16, entropy=True, n=2048)
     yield "", "fp16", lambda: _rows(torch.float16, kept=True)
     yield "", "bf16", lambda: _rows(torch.bfloat16, kept=True, bias=True)
     yield "", "bf16", lambda: _rows(torch.bfloat16, bias=True, softcap=30.0)
@@ -179,10 +181,10 @@ _PLAIN: Work = "", "bf16", lambda: _rows(torch.bfloat16, kept=True)
 
 
 def _tensors(
-    dtype: torch.dtype, d: int = _D, v: int = _V, off: bool = False, bias: bool = False
+    dtype: torch.dtype, d: int = _D, v: int = _V, off: bool = False, bias: bool = False, n: int = _N
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Hidden states (with `off`, of rows that do not start on 16 bytes), weight, bias."""
-    hidden = torch.randn(_N, d + off).to(dtype)[:, off:]
+    hidden = torch.randn(n, d + off).to(dtype)[:, off:]
     weight = torch.randn(v, d).to(dtype)
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randn(v).to(dtype) if bias else None
 
@@ -192,14 +194,14 @@ def _rows(
 ) -> None:
     """Log-probabilities of a target each, with their gradient; `kept`: also with the gradient in the forward pass."""
     hidden, weight, bias = _tensors(dtype, **how)
-    targets = torch.randint(weight.shape[0], (_N,))
+    targets = torch.randint(weight.shape[0], (len(hidden),))
     head = HeadOptions(impl="triton", temperature=0.7, softcap=softcap)
     linear_logprob(hidden, weight, targets, bias=bias, head=head).sum().backward()
     if entropy:
         logprob_and_entropy(hidden, weight, targets, bias=bias, head=head)
     if kept:
         head = HeadOptions(impl="triton", mode="forward")
-        weighted_logprob(hidden, weight, targets, torch.ones(_N), bias=bias, head=head)[0].backward()
+        weighted_logprob(hidden, weight, targets, torch.ones(len(hidden)), bias=bias, head=head)[0].backward()
 
 
 def _score(dtype: torch.dtype, softcap: float | None = None, **how: Any) -> None:
@@ -209,14 +211,14 @@ def _score(dtype: torch.dtype, softcap: float | None = None, **how: Any) -> None
     score_logprobs(hidden, weight, torch.tensor(_SCORES), bias=bias, head=head).sum().backward()
 
 
-def _real(dtype: torch.dtype, reward: Reward) -> None:
+def _real(dtype: torch.dtype, reward: Reward, scores: int = len(_SCORES)) -> None:
     """The whole loss, with the gradient in the forward pass."""
     hidden, weight, _ = _tensors(dtype)
     score_hidden = torch.randn(_ROLLOUTS, _D).to(dtype).requires_grad_()
     of_rollouts = torch.arange(_ROLLOUTS)
     out = real_loss(
-        hidden, weight, torch.randint(_V, (_N,)), torch.arange(_N) % _ROLLOUTS, score_hidden, torch.tensor(_SCORES),
-        torch.tensor(_SCORES).float(), torch.ones(_ROLLOUTS), of_rollouts // 4, skip_zero_rows=False,
+        hidden, weight, torch.randint(_V, (_N,)), torch.arange(_N) % _ROLLOUTS, score_hidden, torch.arange(scores),
+        torch.arange(scores).float(), torch.ones(_ROLLOUTS), of_rollouts // 4, skip_zero_rows=False,
         objective=RealObjective(reward=reward), head=HeadOptions(impl="triton", mode="forward"),
     )  # fmt: skip
     (out.loss * 0.5).backward()

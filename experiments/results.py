@@ -154,9 +154,9 @@ def honest(experiment: Experiment, runs: dict[tuple[str, int], dict[str, Any]], 
         dev, test = (read_jsonl(rows / f"{part}-{benchmark}.jsonl") for part in ("dev", "test"))
         for method in (m for m in experiment.methods if benchmark in experiment.graded_on(m)):
             each = []
-            for (name, _), run in runs.items():
+            for run in (run for (name, _), run in runs.items() if name == method):
                 known = honesty.arrays(run["dev"][benchmark], dev), honesty.arrays(run["test"][benchmark], test)
-                if name == method and known[0] is not None and known[1] is not None:
+                if known[0] is not None and known[1] is not None:
                     each.append(honesty.honesty(values, known[0], known[1]))
             if each:
                 mean = {key: sum(one[key] or 0.0 for one in each) / len(each) for key in each[0]}

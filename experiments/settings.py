@@ -239,6 +239,9 @@ def _check(experiment: Experiment, path: Path) -> None:
         for method in some:
             problems[f"{name} names the method {method}, and there is none"] = method not in methods
     for method, own in methods.items():
+        problems[f"{method} is graded on nothing: leave graded_on out, or name a benchmark"] = (
+            own.get("graded_on") == []
+        )
         for benchmark in own.get("graded_on") or []:
             problems[f"{method} is graded on {benchmark}, and there is no such benchmark"] = benchmark not in benchmarks
     for name, question in questions.items():

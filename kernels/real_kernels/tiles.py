@@ -67,7 +67,7 @@ NARROW: dict[str, Tile] = {
 # Where the epilogue branches around what few tiles need. Compiled for the others, a branch holds the tile in registers
 # twice (sm_80: 127 become 165, and one program fits where two did; sm_100 spills).
 BRANCHES = ("sm_90", "interpreter")
-Kind = Literal["rows", "entropy", "scores", "narrow"]
+Kind = Literal["rows", "more", "scores", "narrow"]
 # The interpreter runs tiles one after another in NumPy: small ones, so that tests meet several of them.
 INTERPRETED = (Tile(32, 64, 32, 1, 4, 2),)
 
@@ -95,8 +95,8 @@ def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile
         return (SCORES[arch],)
     if kind == "narrow":
         return (NARROW[arch],)
-    # The entropy's sum takes registers that the others have not (128 x 256 on sm_80 would spill 392 bytes).
-    return TILES[arch][:1] if kind == "entropy" else TILES[arch]
+    # The entropy's sum and a bias take registers that the others have not (on sm_80, 128 x 256 would spill 392 bytes).
+    return TILES[arch][:1] if kind == "more" else TILES[arch]
 
 
 def choose(
@@ -107,7 +107,7 @@ def choose(
     Args:
         device: Where the kernel runs.
         dtype: Of the operands.
-        kind: Rows with a target each, the same with their entropy, score rows, or what takes more registers.
+        kind: Rows with a target each; the same with their entropy or a bias; score rows; or what takes most registers.
         key: Shape, such as (rows rounded up to a power of two, D, V); timed once each.
         run: Launches the kernel with one tile.
     """

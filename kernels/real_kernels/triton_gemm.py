@@ -126,7 +126,7 @@ def logits_kernel(
     stride_h,
     stride_w,
     stride_out,
-    width,  # of a row of `out`, the padding included: zeros are written there
+    width,  # of a row of `out`, the padding included: what is written there is nobody's, and not read
     inverse_temperature,
     cap,
     BM: tl.constexpr,

@@ -228,9 +228,10 @@ class TritonHead:
         if rows.shared:
             return "scores"
         plain = self.softcap is None and _aligned_rows(rows.hidden) and _aligned_rows(self.weight)
-        if not plain or (self.bias is not None and architecture(rows.hidden.device) == "sm_100"):
+        biased = self.bias is not None
+        if not plain or (biased and architecture(rows.hidden.device) == "sm_100"):
             return "narrow"
-        return "entropy" if entropy else "rows"
+        return "more" if entropy or biased else "rows"
 
     def _key(self, rows: Rows, columns: int) -> tuple[int, ...]:
         return (triton.next_power_of_2(rows.n), rows.hidden.shape[1], triton.next_power_of_2(columns))
@@ -251,7 +252,8 @@ def rollout_coefficients(
     per_rollout = torch.empty(5, m, dtype=torch.float32, device=logp.device)
     dlogp = torch.empty(m, k, dtype=torch.float32, device=logp.device)
     if m:
-        block = 32
+        scores = triton.next_power_of_2(k)
+        block = max(1, min(32, 256 // scores))  # rollouts times scores are what a program holds in registers
         reward_kernel[(triton.cdiv(m, block),)](
             logp.contiguous(),
             (logp if engine_score_logprobs is None else engine_score_logprobs).contiguous(),

@@ -61,7 +61,11 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 
     For a model whose attention is Transformers' SDPA and goes through its AttentionInterface; others stay as they are.
     """
-    ours = getattr(model.config, "_attn_implementation", None) == "sdpa" and known_reason(model) is None
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 0)
+    ours = heads != (getattr(config, "num_key_value_heads", None) or heads)
+    ours = ours and getattr(model.config, "_attn_implementation", None) == "sdpa" and known_reason(model) is None
+    ours = ours and model._can_set_attn_implementation()
     if ours:
         model.set_attn_implementation(NAME)
     try:
@@ -81,18 +85,25 @@ def check_span(model: PreTrainedModel, tokens: int) -> None:
     Raises:
         SharedPromptError: They are more than the original context of a "longrope" or "dynamic" embedding.
     """
+    for kind, limit in rope_of_the_longest(model):
+        if tokens > limit:
+            raise SharedPromptError(
+                f"model {_name(model)} cannot share prompts: beyond {limit} tokens its {kind} position embedding "
+                f"depends on the longest sequence of the batch, and here up to {tokens} come. {WAY_OUT}"
+            )
+
+
+def rope_of_the_longest(model: PreTrainedModel) -> list[tuple[str, int]]:
+    """Position embeddings of a sequence that depend on the longest one of its batch, and beyond how many tokens."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)]
+    found = []
     for part in nested or [rope]:
         kind = str(part.get("rope_type", "default"))
         if kind == "longrope" or "dynamic" in kind:
-            limit = part.get("original_max_position_embeddings") or config.max_position_embeddings
-            if tokens > limit:
-                raise SharedPromptError(
-                    f"model {_name(model)} cannot share prompts: beyond {limit} tokens its {kind} position embedding "
-                    f"depends on the longest sequence of the batch, and here up to {tokens} come. {WAY_OUT}"
-                )
+            found.append((kind, part.get("original_max_position_embeddings") or config.max_position_embeddings))
+    return found
 
 
 def known_reason(model: PreTrainedModel) -> str | None:

@@ -40,7 +40,8 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.T
 
 def can_join(cache: Cache) -> bool:
     """Whether every layer keeps the keys and values of all its tokens, and nothing else."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+    return plain and not getattr(cache, "offloading", False)
 
 
 def join(caches: Sequence[Cache]) -> Cache:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from real_fast.attention.support import decoding
+from real_fast.attention.support import decoding, rope_of_the_longest
 from real_fast.model.lora import adapter_tensors
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
@@ -92,7 +92,8 @@ class TransformersEngine:
         self.dtype = model.dtype if dtype is None else dtype
         self.takes = model.dtype
         self._weights: dict[str, torch.Tensor] = {}
-        self._joins = True  # until a layer's cache turns out to be of another kind
+        # Until a layer's cache turns out to be of another kind. Parts of a batch must have the positions of all of it.
+        self._joins = not rope_of_the_longest(model)
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)

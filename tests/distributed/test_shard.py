@@ -14,6 +14,7 @@ from real_fast.methods.base import UpdateCounts
 from real_fast.model.policy import Policy
 from real_fast.model.ref_policy import RefPolicy
 from real_fast.model.sharded import spread
+from real_fast.model.waiting import Waiting
 from real_fast.runs.checkpoint import TrainState
 from real_fast.training.optim import build_optimizer, build_scheduler
 from real_fast.training.step_metrics import StepMetrics
@@ -222,9 +223,8 @@ def reference():
     want = torch.cat(RefPolicy(alone, 1.0, True).logprobs(batches))
     ref = RefPolicy(many, 1.0, False)
     here = torch.cat(ref.logprobs(batches))
-    ref.home = torch.device("meta")  # anywhere else: on a GPU it is the host's memory
-    ref._leave()
-    held = sum(part.untyped_storage().nbytes() for part in ref._slices())
+    ref.waiting = Waiting(ref._tensors, CPU, in_place=True)  # as where the policy is on a GPU
+    held = sum(part.untyped_storage().nbytes() for part in ref._tensors())
     behind = torch.cat(ref.logprobs(batches))
     return float((here - want).abs().max()), torch.equal(here, behind), held
 

@@ -137,7 +137,7 @@ def run(case: Case, model: Path, folder: Path) -> Outcome:
 
 @contextmanager
 def _reference_stays() -> Iterator[None]:
-    """A frozen policy does not move, as its parameters cannot become pretended ones (tests/model/test_waiting.py does)."""
+    """A frozen policy stays where it is: parameters cannot become pretended ones (see tests/model/test_waiting.py)."""
     copy = ref_policy.frozen_copy
     stays = {"frozen_copy": lambda policy, _: copy(policy, policy.device), "Waiting": lambda *_: None}
     with patch.multiple(ref_policy, **stays):

@@ -20,6 +20,7 @@ from real_kernels import (
     real_loss,
     score_logprobs,
     tiles,
+    triton_head,
     weighted_logprob,
 )
 from real_kernels.rollout_coefficients import rollout_coefficients
@@ -33,6 +34,31 @@ if CUDA:
     pytestmark = pytest.mark.gpu
 
 TRITON = HeadOptions(impl="triton")
+
+
+@pytest.mark.skipif(CUDA, reason="a card has one form of the kernel")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_form_without_branches_gives_the_same_bits(monkeypatch, dtype, softcap):
+    """That of all architectures but sm_90, which branches, as the interpreter does."""
+    hidden, weight, targets, bias = make(33, 40, 203, dtype, bias=True)
+    scores, head, found = torch.tensor([3, 7, 200]), HeadOptions(impl="triton", softcap=softcap), []
+    with torch.no_grad():
+        bias[64:128] = float("-inf")  # a whole tile
+    for branches in (("interpreter",), ()):
+        monkeypatch.setattr(triton_head, "BRANCHES", branches)
+        rows = linear_logprob(hidden, weight, targets, bias=bias, head=head)
+        some = score_logprobs(hidden, weight, scores, bias=bias, head=head)
+        again = logprob_and_entropy(hidden, weight, targets, bias=bias, head=head)
+        loss = rows.sum() * 0.3 + some.sum()
+        if softcap is None:
+            kept = HeadOptions(impl="triton", mode="forward")
+            loss = loss + weighted_logprob(hidden, weight, targets, torch.ones(33), bias=bias, head=kept)[0]
+        found.append([rows, some, *again, *torch.autograd.grad(loss, (hidden, weight, bias))])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # N, D, V: one row; odd everything; D that no depth divides; more than one tile each way.
 SHAPES = [(1, 8, 17), (5, 24, 130), (33, 40, 203), (70, 72, 139)]

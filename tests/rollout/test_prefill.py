@@ -88,6 +88,17 @@ def test_samples_are_those_of_one_pass(kind, more, small_tokenizer, small_scale,
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_positions_that_depend_on_the_batch_get_one_pass(small_tokenizer, small_scale):
+    """Parts of their own would have other frequencies than the cache that they are joined in."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    model, passes = model_of(LlamaConfig, rope_parameters=rope, max_position_embeddings=512), []
+    model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
+    engine = TransformersEngine(model, small_tokenizer, small_scale)
+    engine.generate(prompts(), SamplingParams(n=1, max_tokens=1, seed=3, answer="none"))
+    assert [tuple(shape) for shape in passes if shape[1] > 9] == [(6, 200)]
+
+
 def test_a_cache_with_windows_is_found_once(small_tokenizer, small_scale):
     model, passes = model_of(MistralConfig, sliding_window=16), []
     model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)

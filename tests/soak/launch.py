@@ -169,8 +169,7 @@ def _kill(processes: list[Any], kill: Kill, ended: Ended) -> None:
         ended.alone = time.monotonic() - began
     time.sleep(0.1)  # torchrun looks ten times a second
     for process in others:
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGTERM)
+        process.terminate()  # one that has ended meanwhile is left alone
     if not _all_end(others, TOLD):
         left = [number for number, process in enumerate(processes) if process.is_alive()]
         ended.problem = f"ranks {left} had not ended {TOLD:.0f} s after SIGTERM"

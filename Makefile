@@ -22,7 +22,7 @@ endif
 .PHONY: help install quickstart experiment check test soak golden waits tables bench gpu-check lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo '  Variables: PYTHON=python3.12 (makes .venv), PIP_ARGS="..." (for pip), ARGS="..." (for the program)'
 

@@ -163,7 +163,7 @@ def _structure(text: str) -> Any:
     try:
         found = ast.literal_eval(text)
         return found if repr(found) == text else None  # NumPy's ['a' 'b'] would be one text
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # TypeError: {{}} would hash a dictionary
         return None
 
 

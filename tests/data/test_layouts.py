@@ -266,7 +266,7 @@ def test_lists_and_records_in_a_cell_of_text(one: Any, write: Any) -> None:
 
 def test_text_that_only_looks_like_a_list_stays_text(one: Any) -> None:
     for name in ("instruction", "response", "rubric"):
-        for text in ("[1, 2]", '{"a": 1}', "[]", "{x}", "[" * 500):
+        for text in ("[1, 2]", '{"a": 1}', "[]", "{x}", "{{}}", "{[]: 1}", "[" * 500):
             assert getattr(one(GOOD | {name: text}), name) == text
     for text in ("[1, 2]", '[{"a": 1}]'):
         assert one({**GOOD, "prompt": text, "instruction": None}).instruction == text

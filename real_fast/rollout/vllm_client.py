@@ -38,7 +38,7 @@ class ServerClient:
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.host, self.port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         self._prefix = parts.path
-        self._open: set[Any] = set()
+        self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._said = -_SAID
 
@@ -76,9 +76,9 @@ class ServerClient:
     def close(self) -> None:
         """Close what is open; whoever waits for an answer gets an error."""
         with self._lock:
-            for connection in self._open:
+            for sock in self._open:
                 with suppress(OSError):  # closed by the other side
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _repeated(self, method: str, path: str, body: Any, timeout: float, stopped: threading.Event) -> Any:
         for number, pause in enumerate(_PAUSES, start=1):
@@ -103,14 +103,16 @@ class ServerClient:
     def _answer(self, method: str, path: str, body: Any, timeout: float) -> Any:
         connection = self._make(self.host, self.port, timeout=_CONNECT)
         sent = None if body is None else json.dumps(body).encode()
+        sock = None
         try:
             try:
                 connection.connect()
             except TimeoutError as error:
                 raise ConnectionError(f"no connection within {_CONNECT:g} seconds") from error
-            _patient(connection.sock, timeout)
+            sock = connection.sock  # the connection lets go of it where the answer is the last one
+            _patient(sock, timeout)
             with self._lock:
-                self._open.add(connection)
+                self._open.add(sock)
             connection.request(method, self._prefix + path, sent, {"Content-Type": "application/json"})
             response = connection.getresponse()
             status, raw = response.status, response.read()
@@ -125,8 +127,9 @@ class ServerClient:
                 f"{HOW_TO_START}; a run that was interrupted goes on with --resume"
             ) from error
         finally:
-            with self._lock:
-                self._open.discard(connection)
+            if sock is not None:
+                with self._lock:
+                    self._open.discard(sock)
             connection.close()
         if status != http.client.OK:
             raise RolloutServerError(self._refused(path, status, raw), status)

@@ -167,7 +167,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def growth(folder: Path, targets: Targets, share: float) -> dict[str, dict[str, float]]:
     """Seconds of the processor for loading 10,000 and 100,000 rows of several kinds."""
-    builder = PromptBuilder(PromptConfig(template="short"), targets.finder.tokenizer, targets.scale)
+    builder = PromptBuilder(PromptConfig(template="short"), targets.finder.spelling.tokenizer, targets.scale)
     kinds: dict[str, Callable[[int], dict[str, Any]]] = {
         "rows of their own": lambda i: GOOD | {"id": str(i), "instruction": f"Name fruit {i}."},
         "equal rows and ids": lambda i: GOOD,

@@ -151,7 +151,7 @@ class Targets:
             places, _ = phrases_outside(text, PHRASE.strip(), thought)
             found = [place.at for place in places]
             assert found == sorted(set(found)) and all(text.startswith(PHRASE.strip(), at) for at in found)
-        ids = self.finder.tokenizer.encode(text[: 8 * MOST_TOKENS], add_special_tokens=False)[:MOST_TOKENS]
+        ids = self.finder.spelling.tokenizer.encode(text[: 8 * MOST_TOKENS], add_special_tokens=False)[:MOST_TOKENS]
         for mode in _MODES:
             parsed = parse_sample(ids, frozenset({2}), self.finder, mode)
             kept = len(parsed.context_ids) - parsed.n_forced

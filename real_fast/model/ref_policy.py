@@ -153,9 +153,9 @@ def _read(run: Path, own: Mapping[str, torch.Tensor], check: bool) -> dict[str, 
     tensors = open_tensors(run / FOLDER, check)
     if tensors is None:
         raise CheckpointError(
-            f"{run / FOLDER} does not exist: the run was started without the KL divergence, and where it started "
-            "from is not known any more: resume with objective.kl_coef 0, objective.kl_every 0 and "
-            "--allow-changed, or start over"
+            f"{run / FOLDER} does not exist: bring it back from a copy if it was there; a run that was started without "
+            "the KL divergence has none, and where it started from is not known any more: resume with "
+            "objective.kl_coef 0, objective.kl_every 0 and --allow-changed, or start over"
         )
     if {k: tensors.shape(k) for k in tensors.names} != {k: tuple(v.shape) for k, v in own.items()}:
         raise CheckpointError(f"{run / FOLDER} holds the weights of another model")

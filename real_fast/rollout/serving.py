@@ -110,6 +110,8 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # On a CPU a product is compiled for each number of rows, half a MiB each, and 1024 of them kept.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     try:
         import uvloop
         from vllm.config import WeightTransferConfig

@@ -163,10 +163,12 @@ def open_tensors(folder: Path, check: bool = True) -> TensorFiles | None:
 
     `check` is whether to compare checksums, for which all of it is read.
     """
-    files = files_in(folder, _TENSORS)
-    if not files:
+    if not folder.is_dir():
         return None
-    if check and (wrong := damage(folder)):
+    files = files_in(folder, _TENSORS)
+    wrong = damage(folder) if check or not files else None
+    if wrong or not files:
+        wrong = wrong or f"it holds no {_TENSORS}.safetensors"
         raise CheckpointError(
             f"{folder} is damaged: {wrong}: bring it back from a copy, or start over with --overwrite, which moves the "
             "run aside"

@@ -44,9 +44,15 @@ def check_writable(folder: Path) -> None:
         probe = folder / f".probe.{os.getpid()}.tmp"  # if it stays, whoever claims the folder removes it
         try:
             probe.write_bytes(b"0")
-        finally:
-            with suppress(OSError):
+        except OSError:
+            with suppress(OSError):  # the error that came first says what is wrong
                 probe.unlink(missing_ok=True)
+            raise
+    try:
+        probe.unlink(missing_ok=True)
+    except OSError as error:  # such a disk would not let a file be replaced either
+        said = remedy(error)
+        raise OutputError(f"output {folder} cannot be written: {probe.name} cannot be removed again: {said}") from error
 
 
 def remove_left_over(*folders: Path) -> None:

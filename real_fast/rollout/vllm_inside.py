@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+def set_environment() -> None:
+    """What vLLM reads from the environment when it is imported, where the user has not set it."""
+    # Its warnings are a page per start about settings chosen here on purpose; sync checks the weights itself.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # On a CPU oneDNN compiles a product for each number of rows, half a MiB each, and would keep 1024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def llm_settings(

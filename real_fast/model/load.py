@@ -21,6 +21,7 @@ from real_fast.model import lora, nf4, smollm2
 from real_fast.model.folder import ADAPTER_CONFIG, check_as_written, check_folder, is_adapter, read_json
 from real_fast.model.head import plain_head
 from real_fast.model.weights import check_finite, first_line, load_whole, raise_if_quantised
+from real_fast.utils.onednn import keep_few_products
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def load_model(
         ModelError: No such model, no safetensors, weights that are not all there or not finite, or a head other than a
             plain linear layer.
     """
+    keep_few_products()  # before the first one
     path = model_folder(name, trust_remote_code)
     base = base_folder(path)
     how = {} if quantization is None else {"quantization_config": quantization, "device_map": {"": str(device)}}

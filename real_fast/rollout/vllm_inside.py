@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from real_fast.utils.onednn import keep_few_products
+
 
 def set_environment() -> None:
     """What vLLM reads from the environment when it is imported, where the user has not set it."""
@@ -17,8 +19,7 @@ def set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # On a CPU oneDNN compiles a product for each number of rows, half a MiB each, and would keep 1024 of them.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    keep_few_products()
 
 
 def llm_settings(

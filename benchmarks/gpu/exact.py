@@ -169,9 +169,7 @@ def results(case: Case, device: torch.device, impl: Any) -> list[Result]:
     inputs = _Inputs(case, device)
     if case.kind == "real":
         mine, want = (_real(inputs, dtype, how) for dtype, how in ((inputs.dtype, impl), (torch.float64, "torch")))
-        return [
-            Result(case, what, _error(mine[what], want[what]), None, REAL[inputs.dtype] + LUCK) for what in want
-        ]
+        return [Result(case, what, _error(mine[what], want[what]), None, REAL[inputs.dtype] + LUCK) for what in want]
     want, mine = _full_logits(inputs, torch.float64), _ours(inputs, impl)
     eager = _full_logits(inputs, inputs.dtype)
     out = []

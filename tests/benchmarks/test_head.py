@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import head
+from benchmarks import head, peers
 from benchmarks.head import NAMES, Shape, contenders, errors, left_out
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_wrong_contender_is_found_out(wrong):
         # A gradient or a value that is off by 1 %, and nothing else.
         h = hidden * 1.01 + (hidden * -0.01).detach() if wrong == "hidden" else hidden
         w = weight * 1.01 + (weight * -0.01).detach() if wrong == "weight" else weight
-        right = head._cross_entropy(h, w, targets)
+        right = peers.cross_entropy(h, w, targets)
         return lambda: right + 0.01 * right.detach() if wrong == "loss" else right
 
     error = errors(factory, TINY, CPU)
@@ -52,10 +52,10 @@ def test_a_wrong_contender_is_found_out(wrong):
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_alone_gives_the_same_loss(name):
     skip_if_left_out(name, CPU)
-    hidden, weight, targets = head._make_inputs(TINY, CPU)
+    hidden, weight, targets = head.make_inputs(TINY, CPU)
     with torch.no_grad():
         loss = contenders(CPU)[name](hidden.detach(), weight.detach(), targets)()
-        torch.testing.assert_close(loss, head._cross_entropy(hidden, weight, targets))
+        torch.testing.assert_close(loss, peers.cross_entropy(hidden, weight, targets))
     assert not loss.requires_grad and hidden.grad is None and weight.grad is None
 
 
@@ -88,7 +88,7 @@ def test_small_budget_is_an_eighth_of_the_rows(monkeypatch):
         return torch.zeros(()), torch.zeros(())
 
     monkeypatch.setattr(head, "weighted_logprob", spy)
-    contenders(CPU)["ours forward, small budget"](*head._make_inputs(TINY, CPU))()
+    contenders(CPU)["ours forward, small budget"](*head.make_inputs(TINY, CPU))()
     assert seen["head"].chunk_bytes == TINY.n // 8 * TINY.v * 4 and seen["head"].mode == "forward"
 
 

@@ -25,7 +25,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-rollout": rollout_table(lines),
         "bench-vllm": vllm_table(lines),
         "bench-plots": images("Seconds by phase; gain over K and over P/R", results, "step-*.png", place),
-        "bench-head": head_table(newest(lines, "head"), absent(lines, HEAD_ABSENT)),
+        "bench-head": heads(lines),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
         "kernels": kernel_table(results / "kernels.csv"),
         "plan-check": plan_table(lines),
@@ -34,8 +34,12 @@ def tables(results: Path, root: Path) -> dict[str, str]:
 
 def text(lines: Lines) -> str:
     """What is worth reading right after measuring: the update, the sweep and the head."""
-    heads = head_table(newest(lines, "head"), absent(lines, HEAD_ABSENT))
-    return "\n\n".join((step_table(lines), sweep_table(lines), heads))
+    return "\n\n".join((step_table(lines), sweep_table(lines), heads(lines)))
+
+
+def heads(lines: Lines) -> str:
+    """The head's tables."""
+    return head_table(newest(lines, "head"), absent(lines, HEAD_ABSENT))
 
 
 # By machine and shape ("-" for all of them): contenders that did not run, and what a table says instead.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.gpu.cases import CASES, five_scores
 from benchmarks.workload import random_workload
 from real_fast.planning.flops import ModelFlops
 
-Lines = Sequence[dict[str, str]]
+Lines = Sequence[Mapping[str, str]]
 # The shape that others publish, and what two passes over bfloat16 numbers take at the bandwidth that a kernel reaches.
 N, V, BANDWIDTH = 8192, 151_936, 2.7e12
 HEAD, PUBLISHED = "ours forward", "TRL issue 7244"
@@ -69,11 +69,11 @@ def rows() -> Iterator[Row]:
                 ("real_kernels, gradient in forward", HEAD, ""),
             ):
                 yield Row(f"… {name}, forward and backward", "", published, "head", model, variant, case, both)
-    for shape in CASES:
-        groups = random_workload(shape.vocabulary, five_scores(), shape.prompts, shape.k, shape.p, shape.r).groups
-        ratio = ModelFlops.of(shape.config()).update(groups, True, shape.half_weights).ratio
-        what = f"update at {shape.name}'s shape, P {shape.p:,}, R {shape.r}, K {shape.k}, over the reference-style one"
-        yield Row(what, f"{ratio:.1f} ×", "", "step", shape.name, "ours", "random", over="reference")
+    for size in CASES:
+        groups = random_workload(size.vocabulary, five_scores(), size.prompts, size.k, size.p, size.r).groups
+        ratio = ModelFlops.of(size.config()).update(groups, True, size.half_weights).ratio
+        what = f"update at {size.name}'s shape, P {size.p:,}, R {size.r}, K {size.k}, over the reference-style one"
+        yield Row(what, f"{ratio:.1f} ×", "", "step", size.name, "ours", "random", over="reference")
 
 
 def predictions(lines: Lines) -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -147,7 +148,7 @@ def compare(check: Check, wanted: list[Case], end: float) -> int:
         if time.monotonic() > end:
             print(f"kernels: no time left for {len(wanted) - done} of {len(wanted)} cases, from {case.name} on")
             break
-        found, whole = attempt(check, f"kernels: {case.name}", lambda case=case: results(case, check.device, impl))
+        found, whole = attempt(check, f"kernels: {case.name}", partial(results, case, check.device, impl))
         done += 1
         if not whole:
             wrong += 1

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -181,7 +182,7 @@ def ways(device: torch.device) -> dict[str, Tile | None]:
     if arch not in tiles.TILES:
         return {"default": None}
     first, *others = tiles.TILES[arch]
-    shipped = {"default": first} | {_name(tile): tile for tile in others}
+    shipped: dict[str, Tile | None] = {"default": first} | {_name(tile): tile for tile in others}
     return shipped | {f"{_name(tile)}, candidate": tile for tile in CANDIDATES.get(arch, ())}
 
 
@@ -199,9 +200,8 @@ def run(check: Check, end: float) -> int:
     found = ways(device)
     default = next(iter(found))
     for shape in shapes:
-        wrong += not attempt(
-            check, f"torch.mm, {shape.model}", lambda shape=shape: _say_products(shape, check, rounds)
-        )[1]
+        work = partial(_say_products, shape, check, rounds)
+        wrong += not attempt(check, f"torch.mm, {shape.model}", work)[1]
     todo = [(shape, default, mode) for shape in shapes for mode in MODES]
     # A tile changes what the kernel does in a forward pass, and dL/dz where that is computed again.
     todo += [(shape, way, mode) for shape in shapes[:2] for way in list(found)[1:] for mode in MODES[:2]]
@@ -209,7 +209,7 @@ def run(check: Check, end: float) -> int:
         if time.monotonic() > end:
             print(f"phases: no time left from {shape.model}, {way}, {mode} on")
             break
-        work = lambda s=shape, w=way, m=mode: _say(s, w, found[w], m, check, impl, rounds)  # noqa: E731
+        work = partial(_say, shape, way, found[way], mode, check, impl, rounds)
         wrong += not attempt(check, f"phases: {shape.model}, {way}, {mode}", work)[1]
     return wrong
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +43,11 @@ def _head(check: Check, end: float) -> int:
     wrong = head.run(check.device, check.small, end, names=FIRST)
     if check.device.type == "cuda":
         wrong += not attempt(check, "profile of the head", lambda: _profile_head(check))[1]
-    return wrong + _report(check)
+    return wrong + _report(check, benchmark_tables.heads, gpu_tables.predictions)
 
 
 def _updates(check: Check, end: float) -> int:
-    return updates.pairs(check, end) + _report(check)
+    return updates.pairs(check, end) + _report(check, benchmark_tables.step_table, benchmark_tables.sweep_table)
 
 
 def _lora(check: Check, end: float) -> int:
@@ -54,23 +55,21 @@ def _lora(check: Check, end: float) -> int:
 
 
 def _peers(check: Check, end: float) -> int:
-    return head.run(check.device, check.small, end, names=[name for name in PEERS if name not in FIRST]) + _report(
-        check
-    )
+    wrong = head.run(check.device, check.small, end, names=[name for name in PEERS if name not in FIRST])
+    return wrong + _report(check, benchmark_tables.heads, gpu_tables.predictions)
 
 
 def _other_updates(check: Check, end: float) -> int:
-    return updates.others(check, end) + _report(check)
+    return updates.others(check, end) + _report(check, benchmark_tables.step_table, gpu_tables.predictions)
 
 
-def _report(check: Check) -> int:
-    """What is known so far: written and printed, since the next part may end the command."""
+def _report(check: Check, *tables: Callable[[list[dict[str, str]]], str]) -> int:
+    """What is known so far: written, and some of it printed, since the next part may end the command."""
 
     def write() -> None:
         report.main()
         lines = record.read()
-        print(benchmark_tables.text(lines))
-        print(f"\n{gpu_tables.predictions(lines)}\n", flush=True)
+        print("\n\n".join(("", *(table(lines) for table in tables), "")), flush=True)
 
     return int(not attempt(check, "report", write)[1])
 

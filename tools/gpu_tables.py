@@ -69,11 +69,11 @@ def rows() -> Iterator[Row]:
                 ("real_kernels, gradient in forward", HEAD, ""),
             ):
                 yield Row(f"… {name}, forward and backward", "", published, "head", model, variant, case, both)
-    for size in CASES:
-        groups = random_workload(size.vocabulary, five_scores(), size.prompts, size.k, size.p, size.r).groups
-        ratio = ModelFlops.of(size.config()).update(groups, True, size.half_weights).ratio
-        what = f"update at {size.name}'s shape, P {size.p:,}, R {size.r}, K {size.k}, over the reference-style one"
-        yield Row(what, f"{ratio:.1f} ×", "", "step", size.name, "ours", "random", over="reference")
+    for qwen in CASES:
+        groups = random_workload(qwen.vocabulary, five_scores(), qwen.prompts, qwen.k, qwen.p, qwen.r).groups
+        ratio = ModelFlops.of(qwen.config()).update(groups, True, qwen.half_weights).ratio
+        what = f"update at {qwen.name}'s shape, P {qwen.p:,}, R {qwen.r}, K {qwen.k}, over the reference-style one"
+        yield Row(what, f"{ratio:.1f} ×", "", "step", qwen.name, "ours", "random", over="reference")
 
 
 def predictions(lines: Lines) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -176,13 +176,13 @@ def products(shape: Shape, device: torch.device, rounds: int) -> dict[str, float
     return {name: statistics.median(each[name] for each in found[3:]) for name in work}
 
 
-def ways(device: torch.device) -> dict[str, Tile | None]:
+def ways(device: torch.device) -> Mapping[str, Tile | None]:
     """Name to tile: the shipped ones, the default first, then the candidates; None for whatever is taken."""
     arch = architecture(device)
     if arch not in tiles.TILES:
         return {"default": None}
     first, *others = tiles.TILES[arch]
-    shipped: dict[str, Tile | None] = {"default": first} | {_name(tile): tile for tile in others}
+    shipped = {"default": first} | {_name(tile): tile for tile in others}
     return shipped | {f"{_name(tile)}, candidate": tile for tile in CANDIDATES.get(arch, ())}
 
 

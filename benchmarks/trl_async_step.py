@@ -144,7 +144,7 @@ def _fits(groups: int, tokens: int, budget: int, all_groups: int) -> bool:
 
 
 def samples(workload: Workload, steps: int) -> list[Any]:
-    """The rollouts of so many updates as TRL's worker hands them on."""
+    """The rollouts of so many updates, and of one more, since a batch is fetched ahead, as TRL's worker has them."""
     import numpy
 
     module: Any = importlib.import_module("trl.experimental.async_grpo.async_rollout_worker")
@@ -166,4 +166,4 @@ def samples(workload: Workload, steps: int) -> list[Any]:
                 metrics={},
             )
         )
-    return made * steps
+    return made * (steps + 1)

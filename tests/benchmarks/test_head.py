@@ -108,6 +108,9 @@ def test_run_records_everything_and_flags_larger_errors(no_collections, monkeypa
     monkeypatch.setattr(head, "errors_of", lambda name, *_: wrong if name == "ours recompute" else right)
     monkeypatch.setattr(head, "left_out", lambda _: {name: "not here" for name in NAMES if name != "ours recompute"})
     assert head.run(CPU, small=True, deadline=time.monotonic() + 60) == 0
+    absent = [line[2] for line in lines if line[0] == head.ABSENT]
+    assert set(absent) == set(NAMES) - {"ours recompute"}
+    lines = lines[len(absent) :]
     assert [line[:4] for line in lines] == [
         ("head", "V=160 D=16 fp32", "ours recompute", f"N=24 {case}") for case in ("forward+backward", "forward")
     ]

@@ -143,14 +143,23 @@ def _package(module: str, package: str, needs: str = "") -> Callable[[torch.devi
             return f"{needs}: needs a CUDA device"
         if "SM90" in needs and torch.cuda.get_device_capability(device) != (9, 0):
             return f"{needs}: needs a GPU of compute capability 9.0"
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # a package that breaks on import, too, is only left out
-            first = (str(error).splitlines() or [""])[0]
-            return f"{package} does not import here: {type(error).__name__}: {first}"
-        return ""
+        return _broken.get(module) or _import_error(module, package)
 
     return absent
+
+
+# By module, why it does not import: to try takes seconds, and reasons are asked for at every shape.
+_broken: dict[str, str] = {}
+
+
+def _import_error(module: str, package: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package that breaks on import, too, is only left out
+        first = (str(error).splitlines() or [""])[0]
+        _broken[module] = f"{package} does not import here: {type(error).__name__}: {first}"
+        return _broken[module]
+    return ""
 
 
 def _no_torch_chunked(_: torch.device) -> str:

@@ -86,7 +86,8 @@ class AsyncTrlStep(Stepwise):
     Activation checkpointing, on by default in TRL, is off as it is for the others.
 
     Args:
-        model: A causal language model; the trainer loads a copy from a folder, the one way it takes models.
+        model: A causal language model; the trainer loads a copy from a folder, the one way it takes
+            models, and this one is emptied.
         tokenizer: Its tokenizer.
         workload: The groups.
         budget: Tokens of a forward pass: as many whole groups as fit.
@@ -102,6 +103,7 @@ class AsyncTrlStep(Stepwise):
         folder = f"{self.folder.name}/model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        model.to("meta")  # the trainer's copy takes its place, in the measured memory too
         largest = max(group.shared_tokens for group in workload.groups)
         groups = max(g for g in range(1, len(workload.groups) + 1) if _fits(g, largest, budget, len(workload.groups)))
         cuda = torch.cuda.is_available()

@@ -182,18 +182,19 @@ def results(case: Case, device: torch.device, impl: Any) -> list[Result]:
 
 
 class _Inputs:
-    """Logits of standard deviation 3, and an upstream gradient; the same for a case on any device."""
+    """Logits of standard deviation 3, and an upstream gradient; the same whenever a case runs on a device."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        g = torch.Generator().manual_seed(case.n + case.v)
+        g = torch.Generator(device).manual_seed(case.n + case.v)
+        made: dict[str, Any] = {"generator": g, "device": device}
         self.case, self.dtype = case, DTYPES[case.dtype]
-        self.hidden = torch.randn(case.n, case.d + case.off, generator=g).to(device, self.dtype)[:, int(case.off) :]
-        self.weight = (torch.randn(case.v, case.d, generator=g) * 3 / case.d**0.5).to(device, self.dtype)
-        self.bias = torch.randn(case.v, generator=g).to(device, self.dtype) if case.bias else None
+        self.hidden = torch.randn(case.n, case.d + case.off, **made).to(self.dtype)[:, int(case.off) :]
+        self.weight = (torch.randn(case.v, case.d, **made) * 3 / case.d**0.5).to(self.dtype)
+        self.bias = torch.randn(case.v, **made).to(self.dtype) if case.bias else None
         m = len(SCORES) if case.kind == "score" else 1
-        self.targets = torch.randint(case.v, (case.n,), generator=g).to(device)
+        self.targets = torch.randint(case.v, (case.n,), **made)
         self.scores = torch.tensor(SCORES, device=device)
-        self.upstream = torch.randn(case.n, m, generator=g).to(device)
+        self.upstream = torch.randn(case.n, m, **made)
 
     def leaves(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Hidden states, weight and bias to take gradients of; in their own dtype laid out as they are."""

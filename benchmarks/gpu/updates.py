@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import time
 from functools import partial
@@ -73,6 +74,7 @@ def _run(check: Check, end: float, work: list[tuple[Case, str]]) -> int:
             path = check.details / f"profile-{case.name}.txt"
             wrong += not attempt(check, f"{name}, profile", partial(write_profile, path, contender, check.device))[1]
         del contender
+        gc.collect()  # trainers and hooked models hold themselves, and the next model comes before its measurement
     return wrong
 
 

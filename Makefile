@@ -61,7 +61,7 @@ bench: $(STAMP) ## time the head, the update and its parts against the alternati
 	$(PY) -m tools.tables show
 	$(PY) -m tools.tables
 
-gpu-check: ## on a CUDA machine with torch and transformers: GPU tests and benchmarks at real sizes, in 13 minutes
+gpu-check: ## on a CUDA machine with torch and transformers: kernels, GPU tests, benchmarks at real sizes; 13 minutes
 	PYTHONPATH=.:kernels $(GPU_PYTHON) -m benchmarks.gpu_check $(OUT) $(ARGS)
 
 lint: $(STAMP) ## check style, format and types

@@ -8,11 +8,10 @@ seconds: who rounds more is not timed as equal.
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -22,30 +21,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import roofline
+from benchmarks import peers, roofline
 from benchmarks.machine import PeakMemory, synchronize
+from benchmarks.peers import PEERS, Factory, Loss
 from benchmarks.record import append
 from real_kernels import HeadOptions, linear_logprob, weighted_logprob
 
-Loss = Callable[[], torch.Tensor]
-Factory = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Loss]
-
-NAMES = (
+OURS = (
     "ours forward",
     "ours recompute",
     "ours forward, small budget",
     "ours forward, tuned",
     "ours recompute, tuned",
-    "eager",
-    "torch.compile",
-    "torch linear_cross_entropy",
-    "torch linear_cross_entropy, 256 MiB",
-    "liger",
-    "liger, fp32 dW",
-    "liger grpo",
-    "cce",
-    "quack",
 )
+NAMES = (*OURS, *PEERS)
+ABSENT = "head left out"  # the suite of lines that say so
 FULL_LOGITS = ("eager", "torch.compile")
 # Bytes per logit of those at their peak: bf16 logits, float32 copy, log-softmax, and the gradients of all three.
 LOGIT_BYTES = 16
@@ -119,16 +109,7 @@ def contenders(device: torch.device, impl: Any = "auto") -> dict[str, Factory]:
         "ours forward, small budget": partial(_ours, impl, 8),
         "ours forward, tuned": partial(_ours, impl, 1),
         "ours recompute, tuned": partial(_ours_recompute, impl),
-        "eager": _eager,
-        "torch.compile": _compiled,
-        "torch linear_cross_entropy": partial(_torch_chunked, None),
-        "torch linear_cross_entropy, 256 MiB": partial(_torch_chunked, 256 * 2**20),
-        "liger": partial(_liger, None),
-        "liger, fp32 dW": partial(_liger, torch.float32),
-        "liger grpo": _liger_grpo,
-        "cce": _cce,
-        "quack": _quack,
-    }
+    } | {name: peer.make for name, peer in PEERS.items()}
     missing = left_out(device)
     return {name: made[name] for name in NAMES if name not in missing}
 
@@ -139,43 +120,8 @@ def left_out(device: torch.device) -> dict[str, str]:
     reasons = {
         "ours forward, tuned": untuned,
         "ours recompute, tuned": untuned,
-        "torch.compile": _no_compiler(device.type),
-        "torch linear_cross_entropy": _no_torch_chunked(),
-        "torch linear_cross_entropy, 256 MiB": _no_torch_chunked(),
-        "liger": _no_package(device, "liger_kernel.transformers", "liger-kernel", "Triton kernels"),
-        "liger, fp32 dW": _no_package(device, "liger_kernel.transformers", "liger-kernel", "Triton kernels"),
-        "liger grpo": _no_package(device, "liger_kernel.chunked_loss", "liger-kernel", ""),
-        # Its torch_compile implementation, the one for the CPU, is our contender "torch.compile" once more.
-        "cce": _no_package(device, "cut_cross_entropy", "cut-cross-entropy", "Triton kernels"),
-        "quack": _no_package(device, "quack.linear_cross_entropy", "quack-kernels", "CuTe DSL kernels"),
-    }
+    } | {name: peer.absent(device) for name, peer in PEERS.items()}
     return {name: reason for name, reason in reasons.items() if reason}
-
-
-def _no_package(device: torch.device, module: str, package: str, cuda: str) -> str:
-    if cuda and device.type != "cuda":
-        return f"{cuda}: needs a CUDA device"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a package that breaks on import, too, is only left out
-        return f"pip install --no-deps {package}: {error}"
-    return ""
-
-
-def _no_torch_chunked() -> str:
-    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return ""
-    return f"torch {torch.__version__} has no chunked linear_cross_entropy"
-
-
-@cache
-def _no_compiler(device: str) -> str:
-    """Why torch.compile does not work here, by trying it: a compiler, its headers and Triton may each be missing."""
-    try:
-        torch.compile(lambda x: x.sin().cos(), dynamic=False)(torch.ones(64, device=device))
-    except Exception as error:  # whatever a missing compiler raises
-        return f"torch.compile does not work here: {(str(error).splitlines() or [''])[0]}"
-    return ""
 
 
 def _ours(impl: Any, parts: int, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
@@ -200,65 +146,7 @@ def _ours_recompute(impl: Any, hidden: torch.Tensor, weight: torch.Tensor, targe
     return lambda: -linear_logprob(hidden, weight, targets, head=head).mean()
 
 
-def _cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets)
-
-
-def _eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """Full logits, as most trainers have them."""
-    return lambda: _cross_entropy(hidden, weight, targets)
-
-
-def _compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """The same, compiled for this shape."""
-    torch._dynamo.reset()  # after eight shapes it would silently stop compiling
-    compiled = torch.compile(_cross_entropy, dynamic=False)
-    return lambda: compiled(hidden, weight, targets)
-
-
-def _torch_chunked(budget: int | None, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """PyTorch's own, with the chunks that it picks itself (a few rows), or with those of a budget such as ours."""
-    function: Any = F
-    rows = None if budget is None else max(1, budget // (4 * weight.shape[0]))
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-    return lambda: function.linear_cross_entropy(hidden, weight, targets, options=options)
-
-
-def _liger(accumulator: torch.dtype | None, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """Liger's; by default it accumulates dW over chunks in the weight's own dtype."""
-    module = importlib.import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
-        accum_dtype=accumulator
-    )
-    return lambda: module(weight, hidden, targets)
-
-
-def _liger_grpo(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """Liger's policy gradient: with CISPO, advantage 1 and no KL it is -sum(log p) / N.
-
-    One sequence of N tokens, which is the fewest chunks. The step from log-probabilities to the loss, N numbers, is not
-    compiled: Liger would compile it anew in each call. It computes gradients whether they are asked for or not.
-    """
-    module = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
-        beta=0.0, compiled=False, use_ref_model=False, loss_type="cispo", epsilon_high=5.0
-    )
-    mask = torch.ones(1, targets.shape[0], device=hidden.device)
-    advantages = torch.ones(1, device=hidden.device)
-    return lambda: module(hidden[None], weight, targets[None], mask, advantages)[0]
-
-
-def _cce(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """Apple's, with its default filter of small gradients."""
-    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda: function(hidden, weight, targets)
-
-
-def _quack(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """QuACK's, chunks of 4096 rows, tuned; on Hopper it picks its newer pipeline itself."""
-    function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda: function(hidden, weight, targets)
-
-
-def _make_inputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_inputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of standard deviation 2, and targets from hopeless to nearly certain, as a trained model has them.
 
     That matters to those who filter small gradients, and to those whose true-class gradient cancels.
@@ -275,8 +163,9 @@ def _make_inputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torc
 
 
 @lru_cache(maxsize=1)
-def _timed_inputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _make_inputs(shape, device)
+def timed_inputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, kept until another shape is asked for."""
+    return make_inputs(shape, device)
 
 
 @dataclass(frozen=True)
@@ -293,7 +182,7 @@ ERROR_SHAPE = (512, 256, 8192)
 @cache
 def _oracle(shape: Shape, device: torch.device) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Inputs, and the loss, dX and dW of full logits in float64, on the CPU."""
-    made = _make_inputs(shape, device)
+    made = make_inputs(shape, device)
     wide = [x.detach().cpu().double().requires_grad_() for x in made[:2]]
     loss = F.cross_entropy(wide[0] @ wide[1].t(), made[2].cpu())
     return made, (loss.detach(), *torch.autograd.grad(loss, wide))
@@ -348,7 +237,7 @@ def measure(
     Forward alone is without gradients and from inputs that need none, as in an evaluation. Gradients are None at the
     start of each round, as after ``zero_grad``.
     """
-    hidden, weight, targets = _timed_inputs(shape, device)
+    hidden, weight, targets = timed_inputs(shape, device)
     loss = factory(*((hidden, weight) if backward else (hidden.detach(), weight.detach())), targets)
     seconds: list[float] = []
 
@@ -392,6 +281,8 @@ def unsuitable(name: str, shape: Shape, device: torch.device) -> str:
     """Why a contender is not timed at this shape, or "": its logits do not fit into memory, or it takes minutes."""
     if name == "torch linear_cross_entropy" and device.type == "cpu" and shape in CPU_SHAPES[1:]:
         return "its own chunks of a few rows take minutes on a CPU; timed at the first shape alone"
+    if reason := peers.unsuitable(name, shape.n, shape.v, shape.dtype):
+        return reason
     if name not in FULL_LOGITS:
         return ""
     if device.type == "cuda":
@@ -469,27 +360,33 @@ def _warning(what: str, error: float, eager: float) -> str:
     return "" if error <= bound else f"; {what} off by {error:.1e}, eager's by {eager:.1e}"
 
 
-def run(device: torch.device, small: bool, deadline: float, impl: str = "auto") -> int:
-    """Every contender at every shape until `deadline` (of ``time.monotonic``). Returns how many failed.
+def run(device: torch.device, small: bool, deadline: float, impl: str = "auto", names: Collection[str] = NAMES) -> int:
+    """Contenders at every shape until `deadline` (of ``time.monotonic``). Returns how many failed.
 
-    What is done is recorded at once; whatever goes wrong in one contender is said, and the others go on.
+    What is done is recorded at once, and so is what does not run here, with its reason; whatever goes wrong in one
+    contender is said, and the others go on.
     """
     try:
-        return _run(device, small, deadline, impl)
+        return _run(device, small, deadline, impl, names)
     finally:
-        _timed_inputs.cache_clear()
+        timed_inputs.cache_clear()
 
 
-def _run(device: torch.device, small: bool, deadline: float, impl: str) -> int:
+def _run(device: torch.device, small: bool, deadline: float, impl: str, names: Collection[str]) -> int:
     failed = 0
     for name, reason in left_out(device).items():
-        print(f"head: {name} left out: {reason}", flush=True)
+        if name in names:
+            print(f"head: {name} left out: {reason}", flush=True)
+            record_absence(name, reason)
     rounds = 2 if small else default_rounds(device)
     for shape in shapes(device, small):
         rate = matmul_rate(device, shape.dtype)
         for name in contenders(device, impl):
+            if name not in names:
+                continue
             if reason := unsuitable(name, shape, device):
                 print(f"head: {name} left out at {shape.model} N={shape.n}: {reason}", flush=True)
+                record_absence(name, reason, shape.model)
                 continue
             for backward in (True, False):
                 expected = (rounds + 3) * shape.flops(backward) / (0.3 * rate)
@@ -505,3 +402,8 @@ def _run(device: torch.device, small: bool, deadline: float, impl: str) -> int:
                 finally:
                     gc.collect()
     return failed
+
+
+def record_absence(name: str, reason: str, model: str = "-") -> None:
+    """A line for the tables: a contender did not run, at one shape or at all, and why."""
+    append(ABSENT, model, name, reason, {"left_out": (1.0, "1")})

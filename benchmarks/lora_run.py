@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.gpu_check import CASES, Case
+from benchmarks.gpu.cases import CASES, Case
 
 UPDATES = 2
 # As configs/qwen3-8b-lora-80gb.yaml has it, with fewer prompts and shorter responses: two micro-batches of four groups.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_check import Case
+    from benchmarks.gpu.cases import Case
 
 # Bytes of a file of weights, and how many are written at a time.
 SHARD, WRITERS = 2 * 2**30, 4

@@ -58,3 +58,20 @@ def read(path: Path | None = None) -> list[dict[str, str]]:
     """All lines, oldest first."""
     with (path or RESULTS / "benchmarks.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def add(source: Path, target: Path) -> int:
+    """Add the lines of a file that another one does not have yet. Returns how many.
+
+    Raises:
+        OSError: One of the files is not there.
+        ValueError: The source has other columns.
+    """
+    there, new = read(target), read(source)
+    if new and tuple(new[0]) != COLUMNS:
+        raise ValueError(f"{source}: its columns are {', '.join(new[0])}, not {', '.join(COLUMNS)}")
+    known = {tuple(line.values()) for line in there}
+    added = [line for line in new if tuple(line.values()) not in known]
+    with target.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerows(added)
+    return len(added)

@@ -17,12 +17,13 @@ from benchmarks import report_head
 from benchmarks.record import RESULTS, read
 from benchmarks.steps import FASTER, VARIANTS
 
-CONTENDERS = ("reference", "trl", *VARIANTS, *FASTER, "ours and rollouts")
+CONTENDERS = ("reference", "trl", "trl async", *VARIANTS, *FASTER, "ours and rollouts")
 PHASES = ("rollout", "pack", "body forward", "head", "backward", "optimizer", "sync", "step")
 _COLOURS = ("#56B4E9", "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#999933")
 NAMES = {
     "reference": "reference-style",
     "trl": "TRL GRPOTrainer",
+    "trl async": "TRL AsyncGRPOTrainer",
     "ours": "real-fast",
     "no shared prompt": "… without shared prompts",
     "two forwards": "… with a second forward for ŷ",

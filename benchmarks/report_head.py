@@ -6,33 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.head import NAMES
+from benchmarks.peers import PEERS
 
 Metrics = dict[str, dict[str, float]]  # variant to metric to value
 Key = tuple[str, str, str]  # machine, model, case
-OURS = (
-    "ours forward",
-    "ours forward, tuned",
-    "ours forward, small budget",
-    "ours recompute",
-    "ours recompute, tuned",
-)
 LABELS = {
     "ours forward": "real_kernels, gradient in forward",
-    "ours forward, small budget": "real_kernels, gradient in forward, 8 chunks",
     "ours forward, tuned": "real_kernels, gradient in forward, tuned",
+    "ours forward, small budget": "real_kernels, gradient in forward, 8 chunks",
     "ours recompute": "real_kernels, recompute",
     "ours recompute, tuned": "real_kernels, recompute, tuned",
-    "eager": "eager, full logits",
-    "torch.compile": "torch.compile, full logits",
-    "torch linear_cross_entropy": "torch `linear_cross_entropy`",
-    "torch linear_cross_entropy, 256 MiB": "torch `linear_cross_entropy`, 256 MiB chunks",
-    "liger": "Liger fused CE",
-    "liger, fp32 dW": "Liger fused CE, dW summed in fp32",
-    "liger grpo": "Liger chunked GRPO",
-    "cce": "CCE",
-    "quack": "QuACK",
-}
+} | {name: peer.label for name, peer in PEERS.items()}
+# In the tables' order.
+OURS = tuple(name for name in LABELS if name not in PEERS)
+ORDER = tuple(LABELS)
 
 
 def cases(found: dict[Key, Metrics]) -> list[dict[str, Any]]:
@@ -71,7 +58,7 @@ def plot(found: dict[Key, Metrics], folder: Path) -> list[str]:
         FigureCanvasAgg(figure)
         for axes, key in zip(figure.subplots(len(shown), 2, squeeze=False), shown, strict=True):
             variants = mine[key]
-            order = [n for n in (*OURS, *(n for n in NAMES if n not in OURS)) if n in variants][::-1]
+            order = [n for n in ORDER if n in variants][::-1]
             colours = ["#0072B2" if n in OURS else "#999999" for n in order]
             labels = [LABELS[n].replace("`", "") for n in order]
             axes[0].barh(labels, [variants[n]["seconds"] for n in order], color=colours)

@@ -109,7 +109,7 @@ def _model(name: str, folder: Path) -> str:
         return name
     import torch
 
-    from benchmarks.gpu_check import Case
+    from benchmarks.gpu.cases import Case
     from benchmarks.random_model import write_model
 
     shape = Case("tiny", 256, 4, 4, 512, tied=False, vocabulary=512, kv_heads=2, head_dim=64)

@@ -67,6 +67,7 @@ SLOW = {
     "test_plots",
     "test_resources",
     "test_triton",
+    "test_trl_steps",
     "test_a_method_with_seeds_is_the_mean_of_its_runs",
     "test_gpu_check_goes_on_behind_a_crash",
     "test_greedy_tokens_are_those_of_generate",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from benchmarks.head import NAMES as HEADS
+from benchmarks.head import ABSENT as HEAD_ABSENT
+from benchmarks.peers import NOT_INSTALLED
 from benchmarks.plan_check import AGAIN, WAYS
 from benchmarks.record import read
 from benchmarks.report import CONTENDERS, NAMES, Key, newest, parameters, speedups
-from benchmarks.report_head import LABELS, OURS, Metrics
+from benchmarks.report_head import LABELS, ORDER, Metrics
 
 Lines = list[dict[str, str]]
 
@@ -24,7 +25,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-rollout": rollout_table(lines),
         "bench-vllm": vllm_table(lines),
         "bench-plots": images("Seconds by phase; gain over K and over P/R", results, "step-*.png", place),
-        "bench-head": head_table(newest(lines, "head")),
+        "bench-head": heads(lines),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
         "kernels": kernel_table(results / "kernels.csv"),
         "plan-check": plan_table(lines),
@@ -33,7 +34,28 @@ def tables(results: Path, root: Path) -> dict[str, str]:
 
 def text(lines: Lines) -> str:
     """What is worth reading right after measuring: the update, the sweep and the head."""
-    return "\n\n".join((step_table(lines), sweep_table(lines), head_table(newest(lines, "head"))))
+    return "\n\n".join((step_table(lines), sweep_table(lines), heads(lines)))
+
+
+def heads(lines: Lines) -> str:
+    """The head's tables."""
+    return head_table(newest(lines, "head"), absent(lines, HEAD_ABSENT))
+
+
+# By machine and shape ("-" for all of them): contenders that did not run, and what a table says instead.
+Absent = dict[tuple[str, str], dict[str, str]]
+
+
+def absent(lines: Lines, suite: str) -> Absent:
+    """Of a suite's lines, those of each machine's newest run."""
+    newest_run = {line["machine"]: line["run"] for line in sorted(lines, key=lambda line: line["run"])}
+    found: Absent = {}
+    for line in lines:
+        if line["suite"] == suite and line["run"] == newest_run[line["machine"]]:
+            reason = line["case"]
+            said = NOT_INSTALLED if reason.startswith(NOT_INSTALLED) else reason.replace("|", "/")
+            found.setdefault((line["machine"], line["model"]), {})[line["variant"]] = said
+    return found
 
 
 def images(about: str, results: Path, pattern: str, place: str) -> str:
@@ -43,7 +65,7 @@ def images(about: str, results: Path, pattern: str, place: str) -> str:
 
 def step_table(lines: Lines) -> str:
     """The case with the most contenders, per machine and model."""
-    steps = newest(lines, "step")
+    steps, missing = newest(lines, "step"), absent(lines, "step left out")
     best: dict[tuple[str, str], Key] = {}
     for key, variants in steps.items():
         if len(variants) > len(steps.get(best.get(key[:2], ("", "", "")), {})):
@@ -61,7 +83,10 @@ def step_table(lines: Lines) -> str:
             "| step | seconds | samples/s | tokens through the body | memory above the weights | over real-fast |",
             "|---|---|---|---|---|---|",
         ]
+        reasons = missing.get((key[0], "-"), {})
         for name in CONTENDERS:
+            if name not in variants and name in reasons:
+                out.append(f"| {NAMES[name]} | {reasons[name]} | | | | |")
             if name in variants:
                 v = variants[name]
                 peak = f"{v['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in v else "-"
@@ -140,8 +165,11 @@ def vllm_table(lines: Lines) -> str:
     return "\n".join(out)
 
 
-def head_table(found: dict[Key, Metrics]) -> str:
-    """Forward and backward, a table per machine and shape; the peak is above inputs and resulting gradients."""
+def head_table(found: dict[Key, Metrics], missing: Absent) -> str:
+    """Forward and backward, a table per machine and shape; the peak is above inputs and resulting gradients.
+
+    Those in `missing` have a line that says why they are not measured.
+    """
     out = []
     for (machine, model, case), variants in sorted(found.items()):
         if not case.endswith("+backward"):
@@ -152,9 +180,12 @@ def head_table(found: dict[Key, Metrics]) -> str:
             "| head | forward | forward and backward | of the matmul rate | peak memory | gradient error |",
             "|---|---|---|---|---|---|",
         ]
-        for name in (*OURS, *(n for n in HEADS if n not in OURS)):
+        reasons = missing.get((machine, "-"), {}) | missing.get((machine, model), {})
+        for name in ORDER:
             m = variants.get(name)
             if m is None:
+                if name in reasons:
+                    out.append(f"| {LABELS[name]} | {reasons[name]} | | | | |")
                 continue
             only = f"{_time(forward[name]['seconds'])}" if name in forward else "-"
             peak = f"{m['peak_bytes'] / 2**20:,.0f} MiB" if "peak_bytes" in m else "-"

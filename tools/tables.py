@@ -6,6 +6,7 @@ and experiments/.
 
 python -m tools.tables                  write all pages
 python -m tools.tables keep RUN NAME    copy a run's summary.json and plots to docs/results/NAME*, then write all pages
+python -m tools.tables add CSV          add the lines of gpu-check's benchmarks.csv to ours, then write all pages
 python -m tools.tables show             print the benchmarks' tables of $REAL_FAST_RESULTS, and write nothing
 """
 
@@ -17,10 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.record import read
+from benchmarks.record import add, read
 from tools import (
     benchmark_tables,
     experiment_tables,
+    gpu_tables,
     host_tables,
     memory_tables,
     paper_tables,
@@ -71,6 +73,7 @@ def tables(root: Path) -> dict[str, str]:
         **scaling_tables.tables(root / "configs", root / "benchmarks" / "results"),
         **reliability_tables.tables(root / "docs"),
         **paper_tables.tables(root / "configs" / "paper", root / "experiments" / "paper"),
+        "gpu-predictions": gpu_tables.predictions(read(root / "benchmarks" / "results" / "benchmarks.csv")),
         "one-gpu": plan_headers.table(root / "configs"),
     }
 
@@ -122,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pass
             case ["keep", run, name]:
                 run_tables.keep(Path(run), name, ROOT / "docs" / "results")
+            case ["add", file]:
+                print(f"{add(Path(file), ROOT / 'benchmarks' / 'results' / 'benchmarks.csv')} lines added")
             case ["show"]:
                 print(benchmark_tables.text(read()))
                 return 0
@@ -129,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(__doc__, file=sys.stderr)
                 return 2
         changed = [*write(ROOT), *plan_headers.write(ROOT / "configs")]
-    except (MarkerError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{page.relative_to(ROOT)}: written" for page in changed) or "the pages are up to date")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,12 @@ def test_gpu_check_runs_to_its_end(tmp_path):
     done = run(env, "-c", START, str(out), "--small")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "failed" not in done.stdout, done.stdout
+    stages = [line for line in done.stdout.splitlines() if line.startswith("== ")]
+    assert len(stages) == 14 and not [line for line in stages if "left out" in line], stages
     said = ("not installed here: pytest", "measured peak", "bf16: loss differs by", "LoRA step left out", "real-fast")
+    said += ("cases by PyTorch", "sdpa's by", "torch.mm: logits", "dlogits", "tests left out: not installed: pytest")
+    said += ("| CCE | not installed |", "| TRL GRPOTrainer | not installed |", "44.5 ms", "flex left out")
     assert not [words for words in said if words not in done.stdout], done.stdout
-    assert {"benchmarks.csv", "summary.json", "profile-tiny.txt"} == {file.name for file in out.iterdir()}
+    assert {"benchmarks.csv", "summary.json", "gpu-check.txt", "gpu-check.tar.gz"} == {f.name for f in out.iterdir()}
+    with tarfile.open(out / "gpu-check.tar.gz") as archive:
+        assert {"benchmarks.csv", "gpu-check.txt", "profile-tiny.txt"} <= set(archive.getnames())

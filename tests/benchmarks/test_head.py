@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import head
+from benchmarks import head, peers
 from benchmarks.head import NAMES, Shape, contenders, errors, left_out
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_a_wrong_contender_is_found_out(wrong):
         # A gradient or a value that is off by 1 %, and nothing else.
         h = hidden * 1.01 + (hidden * -0.01).detach() if wrong == "hidden" else hidden
         w = weight * 1.01 + (weight * -0.01).detach() if wrong == "weight" else weight
-        right = head._cross_entropy(h, w, targets)
+        right = peers.cross_entropy(h, w, targets)
         return lambda: right + 0.01 * right.detach() if wrong == "loss" else right
 
     error = errors(factory, TINY, CPU)
@@ -52,10 +52,10 @@ def test_a_wrong_contender_is_found_out(wrong):
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_alone_gives_the_same_loss(name):
     skip_if_left_out(name, CPU)
-    hidden, weight, targets = head._make_inputs(TINY, CPU)
+    hidden, weight, targets = head.make_inputs(TINY, CPU)
     with torch.no_grad():
         loss = contenders(CPU)[name](hidden.detach(), weight.detach(), targets)()
-        torch.testing.assert_close(loss, head._cross_entropy(hidden, weight, targets))
+        torch.testing.assert_close(loss, peers.cross_entropy(hidden, weight, targets))
     assert not loss.requires_grad and hidden.grad is None and weight.grad is None
 
 
@@ -68,6 +68,7 @@ def test_every_name_runs_or_has_a_reason():
 
 
 def test_what_a_missing_package_or_function_is_called(monkeypatch):
+    monkeypatch.setattr(peers, "_broken", {})
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel.chunked_loss", None)
     assert "liger-kernel" in left_out(CPU)["liger grpo"] and "liger grpo" not in contenders(CPU)
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
@@ -88,7 +89,7 @@ def test_small_budget_is_an_eighth_of_the_rows(monkeypatch):
         return torch.zeros(()), torch.zeros(())
 
     monkeypatch.setattr(head, "weighted_logprob", spy)
-    contenders(CPU)["ours forward, small budget"](*head._make_inputs(TINY, CPU))()
+    contenders(CPU)["ours forward, small budget"](*head.make_inputs(TINY, CPU))()
     assert seen["head"].chunk_bytes == TINY.n // 8 * TINY.v * 4 and seen["head"].mode == "forward"
 
 
@@ -108,6 +109,9 @@ def test_run_records_everything_and_flags_larger_errors(no_collections, monkeypa
     monkeypatch.setattr(head, "errors_of", lambda name, *_: wrong if name == "ours recompute" else right)
     monkeypatch.setattr(head, "left_out", lambda _: {name: "not here" for name in NAMES if name != "ours recompute"})
     assert head.run(CPU, small=True, deadline=time.monotonic() + 60) == 0
+    absent = [line[2] for line in lines if line[0] == head.ABSENT]
+    assert set(absent) == set(NAMES) - {"ours recompute"}
+    lines = lines[len(absent) :]
     assert [line[:4] for line in lines] == [
         ("head", "V=160 D=16 fp32", "ours recompute", f"N=24 {case}") for case in ("forward+backward", "forward")
     ]

@@ -7,23 +7,24 @@ import importlib.util
 import json
 import os
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, head, lora_step, record, report, roofline
+from benchmarks import gpu_check, lora_step, record, report
+from benchmarks.gpu import order, stages
+from benchmarks.gpu.cases import CASES, Case
 from benchmarks.lora_run import LARGE, PEAKS, SMALL, planned, run_config
 from benchmarks.random_model import byte_tokenizer, parameters, write_model
 from real_fast.model.load import load_model, load_tokenizer
 from real_fast.planning.count import empty_model
 from real_fast.planning.memory import ModelSizes
 from real_fast.planning.shape import known_models
-from tools import benchmark_tables
 
 NEEDS_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 GIB = 2**30
@@ -57,8 +58,8 @@ def ends_by(code: str) -> Callable[..., list[str]]:
     return command
 
 
-@pytest.mark.parametrize("case", [SMALL, *gpu_check.CASES], ids=lambda case: case.name)
-def test_weights_are_counted_by_arithmetic(case: gpu_check.Case) -> None:
+@pytest.mark.parametrize("case", [SMALL, *CASES], ids=lambda case: case.name)
+def test_weights_are_counted_by_arithmetic(case: Case) -> None:
     assert parameters(case) == sum(p.numel() for p in empty_model(case.config()).parameters())
 
 
@@ -225,25 +226,25 @@ def test_without_room_for_the_model_the_error_says_how_much(monkeypatch: pytest.
 def test_gpu_check_goes_on_behind_a_crash(
     results: Path, without_vllm: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the step stands between correctness and the peers."""
+    """And the step stands between ours and the peers."""
     done: list[str] = []
-    real, peak = lora_step.run, SimpleNamespace(flops=1e12, bandwidth=1e11)
+    found = order.stages()
 
-    def lora(*arguments: Any) -> int:
-        done.append("LoRA")
-        return real(*arguments)
+    def noted(stage: stages.Stage) -> stages.Stage:
+        def work(check: stages.Check, end: float) -> int:
+            done.append(stage.name)
+            return stage.work(check, end) if stage.name == "LoRA step" else 0
 
-    monkeypatch.setattr(lora_step, "run", lora)
+        return stage._replace(work=work)
+
     monkeypatch.setattr(lora_step, "command", ends_by("os.abort()"))
-    monkeypatch.setattr(roofline, "measure", lambda *_: peak)
-    monkeypatch.setattr(gpu_check, "run_agreement", lambda *_: done.append("agreement"))
-    monkeypatch.setattr(head, "run", lambda *_: done.append("head"))
-    monkeypatch.setattr(gpu_check, "run_step", lambda case, variant, *_: done.append(variant))
-    monkeypatch.setattr(report, "main", lambda: None)
-    monkeypatch.setattr(record, "read", list)
-    monkeypatch.setattr(benchmark_tables, "text", lambda _: "")
+    monkeypatch.setattr(order, "stages", lambda: tuple(map(noted, found)))
     monkeypatch.setenv("REAL_FAST_RESULTS", str(results))
     monkeypatch.setattr(sys, "argv", ["gpu_check", str(results), "--small", "--no-tests"])
     assert gpu_check.main() == 1
-    assert done[:4] == ["agreement", "LoRA", "head", "reference"]
-    assert "failed in 'update 1: rollouts': ended by SIGABRT" in capsys.readouterr().out
+    assert done == [stage.name for stage in found if stage.name != "tests"]
+    assert done.index("updates") < done.index("LoRA step") < done.index("head, peers")
+    out = capsys.readouterr().out
+    assert "failed in 'update 1: rollouts': ended by SIGABRT" in out and "something went wrong in: LoRA step\n" in out
+    with tarfile.open(results / "gpu-check.tar.gz") as archive:
+        assert {"lora-step.txt", "lora-step.jsonl"} <= set(archive.getnames())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.gpu_check import SMALL, five_scores
+from benchmarks.gpu.cases import SMALL, five_scores
 from benchmarks.phases import Phases
 from benchmarks.steps import VARIANTS, OurStep, ReferenceStep, agreement
 from benchmarks.workload import random_workload

@@ -27,6 +27,7 @@ WHERE = {
     "body-arithmetic": "docs/faster-layers.md",
     "bench-head": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
+    "gpu-predictions": "docs/kernels.md",
     "kernels": "docs/kernels.md",
     "measured": "docs/measured.md",
     "lora": "docs/lora.md",

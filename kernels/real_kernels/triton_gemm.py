@@ -246,9 +246,12 @@ def logits_kernel(
         peak = tl.max(z, 1) * bits
         if BASE:
             peak = tl.maximum(tl.load(row_base + rows, mask=row_mask, other=0.0), peak - FAR)
-        # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        z = z * bits - base[:, None]
+        if BASE and not BIAS:  # finite, and no second number per row to hold
+            z = z * bits - peak[:, None]
+        else:
+            # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            z = z * bits - base[:, None]
         value = tl.math.exp2(z)
         part = column_tile.to(tl.int64) * n + rows
         tl.store(tile_max + part, peak, mask=row_mask)

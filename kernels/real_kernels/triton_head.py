@@ -25,9 +25,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WORTHWHILE_ROWS = 1024
 # dL/dz of a chunk of the vocabulary: more makes nothing faster, as each chunk's part of dW is written once anyhow.
 COLUMN_BYTES = 256 * 2**20
-# Whether saved logits are relative to one base per row (triton_base.py), not to tiles' maxima, where that is possible.
-# By arithmetic 5 GB less to read and write at N 8192 and V 151,936; gpu-check measures both.
-ROW_BASE = True
+# So many rows have saved logits relative to a base per row (triton_base.py), fewer have them relative to tiles' maxima.
+# Of fewer, the pass that is saved takes no longer than the launches that save it (64 rows of V 151,936: 39 MB to read
+# and write, 13 us), and one rounding more in dW does not average out.
+BASE_ROWS = 64
 # Saved rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
 _ALIGN = 64
 
@@ -47,7 +48,8 @@ class TritonHead:
 
     Saved logits are exponentials in the weight's dtype, so that a 16-bit one is off by its rounding alone (2^-9 in
     bfloat16), where a 16-bit logit of 20 would be off by e^(1/16). They are relative to a base per row
-    (:mod:`real_kernels.triton_base`); those of score rows, and of float16, which has not the range, to tiles' maxima.
+    (:mod:`real_kernels.triton_base`); those of few rows, of score rows and of float16, which has not the range, to
+    tiles' maxima.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
@@ -155,7 +157,7 @@ class TritonHead:
         if not n:
             return SavedLogits(rows, stats, stats.logp if buffer is None else buffer, (None, 1, None))
         hidden = _rows_of(rows.hidden)
-        based = ROW_BASE and buffer is not None and not rows.shared and self.weight.dtype != torch.float16
+        based = buffer is not None and n >= BASE_ROWS and not rows.shared and self.weight.dtype != torch.float16
         row_base = self._base(hidden, rows) if based else None
         selected = torch.empty(n, m, dtype=torch.float32, device=device)
         store = 0 if buffer is None else 1

@@ -95,7 +95,8 @@ def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile
         return (SCORES[arch],)
     if kind == "narrow":
         return (NARROW[arch],)
-    # The entropy's sum and a bias take registers that the others have not (on sm_80, 128 x 256 would spill 392 bytes).
+    # The entropy's sum and a bias take registers that the others have not. (128 x 256 on sm_80, where even a base per row
+    # would spill, is no tile at all.)
     return TILES[arch][:1] if kind == "more" else TILES[arch]
 
 

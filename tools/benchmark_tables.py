@@ -9,7 +9,7 @@ from benchmarks.head import NAMES as HEADS
 from benchmarks.plan_check import AGAIN, WAYS
 from benchmarks.record import read
 from benchmarks.report import CONTENDERS, NAMES, Key, newest, parameters, speedups
-from benchmarks.report_head import LABELS, OURS, Metrics
+from benchmarks.report_head import LABELS, OURS, Metrics, savings
 
 Lines = list[dict[str, str]]
 
@@ -25,6 +25,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-vllm": vllm_table(lines),
         "bench-plots": images("Seconds by phase; gain over K and over P/R", results, "step-*.png", place),
         "bench-head": head_table(newest(lines, "head")),
+        "bench-head-savings": savings(newest(lines, "head")),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
         "kernels": kernel_table(results / "kernels.csv"),
         "plan-check": plan_table(lines),
@@ -33,7 +34,8 @@ def tables(results: Path, root: Path) -> dict[str, str]:
 
 def text(lines: Lines) -> str:
     """What is worth reading right after measuring: the update, the sweep and the head."""
-    return "\n\n".join((step_table(lines), sweep_table(lines), head_table(newest(lines, "head"))))
+    head = newest(lines, "head")
+    return "\n\n".join((step_table(lines), sweep_table(lines), head_table(head), savings(head)))
 
 
 def images(about: str, results: Path, pattern: str, place: str) -> str:

@@ -95,8 +95,8 @@ def candidates(arch: str, dtype: torch.dtype, kind: Kind = "rows") -> tuple[Tile
         return (SCORES[arch],)
     if kind == "narrow":
         return (NARROW[arch],)
-    # The entropy's sum and a bias take registers that the others have not. (128 x 256 on sm_80, where even a base per row
-    # would spill, is no tile at all.)
+    # The entropy's sum and a bias take registers that the others have not. (128 x 256 is no tile on sm_80: even a base
+    # per row would spill.)
     return TILES[arch][:1] if kind == "more" else TILES[arch]
 
 

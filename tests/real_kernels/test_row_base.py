@@ -11,10 +11,11 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed here (it has no wheel for this platform)", allow_module_level=True)
 
-from real_kernels import HeadOptions, tiles, triton_head, weighted_logprob
+from real_kernels import HeadOptions, real_loss, tiles, triton_head, weighted_logprob
 from real_kernels.rows import Rows
 from real_kernels.tiles import Tile
 from real_kernels.triton_head import TritonHead
+from tests.oracles import OPTIONS, make_sequences, pack, records
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -204,3 +205,22 @@ def test_the_same_bits_again():
     made = make(70, 24, 139, torch.bfloat16, torch.linspace(-50, 20, 70, dtype=torch.float64))
     for a, b in zip(fused(*made), fused(*made), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [5, 1000])
+def test_score_rows_beside_rows_with_a_base(rows):
+    """Both in one chunk, and in several: the score rows' factor is 1. Against the way that stores nothing."""
+    sequences, weight, score_ids, values = make_sequences(5, 3, 4, longest=6)
+    packed = {k: t.detach().float() if t.is_floating_point() else t for k, t in pack(sequences).items()}
+    packed = {name: t.to(DEVICE) for name, t in packed.items()}
+    found = []
+    for mode in ("forward", "recompute"):
+        leaves = [packed[name].requires_grad_() for name in ("hidden", "score_hidden")]
+        leaves.append(weight.detach().float().to(DEVICE).requires_grad_())
+        options = records(impl="triton", mode=mode, chunk_bytes=64 * 4 * rows, **OPTIONS)
+        scores = {"score_ids": score_ids.to(DEVICE), "score_values": values.float().to(DEVICE)}
+        with mock.patch.object(triton_head, "BASE_ROWS", 1):
+            out = real_loss(weight=leaves[2], **scores, **packed, **options)
+        found.append(torch.autograd.grad(out.loss, leaves))
+    for got, want in zip(*found, strict=True):
+        assert error(got, want.double()) < 1e-5

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,8 @@ OURS = (
     "ours forward, small budget",
     "ours forward, tuned",
     "ours recompute, tuned",
+    "ours forward, tiles' maxima",
+    "ours forward, gradient scaled",
 )
 NAMES = (*OURS, *PEERS)
 ABSENT = "head left out"  # the suite of lines that say so
@@ -109,6 +113,9 @@ def contenders(device: torch.device, impl: Any = "auto") -> dict[str, Factory]:
         "ours forward, small budget": partial(_ours, impl, 8),
         "ours forward, tuned": partial(_ours, impl, 1),
         "ours recompute, tuned": partial(_ours_recompute, impl),
+        # As the head was before: what the base per row and the known upstream gradient bring.
+        "ours forward, tiles' maxima": partial(_ours, impl, 1),
+        "ours forward, gradient scaled": partial(_ours, impl, 1, unit_gradient=False),
     } | {name: peer.make for name, peer in PEERS.items()}
     missing = left_out(device)
     return {name: made[name] for name in NAMES if name not in missing}
@@ -117,22 +124,32 @@ def contenders(device: torch.device, impl: Any = "auto") -> dict[str, Factory]:
 def left_out(device: torch.device) -> dict[str, str]:
     """Name to reason of all that do not run on this device."""
     untuned = "" if device.type == "cuda" else "tiles of the Triton kernels: needs a CUDA device"
+    alike = "" if device.type == "cuda" else "differs by the Triton kernels alone: needs a CUDA device"
     reasons = {
+        "ours forward, tiles' maxima": alike,
+        "ours forward, gradient scaled": alike,
         "ours forward, tuned": untuned,
         "ours recompute, tuned": untuned,
     } | {name: peer.absent(device) for name, peer in PEERS.items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _ours(impl: Any, parts: int, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Loss:
-    """The gradient computed in the forward pass; with `parts` > 1, that many chunks of rows."""
+def _ours(
+    impl: Any,
+    parts: int,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    unit_gradient: bool = True,
+) -> Loss:
+    """The gradient computed in the forward pass; with `parts` > 1, that many chunks of rows. As the trainer has it."""
     n = targets.shape[0]
     coefficients = torch.full((n,), -1.0 / n, device=hidden.device)
     # The Triton kernels keep logits in the weight's dtype, the plain implementation in float32.
     size = weight.element_size() if hidden.is_cuda and impl != "torch" else 4
     budget = -(-n // parts) * weight.shape[0] * size if parts > 1 else None
 
-    head = HeadOptions(impl=impl, mode="forward", chunk_bytes=budget, validate=False)
+    head = HeadOptions(impl=impl, mode="forward", chunk_bytes=budget, validate=False, unit_gradient=unit_gradient)
 
     def loss() -> torch.Tensor:
         return weighted_logprob(hidden, weight, targets, coefficients, head=head)[0]
@@ -307,13 +324,19 @@ def bench(
     repeat: Callable[[Callable[[], None], int], None] = _loop,
 ) -> str:
     """Check, time and record one contender at one shape. Returns a line for the reader."""
-    with _tuning(name):
+    with _as_named(name):
         return _bench(name, shape, device, backward, rounds, impl, repeat)
 
 
 @contextmanager
-def _tuning(name: str) -> Iterator[None]:
-    """The fastest of the shipped tiles for those named so, the default for the others."""
+def _as_named(name: str) -> Iterator[None]:
+    """The fastest of the shipped tiles for those named so, the default for the others; likewise tiles' maxima."""
+    if name.endswith(", tiles' maxima"):
+        from real_kernels import triton_head
+
+        with mock.patch.object(triton_head, "BASE_ROWS", sys.maxsize):
+            yield
+        return
     before = os.environ.get("REAL_KERNELS_AUTOTUNE")
     os.environ["REAL_KERNELS_AUTOTUNE"] = str(int(name.endswith(", tuned")))
     try:

@@ -146,6 +146,7 @@ def _named(
 
 
 _FLAGS = {
+    "BASE": "row base",
     "ENTROPY": "entropy",
     "SHARED": "score tokens",
     "BIAS": "bias",

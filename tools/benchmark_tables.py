@@ -10,7 +10,7 @@ from benchmarks.peers import NOT_INSTALLED
 from benchmarks.plan_check import AGAIN, WAYS
 from benchmarks.record import read
 from benchmarks.report import CONTENDERS, NAMES, Key, newest, parameters, speedups
-from benchmarks.report_head import LABELS, ORDER, Metrics
+from benchmarks.report_head import LABELS, ORDER, Metrics, savings
 
 Lines = list[dict[str, str]]
 
@@ -26,6 +26,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
         "bench-vllm": vllm_table(lines),
         "bench-plots": images("Seconds by phase; gain over K and over P/R", results, "step-*.png", place),
         "bench-head": heads(lines),
+        "bench-head-savings": savings(newest(lines, "head")),
         "bench-head-plots": images("Seconds and peak memory of the head", results, "head-*.png", place),
         "kernels": kernel_table(results / "kernels.csv"),
         "plan-check": plan_table(lines),
@@ -34,7 +35,7 @@ def tables(results: Path, root: Path) -> dict[str, str]:
 
 def text(lines: Lines) -> str:
     """What is worth reading right after measuring: the update, the sweep and the head."""
-    return "\n\n".join((step_table(lines), sweep_table(lines), heads(lines)))
+    return "\n\n".join((step_table(lines), sweep_table(lines), heads(lines), savings(newest(lines, "head"))))
 
 
 def heads(lines: Lines) -> str:

@@ -31,7 +31,7 @@ class Bf16Head(TorchHead):
     def buffer(self, n: int) -> torch.Tensor:
         return torch.empty(n, self.weight.shape[0], dtype=self.weight.dtype)
 
-    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> torch.Tensor | None:
         rows, stats, p, slope = saved
         factor = -dlogp.sum(1, keepdim=True) * torch.exp(-stats.log_sum)[:, None]
         values, ids = selected_columns(stats.logp, dlogp), selected(rows)
@@ -40,6 +40,7 @@ class Bf16Head(TorchHead):
             if slope is not None:
                 dz.mul_(slope[part])
             p[part] = dz if rows.temperature == 1.0 else dz.div_(rows.temperature)
+        return None
 
     def _blocks(self, rows: Rows, columns: slice, out: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         of_rows = self._exact if rows.shared else self._in_two

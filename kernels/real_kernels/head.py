@@ -1,7 +1,8 @@
 """The two ways to the head's gradient, written once for both implementations of its primitives.
 
 - In the forward pass (6 N D V FLOPs): the loss's coefficients are known, so each chunk of rows turns its saved logits
-  into dL/dz in place and multiplies twice. dW is a sum over chunks, kept in float32.
+  into dL/dz in place and multiplies twice. dW is a sum over chunks, kept in float32. What rows of dL/dz have in common
+  as a factor may be left to the products' smaller sides, dX and the hidden states.
 - By recomputation (8 N D V): the forward pass keeps a log-sum-exp per row; the backward pass computes dL/dz again, a
   chunk of the vocabulary at a time for all rows at once, so each part of dW is written once.
 
@@ -20,7 +21,7 @@ import torch
 
 from real_kernels.bf16_head import Bf16Head
 from real_kernels.cpu import has_fast_bf16
-from real_kernels.matmul import HALF, accum_dtype, addmm_, mm_exactly, mm_into
+from real_kernels.matmul import HALF, accum_dtype, addmm_, mm_exactly, mm_into, mm_scaled
 from real_kernels.rollout_coefficients import RolloutCoefficients
 from real_kernels.rows import HeadBackend, Rows, SavedLogits, SoftmaxStats
 from real_kernels.torch_head import TorchHead, chunks
@@ -110,20 +111,29 @@ class _Sum:
         self.weight = weight.new_empty(shape, dtype=dtype) if main_grad is None else main_grad
         self.bias = weight.new_zeros(weight.shape[0], dtype=accum_dtype(weight.dtype)) if needs.bias else None
 
-    def add(self, rows: slice, buffer: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Add a chunk, given its dL/dz."""
+    def add(self, rows: slice, buffer: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor | None) -> None:
+        """Add a chunk, given its dL/dz over a factor per row [rows], None for 1."""
         whole = self.backend.columns(slice(0, self.backend.weight.shape[0]))
         dz = buffer.to(whole.dtype)
         if self.hidden is not None:
-            mm_exactly(self.hidden[rows], dz, whole)
+            if factor is None:
+                mm_exactly(self.hidden[rows], dz, whole)
+            else:
+                mm_scaled(self.hidden[rows], dz, whole, factor)
         if self.needs.weight:
+            if factor is not None:
+                # Multiplied in float32 and rounded once, as dL/dz would have been.
+                hidden = torch.mul(hidden, factor[:, None], out=torch.empty_like(hidden))
             if self.started:
                 addmm_(self.weight, dz.t(), hidden.to(dz.dtype))
             else:
                 mm_into(self.weight, dz.t(), hidden.to(dz.dtype))
                 self.started = True
-        if self.bias is not None:
+        if self.bias is not None and factor is None:
             self.bias += dz.sum(0, dtype=self.bias.dtype)
+        elif self.bias is not None:
+            assert factor is not None
+            addmm_(self.bias[:, None], dz.t(), factor[:, None].to(dz.dtype))
 
     def result(self) -> Gradients:
         """The sums, in the dtypes of the weight and the bias."""
@@ -163,8 +173,8 @@ def weighted_in_forward(
         logits = buffer[: part.stop - part.start]
         saved = backend.keep(rows.part(part), logits)
         logp[part] = saved.stats.logp[:, 0]
-        backend.dlogits_(saved, coefficients[part, None])
-        total.add(part, logits, saved.rows.hidden)
+        factor = backend.dlogits_(saved, coefficients[part, None])
+        total.add(part, logits, saved.rows.hidden, factor)
     return logp, total.result()
 
 
@@ -256,14 +266,22 @@ def real_forward(
             part = backend.keep(text.part(texts), buffer[a : a + b])
             logp[texts] = part.stats.logp[:, 0]
             chunk.append((part, weights[texts, None]))
-        for part, dlogp in chunk:
-            backend.dlogits_(part, dlogp)
+        factors = [backend.dlogits_(part, dlogp) for part, dlogp in chunk]
         hidden = [part.rows.hidden for part, _ in chunk]
         if chunk:
             rows = slice(done, done + a + b)
-            total.add(rows, buffer[: a + b], hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+            together_rows = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+            total.add(rows, buffer[: a + b], together_rows, _joined(factors, hidden))
         done += a + b
     return RealForward(stats, of_rollouts, coefficients, index, None, logp, total.result())
+
+
+def _joined(factors: Sequence[torch.Tensor | None], hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The factors of some parts' rows one behind another, 1 where a part has none; None where no part has any."""
+    known = next((factor for factor in factors if factor is not None), None)
+    if known is None:
+        return None
+    return torch.cat([known.new_ones(len(h)) if f is None else f for f, h in zip(factors, hidden, strict=True)])
 
 
 def _pieces(scores: int, texts: int, capacity: int, together: bool) -> list[tuple[slice, slice]]:

@@ -67,19 +67,31 @@ def adding(
     return Adding.apply
 
 
-def check_added(ctx: Any, grad: torch.Tensor) -> None:
+def check_added(ctx: Any, grad: torch.Tensor) -> bool:
     """Before a backward pass whose forward pass has added to ``ctx.main_grad``: as if the upstream gradient were 1.
+
+    Returns:
+        Whether there is a ``ctx.main_grad``, hence an upstream gradient of 1.
 
     Raises:
         RuntimeError: It is not 1 (on a GPU, which is not waited for, the device fails), or this is the second time.
     """
     if getattr(ctx, "main_grad", None) is None:
-        return
+        return False
     what = "the head's gradient was added to weight.main_grad in the forward pass, for backward() on the loss itself"
     if ctx.added:
         raise RuntimeError(f"{what}, once: a second backward pass would leave it out")
     ctx.added = True
-    if grad.device.type != "cpu":
+    demand_one(grad, what, 'take HeadOptions(mode="recompute")')
+    return True
+
+
+def demand_one(grad: torch.Tensor, what: str, instead: str) -> None:
+    """Raise a RuntimeError for an upstream gradient, a scalar, that is not 1.
+
+    On a GPU, which is not waited for, the device fails instead; in code that is being traced, what was traced does.
+    """
+    if type(grad) is not torch.Tensor or grad.device.type != "cpu":
         torch._assert_async(grad == 1, what)
     elif float(grad) != 1.0:
-        raise RuntimeError(f'{what}, and its gradient here is {float(grad)}: take HeadOptions(mode="recompute")')
+        raise RuntimeError(f"{what}, and its gradient here is {float(grad)}: {instead}")

@@ -41,6 +41,13 @@ def mm_exactly(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Ten
     return mm_into(out, a, b)
 
 
+def mm_scaled(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """out = factor[:, None] * (a @ b), product and multiplication in float32 (float64), rounded once at the end."""
+    wide = a.is_cuda and a.dtype in HALF
+    product = torch.mm(a, b, out_dtype=torch.float32) if wide else torch.mm(a, b)
+    return torch.mul(product, factor[:, None], out=out)
+
+
 def addmm_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b in place, total being float32 (float64): no temporary of its size."""
     if a.dtype == total.dtype:

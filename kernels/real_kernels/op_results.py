@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from real_kernels.head import Gradients, GradMask
+from real_kernels.main_grad import check_added, demand_one
 from real_kernels.matmul import accum_dtype
 
 
@@ -62,19 +63,30 @@ def mask_grads(gradients: Sequence[Tensor], required: Sequence[bool]) -> list[Te
     return [g if needed else None for g, needed in zip(gradients, required, strict=True)]
 
 
-def scaled(gradients: Sequence[Tensor], grad: Tensor, required: Sequence[bool], impl: str) -> list[Tensor | None]:
-    """Those required of the gradients computed in a forward pass, times the upstream gradient, a scalar.
+def scaled(ctx: Any, grad: Tensor, required: Sequence[bool]) -> list[Tensor | None]:
+    """Those required of the gradients that the forward pass saved, times the upstream gradient, a scalar.
+
+    Args:
+        ctx: The operator's; `impl` and `unit_gradient` are there.
+        grad: The upstream gradient.
+        required: Which gradients.
 
     Raises:
-        RuntimeError: Under ``create_graph=True``: these gradients are constants, and a second derivative would be 0.
+        RuntimeError: Under ``create_graph=True``: these gradients are constants, and a second derivative would be 0. Or
+            an upstream gradient other than 1 where it was said to be 1, or the weight's gradient was added in place.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the head has no second derivative: call backward() or grad() without create_graph")
+    gradients, one = ctx.saved_tensors, check_added(ctx, grad)
+    if ctx.unit_gradient and not one:
+        what = "HeadOptions(unit_gradient=True) is for backward() on the loss itself"
+        demand_one(grad, what, "leave it out")
+        one = True
     # A loss that backward() is called on has 1. To look is free on the CPU alone, and not for tensors being traced.
-    if type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0:
+    if one or (type(grad) is Tensor and grad.device.type == "cpu" and float(grad) == 1.0):
         return mask_grads(gradients, required)
     times = torch.ops.real_kernels.scaled
-    return [times(g, grad, impl) if needed else None for g, needed in zip(gradients, required, strict=True)]
+    return [times(g, grad, ctx.impl) if needed else None for g, needed in zip(gradients, required, strict=True)]
 
 
 @torch.library.custom_op("real_kernels::scaled", mutates_args=())

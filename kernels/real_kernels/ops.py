@@ -16,7 +16,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import GradMask, make_backend, recomputed_gradients, statistics, weighted_in_forward
-from real_kernels.main_grad import adding, check_added
+from real_kernels.main_grad import adding
 from real_kernels.op_results import (
     empty_accum,
     fake_gradients,
@@ -187,17 +187,17 @@ def _save_weighted(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(logp, dh, dw, db)
     ctx.save_for_backward(dh, dw, db)
-    ctx.impl = WeightedInputs(*inputs).impl
+    call = WeightedInputs(*inputs)
+    ctx.impl, ctx.unit_gradient = call.impl, HeadOptions.from_text(call.head).unit_gradient
 
 
 def _weighted_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if grad is None:
         return tuple(WeightedInputs())
     main_grad = getattr(ctx, "main_grad", None)
-    check_added(ctx, grad)
     needed = WeightedInputs(*ctx.needs_input_grad[: len(WeightedInputs._fields)])
     required = (needed.hidden, needed.weight and main_grad is None, needed.bias)
-    dh, dw, db = scaled(ctx.saved_tensors, grad, required, ctx.impl)
+    dh, dw, db = scaled(ctx, grad, required)
     return tuple(WeightedInputs(hidden=dh, weight=dw, bias=db))
 
 

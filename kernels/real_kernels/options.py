@@ -108,6 +108,9 @@ class HeadOptions(Options):
             None for 256 MiB, and 1 GiB for Triton.
         validate: Check values too, such as ids within the vocabulary. All of these checks wait for a GPU once: False
             when the caller has made sure of them.
+        unit_gradient: What comes back is the loss, or a term of the sum, that ``backward()`` is called on. Gradients
+            that the forward pass has computed are then handed over as they are, instead of being multiplied by an
+            upstream gradient that is 1 but has to be read to be known. Any other one is an error.
 
     Raises:
         ValueError: A value that does not fit; the message names the field.
@@ -119,6 +122,7 @@ class HeadOptions(Options):
     mode: Mode = "auto"
     chunk_bytes: int | None = None
     validate: bool = True
+    unit_gradient: bool = False
 
     def check(self) -> None:
         """Raise a ValueError that names the first field with a value that does not fit."""
@@ -130,6 +134,7 @@ class HeadOptions(Options):
         fits = self.chunk_bytes is None or (isinstance(self.chunk_bytes, int) and self.chunk_bytes >= 1)
         _demand("chunk_bytes", self.chunk_bytes, fits, "at least 1, a whole number, or None")
         _demand("validate", self.validate, isinstance(self.validate, bool), "True or False")
+        _demand("unit_gradient", self.unit_gradient, isinstance(self.unit_gradient, bool), "True or False")
 
 
 def _demand(name: str, value: object, fits: bool, must_be: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from real_kernels.checks import ValueChecks
 from real_kernels.head import GradMask, RealForward, make_backend, real_forward, recomputed_gradients
-from real_kernels.main_grad import adding, check_added
+from real_kernels.main_grad import adding
 from real_kernels.op_results import (
     empty_accum,
     fake_gradients,
@@ -361,7 +361,7 @@ def _save_real(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     _loss, *others = out
     ctx.mark_non_differentiable(*others)
     ctx.head, ctx.in_forward, ctx.impl, ctx.chunk_bytes = call.head, call.in_forward, call.impl, call.chunk_bytes
-    ctx.skip_zero_rows = call.skip_zero_rows
+    ctx.skip_zero_rows, ctx.unit_gradient = call.skip_zero_rows, HeadOptions.from_text(call.head).unit_gradient
     if call.in_forward:
         ctx.save_for_backward(out.d_hidden, out.d_score_hidden, out.d_weight, out.d_bias)
         return
@@ -390,8 +390,7 @@ def _real_backward(ctx: Any, grad: Tensor | None, *_: Tensor) -> tuple[Tensor | 
     needed = RealInputs(*ctx.needs_input_grad[: len(RealInputs._fields)])
     required = (needed.hidden, needed.score_hidden, needed.weight and main_grad is None, needed.bias)
     if ctx.in_forward:
-        check_added(ctx, grad)
-        gradients = scaled(ctx.saved_tensors, grad, required, ctx.impl)
+        gradients = scaled(ctx, grad, required)
     else:
         call = RealBackwardInputs(
             **_Saved(*ctx.saved_tensors)._asdict(),

@@ -94,8 +94,12 @@ class HeadBackend(Protocol):
     def keep(self, rows: Rows, buffer: torch.Tensor) -> SavedLogits:
         """Log-probabilities, and the logits in `buffer`, [n, V]."""
 
-    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
-        """Overwrite saved logits with dL/dz [n, V], given dlogp = dL/dlogp [n, m]."""
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> torch.Tensor | None:
+        """Overwrite saved logits with dL/dz [n, V], given dlogp = dL/dlogp [n, m]; or with dL/dz over a factor per row.
+
+        Returns:
+            [n] those factors, float32 (float64); None where they are all 1.
+        """
 
     def dlogits_columns(
         self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor

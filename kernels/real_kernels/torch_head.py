@@ -70,7 +70,7 @@ class TorchHead:
     def keep(self, rows: Rows, buffer: torch.Tensor) -> SavedLogits:
         return self._keep(rows, buffer, False)
 
-    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> torch.Tensor | None:
         rows, stats, p, slope = saved
         factor = -dlogp.sum(1, keepdim=True) * torch.exp(-stats.log_sum)[:, None]
         values = selected_columns(stats.logp, dlogp)
@@ -79,6 +79,7 @@ class TorchHead:
         p.mul_(factor).scatter_(1, selected(rows), values)
         if slope is not None:
             p.mul_(slope)
+        return None
 
     def dlogits_columns(
         self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor

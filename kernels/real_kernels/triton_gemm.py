@@ -6,6 +6,7 @@ selected tokens, and by STORE:
 
 - 0: nothing else (forward pass of the recomputing head);
 - 1: exp(z - tile maximum) in the weight's dtype, which :mod:`real_kernels.triton_rows` turns into dL/dz in place;
+  with BASE, exp(z - base of the row), see :mod:`real_kernels.triton_base`;
 - 2: dL/dz itself, the log-sum-exp being known (backward pass of the recomputing head).
 
 Maxima and log-sum-exps in memory are in bits (base 2) and divided by the temperature: the hardware's exponential is
@@ -19,12 +20,18 @@ import triton.language as tl
 
 # Small tensors that start anywhere, and counts that differ from call to call: each combination of what they happen to
 # be divisible by would be compiled anew.
-UNALIGNED = ["tile_max", "tile_sum", "tile_ez", "selected", "row_max", "log_sum", "dlogp", "logp", "entropy", "ids"]
+UNALIGNED = [
+    "tile_max", "tile_sum", "tile_ez", "selected", "row_base", "row_max", "log_sum", "dlogp", "logp", "entropy", "ids",
+    "factor",
+]  # fmt: skip
 
 
 # Bits in a nat, and nats in a bit.
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Bits that a logit may be above its row's base: exponentials up to 2^40, and sums of them up to 2^58 in a vocabulary of
+# 2^18. Their inverse times a hidden state is far from float32's (and bfloat16's) smallest number, 2^-126.
+FAR = tl.constexpr(40.0)
 
 
 @triton.jit
@@ -109,10 +116,11 @@ def logits_kernel(
     w,  # [V, D], or its descriptor
     bias,  # [V]
     ids,  # [n] targets, or [m] tokens that all rows share
-    tile_max,  # [tiles, n] float32, bits
+    tile_max,  # [tiles, n] float32, bits: what the tile's exponentials are relative to
     tile_sum,  # [tiles, n] float32
     tile_ez,  # [tiles, n] float32: sum of exp(z - max) (z - max), in bits, for the entropy
     selected,  # [n, m] float32 logits, before the temperature
+    row_base,  # [n] float32, bits
     row_max,  # [n] float32, bits
     log_sum,  # [n] float32, bits
     dlogp,  # [n, m] float32
@@ -140,6 +148,7 @@ def logits_kernel(
     SHARED: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
+    BASE: tl.constexpr,  # exponentials relative to the row's base, where it is not too far below the tile's maximum
     BRANCHES: tl.constexpr,  # around what few tiles need: targets, and columns past the vocabulary's end
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # for Triton's interpreter, whose dot knows no bfloat16; exact
@@ -235,9 +244,14 @@ def logits_kernel(
         if left < BN:
             z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.max(z, 1) * bits
-        # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        z = z * bits - base[:, None]
+        if BASE:
+            peak = tl.maximum(tl.load(row_base + rows, mask=row_mask, other=0.0), peak - FAR)
+        if BASE and not BIAS:  # finite, and no second number per row to hold
+            z = z * bits - peak[:, None]
+        else:
+            # A tile whose logits are all -inf (a bias that masks tokens) adds nothing, and must not make NaN.
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            z = z * bits - base[:, None]
         value = tl.math.exp2(z)
         part = column_tile.to(tl.int64) * n + rows
         tl.store(tile_max + part, peak, mask=row_mask)

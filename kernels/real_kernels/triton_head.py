@@ -14,6 +14,7 @@ from real_kernels.options import RealObjective
 from real_kernels.rollout_coefficients import RolloutCoefficients
 from real_kernels.rows import Rows, SavedLogits, SoftmaxStats
 from real_kernels.tiles import BRANCHES, Kind, Tile, architecture, choose
+from real_kernels.triton_base import base_kernel, common_base_kernel
 from real_kernels.triton_gemm import logits_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel, scale_kernel
@@ -24,6 +25,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WORTHWHILE_ROWS = 1024
 # dL/dz of a chunk of the vocabulary: more makes nothing faster, as each chunk's part of dW is written once anyhow.
 COLUMN_BYTES = 256 * 2**20
+# So many rows have saved logits relative to a base per row (triton_base.py), fewer have them relative to tiles' maxima.
+# Of fewer, the pass that is saved takes no longer than the launches that save it (64 rows of V 151,936: 39 MB to read
+# and write, 13 us), and one rounding more in dW does not average out.
+BASE_ROWS = 64
 # Saved rows and dL/dz start on a multiple of 128 bytes, as matrix instructions and cuBLAS want them.
 _ALIGN = 64
 
@@ -41,8 +46,10 @@ def available(device: torch.device) -> bool:
 class TritonHead:
     """See :class:`real_kernels.rows.HeadBackend`; for float16, bfloat16 and float32.
 
-    Saved logits are exp(z - tile maximum) in the weight's dtype: values in 0..1, so that a 16-bit one is off by its
-    rounding alone (2^-9 in bfloat16), where a 16-bit logit of 20 would be off by e^(1/16).
+    Saved logits are exponentials in the weight's dtype, so that a 16-bit one is off by its rounding alone (2^-9 in
+    bfloat16), where a 16-bit logit of 20 would be off by e^(1/16). They are relative to a base per row
+    (:mod:`real_kernels.triton_base`); those of few rows, of score rows and of float16, which has not the range, to
+    tiles' maxima.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, softcap: float | None, chunk_bytes: int):
@@ -82,12 +89,35 @@ class TritonHead:
             raise ValueError('the Triton head has a soft-cap with mode="recompute" alone')
         return self._forward(rows, buffer, False)
 
-    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> None:
-        rows, stats, buffer, (tile_max, columns) = saved
+    def dlogits_(self, saved: SavedLogits, dlogp: torch.Tensor) -> torch.Tensor | None:
+        rows, stats, buffer, (tile_max, columns, row_base) = saved
         n, v = buffer.shape
+        block, tiles = 16, triton.cdiv(v, columns)
+        if row_base is not None:
+            factor = torch.empty_like(row_base)
+            # So many that a block whose rows all need the pass is shared, and one that does not costs next to nothing.
+            common_base_kernel[(triton.cdiv(n, block), min(8, tiles))](
+                buffer,
+                rows.ids,
+                tile_max,
+                row_base,
+                stats.row_max,
+                stats.log_sum,
+                dlogp,
+                stats.logp,
+                factor,
+                n,
+                tiles,
+                _aligned(v),
+                buffer.stride(0),
+                1.0 / rows.temperature,
+                BLOCK_ROWS=block,
+                BN=columns,
+                num_warps=8,
+            )
+            return factor
         if n:
-            block = 16
-            dlogits_kernel[(triton.cdiv(v, columns), triton.cdiv(n, block))](
+            dlogits_kernel[(tiles, triton.cdiv(n, block))](
                 buffer,
                 rows.ids,
                 tile_max,
@@ -105,6 +135,7 @@ class TritonHead:
                 BN=columns,
                 num_warps=8,
             )
+        return None
 
     def dlogits_columns(
         self, rows: Rows, stats: SoftmaxStats, dlogp: torch.Tensor, first: int, last: int, out: torch.Tensor
@@ -124,15 +155,17 @@ class TritonHead:
         logp = torch.empty(n, m, dtype=torch.float32, device=device)
         stats = SoftmaxStats(row_max, log_sum, logp, torch.empty_like(row_max) if entropy else None)
         if not n:
-            return SavedLogits(rows, stats, stats.logp if buffer is None else buffer, (None, 1))
+            return SavedLogits(rows, stats, stats.logp if buffer is None else buffer, (None, 1, None))
         hidden = _rows_of(rows.hidden)
+        based = buffer is not None and n >= BASE_ROWS and not rows.shared and self.weight.dtype != torch.float16
+        row_base = self._base(hidden, rows) if based else None
         selected = torch.empty(n, m, dtype=torch.float32, device=device)
         store = 0 if buffer is None else 1
 
         def launch(tile: Tile) -> torch.Tensor:
             tiles = triton.cdiv(v, tile.columns)
             parts = torch.empty(3 if entropy else 2, tiles, n, dtype=torch.float32, device=device)
-            self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected)
+            self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected, base=row_base)
             return parts
 
         tile = choose(device, hidden.dtype, self._kind(rows, entropy), (store, *self._key(rows, v)), launch)
@@ -156,7 +189,29 @@ class TritonHead:
             BLOCK_TILES=at_once,
             BLOCK_ROWS=block,
         )
-        return SavedLogits(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns))
+        return SavedLogits(rows, stats, selected if buffer is None else buffer, (parts[0], tile.columns, row_base))
+
+    def _base(self, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """[n] the targets' logits, in bits."""
+        (n, d), block = hidden.shape, 4
+        base = torch.empty(n, dtype=torch.float32, device=hidden.device)
+        base_kernel[(triton.cdiv(n, block),)](
+            hidden,
+            self.weight,
+            hidden if self.bias is None else self.bias,
+            rows.ids,
+            base,
+            n,
+            d,
+            self.weight.shape[0],
+            hidden.stride(0),
+            self.weight.stride(0),
+            1.0 / rows.temperature,
+            BIAS=self.bias is not None,
+            BLOCK_ROWS=block,
+            BLOCK_D=512,
+        )
+        return base
 
     def _launch(
         self,
@@ -170,6 +225,7 @@ class TritonHead:
         out: torch.Tensor | None = None,
         parts: torch.Tensor | None = None,
         selected: torch.Tensor | None = None,
+        base: torch.Tensor | None = None,
         stats: SoftmaxStats | None = None,
         dlogp: torch.Tensor | None = None,
     ) -> None:
@@ -189,6 +245,7 @@ class TritonHead:
             parts[min(1, len(parts) - 1)],
             parts[-1],
             any_tensor if selected is None else selected,
+            any_tensor if base is None else base,
             any_tensor if stats is None else stats.row_max,
             any_tensor if stats is None else stats.log_sum,
             any_tensor if dlogp is None else dlogp,
@@ -216,6 +273,7 @@ class TritonHead:
             SHARED=rows.shared,
             ENTROPY=len(parts) == 3,
             STORE=store,
+            BASE=base is not None,
             BRANCHES=architecture(hidden.device) in BRANCHES,
             # float32 operands are multiplied as float32, not as TF32.
             PRECISION="ieee",

@@ -18,11 +18,11 @@ def scale_kernel(source, target, factor, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def combine_kernel(
-    tile_max,  # [tiles, n], bits
+    tile_max,  # [tiles, n], bits: what the tile's sum is relative to
     tile_sum,  # [tiles, n]
     tile_ez,  # [tiles, n], bits
     selected,  # [n, m] logits, before the temperature
-    row_max,  # [n], bits
+    row_max,  # [n], bits: the largest of tile_max
     log_sum,  # [n]: log-sum-exp minus row_max, bits
     logp,  # [n, m], nats
     entropy,  # [n], nats

@@ -73,7 +73,8 @@ class PolicyGradient(Method):
         self.options = config.objective
         self.ahead = config.rollout.ahead > 0
         self.ref_policy: RefPolicy | RefAdapters | None = None
-        self.head = HeadOptions(temperature=config.rollout.temperature, validate=False)
+        # The loss's parts are added up as they are, and backward() is called on the sum.
+        self.head = HeadOptions(temperature=config.rollout.temperature, validate=False, unit_gradient=True)
 
     @classmethod
     def prompts_per_step(cls, config: Config) -> tuple[str, int]:

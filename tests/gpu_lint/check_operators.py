@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from real_kernels import weighted_logprob
 from tests.gpu_lint import operators
+from tests.gpu_lint.launches import checked_launches
 from tests.gpu_lint.operators import CASES, MAY_WAIT
+from tests.gpu_lint.pretend import cuda_device
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -20,8 +23,26 @@ def test_the_head(name):
         error = (outcome.gradients[key].float() - want).norm() / want.norm()
         assert error < tolerance, f"gradient of {key}: {error:.3f}"
     assert ("logits_kernel" in outcome.launches) == (case.head.impl == "triton")
+    if case.main_grad or case.head.unit_gradient:
+        assert "scale_kernel" not in outcome.launches
     waits = {} if case.every_row and not case.valid else outcome.waits
     assert waits.keys() <= MAY_WAIT, waits.keys() - MAY_WAIT
+
+
+def test_gradients_are_multiplied_only_where_nobody_vouches_for_a_gradient_of_1():
+    multiplied = operators.run(CASES["real"]).launches["scale_kernel"]
+    assert multiplied == 3  # of text rows, score rows and the weight
+
+
+def test_an_upstream_gradient_that_was_to_be_1_fails_on_the_device():
+    case = CASES["weighted, gradient of 1"]
+    with cuda_device(), checked_launches():
+        t = {name: operators._to_device(x) for name, x in operators.tensors(case).items()}
+        loss = weighted_logprob(
+            t["hidden"].requires_grad_(), t["weight"], t["targets"], t["coefficients"], head=case.head
+        )[0]
+        with pytest.raises(RuntimeError, match="unit_gradient"):
+            (2 * loss).backward()
 
 
 def test_a_call_without_zero_rows_to_skip_waits_nowhere():

@@ -38,6 +38,8 @@ def _logits(a: dict[str, Any]) -> dict[str, Any]:
     else:
         found |= {name: (_FLOAT, tiles * n) for name in ("tile_max", "tile_sum", *["tile_ez"] * a["ENTROPY"])}
         found["selected"] = (_FLOAT, n * m)
+    if a["BASE"]:
+        found["row_base"] = (_FLOAT, n)
     return found
 
 
@@ -60,6 +62,20 @@ def _dlogits(a: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _base(a: dict[str, Any]) -> dict[str, Any]:
+    found = {"ids": (_INDEX, a["n"]), "row_base": (_FLOAT, a["n"])}
+    return found | ({"bias": (_ANY, a["V"])} if a["BIAS"] else {})
+
+
+def _common_base(a: dict[str, Any]) -> dict[str, Any]:
+    of_rows = ("row_base", "row_max", "log_sum", "dlogp", "logp", "factor")
+    return {
+        "ids": (_INDEX, a["n"]),
+        "tile_max": (_FLOAT, a["tiles"] * a["n"]),
+        **{name: (_FLOAT, a["n"]) for name in of_rows},
+    }
+
+
 def _reward(a: dict[str, Any]) -> dict[str, Any]:
     m, k = a["M"], a["K"]
     return {
@@ -78,7 +94,9 @@ def _scale(a: dict[str, Any]) -> dict[str, Any]:
 
 READS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "logits_kernel": _logits,
+    "base_kernel": _base,
     "combine_kernel": _combine,
+    "common_base_kernel": _common_base,
     "dlogits_kernel": _dlogits,
     "reward_kernel": _reward,
     "scale_kernel": _scale,
@@ -90,6 +108,11 @@ _ROWS: dict[str, dict[str, Callable[[dict[str, Any]], tuple[int, int, int]]]] = 
         "w": lambda a: (a["last"], a["D"], a["stride_w"]),
         "out": lambda a: (a["n"], a["last"] - a["first"], a["stride_out"]) if a["STORE"] else (0, 0, 0),
     },
+    "base_kernel": {
+        "h": lambda a: (a["n"], a["D"], a["stride_h"]),
+        "w": lambda a: (a["V"], a["D"], a["stride_w"]),
+    },
+    "common_base_kernel": {"saved": lambda a: (a["n"], a["width"], a["stride"])},
     "dlogits_kernel": {"saved": lambda a: (a["n"], a["width"], a["stride"])},
 }
 
@@ -167,5 +190,5 @@ def checked_launches() -> Iterator[Counter[str]]:
     """The Triton head as on a GPU, but for the kernels themselves. Yields the number of launches by kernel."""
     launched: Counter[str] = Counter()
     kernels = {name: Checked(name, getattr(triton_head, name), launched) for name in READS}
-    with patch.multiple(triton_head, interpreted=lambda: False, **kernels):
+    with patch.multiple(triton_head, interpreted=lambda: False, BASE_ROWS=1, **kernels):
         yield launched

@@ -44,6 +44,7 @@ positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
         (HeadOptions, "chunk_bytes", 0, "chunk_bytes must be at least 1"),
         (HeadOptions, "chunk_bytes", 1e6, "chunk_bytes must be at least 1, a whole number"),
         (HeadOptions, "validate", None, "validate must be True or False"),
+        (HeadOptions, "unit_gradient", 1, "unit_gradient must be True or False"),
     ],
 )
 def test_bad_values_are_refused_by_name(record, field, value, message):

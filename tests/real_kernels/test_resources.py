@@ -31,16 +31,20 @@ def test_every_launch_compiles_without_spilling(arch, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "kernels.csv").open() as file:
         lines = list(csv.DictReader(file))
-    assert {line["kernel"] for line in lines} == {"logits", "dlogits", "combine", "reward", "scale"}
+    assert {line["kernel"] for line in lines} == {
+        "logits", "dlogits", "base", "common_base", "combine", "reward", "scale"
+    }  # fmt: skip
     products = [line for line in lines if line["kernel"] == "logits" and line["dtype"] != "fp32"]
     matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[arch]
     assert len(products) >= 25 and all(matrix in line["matrix_instructions"] for line in products)
     assert all(line["spills"] == "0" and line["verdict"] == "fine" for line in lines)
     # Every mode and kind of operand.
     variants = {line["variant"] for line in products}
-    for epilogue in ("log-sum-exp", "kept logits", "dlogits"):
-        more = ("", ", score tokens", ", bias", ", pointers", ", pointers, odd D", ", odd V")
+    for epilogue in ("log-sum-exp", "kept logits, row base", "dlogits"):
+        more = ("", ", bias", ", pointers", ", pointers, odd D", ", odd V")
         assert {epilogue + what for what in more} <= variants
+    assert {f"{epilogue}, score tokens" for epilogue in ("log-sum-exp", "kept logits", "dlogits")} <= variants
+    assert "kept logits" in variants  # float16
     assert {"log-sum-exp, entropy", "log-sum-exp, bias, soft-cap", "dlogits, score tokens, bias, soft-cap"} <= variants
     if arch in ("sm_90", "sm_100"):
         fetched = [line for line in products if "pointers" not in line["variant"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -419,10 +420,11 @@ def pack32(sequences):
     ),
     mode=st.sampled_from(["forward", "recompute"]),
     rows=st.sampled_from([2, 7, 1000]),
+    base_rows=st.sampled_from([1, 64]),  # every chunk's logits relative to a base per row, or none's
     skip=st.booleans(),
     invalid=st.booleans(),
 )
-def test_real_loss_against_naive(seed, groups, size, options, mode, rows, skip, invalid):
+def test_real_loss_against_naive(seed, groups, size, options, mode, rows, base_rows, skip, invalid):
     sequences, weight, score_ids, values = make_sequences(seed, groups, size, longest=3, invalid=invalid)
     # The same numbers for both: rounded to float32 first.
     with torch.no_grad():
@@ -434,14 +436,15 @@ def test_real_loss_against_naive(seed, groups, size, options, mode, rows, skip, 
     want, advantages = naive_real_loss(sequences, weight, score_ids.tolist(), values.tolist(), **options)
     packed = pack32(sequences)
     head = weight.detach().to(DEVICE, torch.float32).requires_grad_()
-    out = real_loss(
-        weight=head,
-        score_ids=score_ids.to(DEVICE),
-        score_values=values.to(DEVICE, torch.float32),
-        skip_zero_rows=skip,
-        **packed,
-        **records(impl="triton", mode=mode, chunk_bytes=64 * 4 * rows, **options),
-    )
+    with mock.patch.object(triton_head, "BASE_ROWS", base_rows):
+        out = real_loss(
+            weight=head,
+            score_ids=score_ids.to(DEVICE),
+            score_values=values.to(DEVICE, torch.float32),
+            skip_zero_rows=skip,
+            **packed,
+            **records(impl="triton", mode=mode, chunk_bytes=64 * 4 * rows, **options),
+        )
     torch.testing.assert_close(out.loss.double().cpu(), want.detach(), rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(
         out.advantages.double().cpu(), torch.tensor(advantages, dtype=torch.float64), rtol=1e-4, atol=2e-4

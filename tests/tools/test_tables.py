@@ -26,6 +26,7 @@ WHERE = {
     "body-measured": "docs/faster-layers.md",
     "body-arithmetic": "docs/faster-layers.md",
     "bench-head": "docs/kernels.md",
+    "bench-head-savings": "docs/kernels.md",
     "bench-head-plots": "docs/kernels.md",
     "gpu-predictions": "docs/kernels.md",
     "kernels": "docs/kernels.md",

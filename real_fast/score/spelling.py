@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -24,7 +25,7 @@ class Spelling:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._pieces = _Pieces(tokenizer.backend_tokenizer) if _is_byte_level(tokenizer) else None
+        self._pieces = _pieces(tokenizer.backend_tokenizer) if _is_byte_level(tokenizer) else None
         self._read: tuple[list[int], bytes] = [], b""
 
     def text(self, ids: Sequence[int]) -> str:
@@ -96,6 +97,11 @@ class _Pieces:
         self._known += [None] * (token + 1 - len(self._known))
         self._known[token] = piece
         return piece
+
+
+@lru_cache(4)  # whoever spells by the same tokenizer: engines, and the log of rollouts
+def _pieces(backend: Any) -> _Pieces:
+    return _Pieces(backend)
 
 
 def _letters() -> dict[str, int]:

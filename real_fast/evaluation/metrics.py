@@ -20,9 +20,7 @@ _TEST = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stat
 _EQUAL = 1e-12
 
 
-def correlations(
-    predicted: ArrayLike, label: ArrayLike, names: Sequence[str] = CORRELATIONS
-) -> dict[str, Any]:
+def correlations(predicted: ArrayLike, label: ArrayLike, names: Sequence[str] = CORRELATIONS) -> dict[str, Any]:
     """Agreement of predictions with labels.
 
     Args:

@@ -138,7 +138,9 @@ def _check(
             )
         for number, rollout in enumerate(group):
             try:
-                wrong = _tokens(rollout, sampling, engine.vocabulary, usual) or _scores(rollout, sampling, scale, scored)
+                wrong = _tokens(rollout, sampling, engine.vocabulary, usual) or _scores(
+                    rollout, sampling, scale, scored
+                )
             except TypeError as error:  # None among numbers
                 wrong = str(error)
             if wrong:

@@ -110,8 +110,8 @@ class Rollout:
     model's next-token distribution after it. ``context_ids`` are the sampled ids as they are (never decoded and
     re-encoded), without a final EOS, followed by ``n_forced`` appended phrase tokens.
 
-    Ids and log-probabilities of sampled tokens are arrays ("q" and "d") where an engine gives them, and lists elsewhere:
-    the numbers of an array are copied at once, where each of a list is an object to look at.
+    Ids and log-probabilities are arrays ("q" and "d") where an engine gives them, and lists elsewhere: the numbers of
+    an array are copied at once, where each of a list is an object to look at.
 
     Attributes:
         sampled_ids: Tokens that the model sampled and that count as its actions: the feedback, the part of the phrase

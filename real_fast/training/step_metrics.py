@@ -26,7 +26,6 @@ class Seen:
         group: [M] int64, the group's place in the update.
         labels: [M] float32.
         rollout_valid: [M] bool.
-        sampled_logprobs: [N] float64, the engine's.
         tokens: That went through the body, padding included.
         padding: Of these, not yet read from the device; None for a packed row.
     """
@@ -34,7 +33,6 @@ class Seen:
     group: torch.Tensor
     labels: torch.Tensor
     rollout_valid: torch.Tensor
-    sampled_logprobs: torch.Tensor
     tokens: int
     padding: torch.Tensor | None
 
@@ -42,8 +40,7 @@ class Seen:
     def of(cls, batch: Batch) -> Seen:
         """Of a micro-batch."""
         padding = None if batch.attention_mask is None else (batch.attention_mask == 0).sum()
-        logprobs = batch.sampled_logprobs
-        return cls(batch.group, batch.labels, batch.rollout_valid, logprobs, batch.input_ids.numel(), padding)
+        return cls(batch.group, batch.labels, batch.rollout_valid, batch.input_ids.numel(), padding)
 
 
 class StepMetrics:
@@ -124,13 +121,14 @@ class StepMetrics:
         """Engine against trainer on the rollouts of this update, over the rows that went through the head."""
         self._exchange()
         seen: Counter[int] = Counter()
-        scores: list[list[float] | None] = []
+        rollouts = []
         for g in self.of_batches("group").tolist():
-            scores.append(self.groups[g].rollouts[seen[g]].score_logprobs)
+            rollouts.append(self.groups[g].rollouts[seen[g]])
             seen[g] += 1
+        scores = [r.score_logprobs for r in rollouts]
         with_scores = torch.tensor([some is not None for some in scores])
         self.engine_gap = gap(
-            self.of_batches("sampled_logprobs"),
+            flat((r.sampled_logprobs for r in rollouts), torch.float64),
             self.gather("logprobs"),
             self.gather("computed").bool(),
             flat((some for some in scores if some is not None), torch.float64),

@@ -352,7 +352,7 @@ def test_the_score_without_feedback(tiny_llama: Tiny, smollm2_tokenizer: Any, sc
     trained = supervised_group(row, [], 0, Guard(smollm2_tokenizer, {}).encode_feedback, scale).rollouts[
         0
     ]  # by raft with supervised.feedback none
-    assert (trained.context_ids, trained.n_forced) == (rollout.context_ids, rollout.n_forced)
+    assert (trained.context_ids, trained.n_forced) == (list(rollout.context_ids), rollout.n_forced)
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *scale.phrase_ids]])).logits[0, -1]
     assert rollout.score_logprobs == pytest.approx(logits.log_softmax(-1)[list(scale.score_ids)].tolist(), abs=1e-5)

@@ -110,11 +110,14 @@ class Rollout:
     model's next-token distribution after it. ``context_ids`` are the sampled ids as they are (never decoded and
     re-encoded), without a final EOS, followed by ``n_forced`` appended phrase tokens.
 
+    Ids and log-probabilities are arrays ("q" and "d") where an engine gives them, and lists elsewhere: the numbers of
+    an array are copied at once, where each of a list is an object to look at.
+
     Attributes:
         sampled_ids: Tokens that the model sampled and that count as its actions: the feedback, the part of the phrase
             that it wrote itself up to its last visible character, a final EOS. The score is not among them (it is
             integrated out). With "cut", the feedback alone.
-        sampled_logprobs: Log-probability of each at the sampling temperature, from the engine, float.
+        sampled_logprobs: Log-probability of each at the sampling temperature, from the engine.
         context_ids: See above. ``sampled_ids[i]`` is predicted at position ``len(prompt) + i - 1``.
         n_forced: Number of tokens at the end of ``context_ids`` that are no actions: appended ones, and (if answers
             are forced) the phrase's trailing white space, which stands there whatever the model samples.
@@ -130,9 +133,9 @@ class Rollout:
         unread: Whether it has a score whose log-probabilities the engine was not asked for.
     """
 
-    sampled_ids: list[int]
-    sampled_logprobs: list[float]
-    context_ids: list[int]
+    sampled_ids: Sequence[int]
+    sampled_logprobs: Sequence[float]
+    context_ids: Sequence[int]
     n_forced: int
     finish: Finish
     score_logprobs: list[float] | None
@@ -143,12 +146,12 @@ class Rollout:
     unread: bool = False
 
     @property
-    def input_ids(self) -> list[int]:
+    def input_ids(self) -> Sequence[int]:
         """What the model is given behind the prompt: the context, and the score where an end is learned behind it."""
         return self.context_ids if self.ending is None else [*self.context_ids, self.ending[0]]
 
     @property
-    def targets(self) -> list[int]:
+    def targets(self) -> Sequence[int]:
         """What it learns to write: the sampled (or given) tokens, and the end of an answer."""
         return self.sampled_ids if self.ending is None else [*self.sampled_ids, self.ending[1]]
 

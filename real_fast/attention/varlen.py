@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from real_fast.attention import flash
@@ -44,7 +45,8 @@ class Prompts(NamedTuple):
         if not bool(has_any.any()):
             return None
         kinds = (~is_prompt, is_prompt & has_any[group])
-        tokens = (torch.repeat_interleave(kind, length).nonzero()[:, 0] for kind in kinds)
+        # NumPy's: a quarter of the time of torch's on the CPU.
+        tokens = (torch.from_numpy(np.repeat(kind.numpy(), length.numpy()).nonzero()[0]) for kind in kinds)
         segments = Segments.of(responses[has_any], length[is_prompt][has_any], device)
         return cls(segments, *(x.to(device, non_blocking=True) for x in tokens))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from real_fast.batching.pack import pack_batch, pad_batch
+from real_fast.batching.pack import pack_batches, pad_batch
 from real_fast.errors import BatchError
 from real_fast.types import Batch, Group, Rollout
 
@@ -51,7 +51,7 @@ def micro_batches(
         parts += [[] for _ in range(-len(parts) % ranks)]
         loads = [sum(len(g.rollouts) for g in part) * max((g.longest for g in part), default=0) for part in parts]
     mine = [parts[i] or [_placeholder(groups[0].label, pad_id)] for i in deal(loads, rank, ranks)]
-    return [pack_batch(part) if shared_prompt else pad_batch(part, pad_id) for part in mine]
+    return pack_batches(mine) if shared_prompt else [pad_batch(part, pad_id) for part in mine]
 
 
 def balanced_bins(sizes: Sequence[int], budget: int, ranks: int = 1) -> list[list[int]]:

@@ -35,6 +35,48 @@ def pack_batch(groups: Sequence[Group]) -> Batch:
     )
 
 
+def pack_batches(parts: Sequence[Sequence[Group]]) -> list[Batch]:
+    """:func:`pack_batch` of each part: all are packed as one row, in a few large steps, and the row is cut.
+
+    The tensors of all batches but the smallest are views of the same ones.
+    """
+    whole = pack_batch([group for part in parts for group in part])
+    assert whole.layout is not None
+    token = segment = target = rollout = ending = 0  # where a part begins
+    batches = []
+    for part in parts:
+        rollouts = [r for group in part for r in group.rollouts]
+        tokens = slice(token, token + sum(group.shared_tokens for group in part))
+        segments = slice(segment, segment + len(part) + sum(1 for r in rollouts if r.input_ids))
+        targets = slice(target, target + sum(len(r.targets) for r in rollouts))
+        mine = slice(rollout, rollout + len(rollouts))
+        endings = slice(ending, ending + sum(1 for r in rollouts if r.ending is not None))
+        scores = whole.engine_score_logprobs[mine]
+        batches.append(
+            Batch(
+                input_ids=whole.input_ids[:, tokens],
+                position_ids=whole.position_ids[:, tokens],
+                layout=Layout(whole.layout.segments[segments] - torch.tensor([token, 0, token, 0])),
+                attention_mask=None,
+                rows=whole.rows[targets] - token,
+                targets=whole.targets[targets],
+                sampled_logprobs=whole.sampled_logprobs[targets],
+                rollout=whole.rollout[targets] - rollout,
+                score_rows=whole.score_rows[mine] - token,
+                labels=whole.labels[mine],
+                group=whole.group[mine],
+                rollout_valid=whole.rollout_valid[mine],
+                engine_score_logprobs=scores if any(r.score_logprobs is not None for r in rollouts) else scores[:, :0],
+                outcome=whole.outcome[mine],
+                endings=whole.endings[endings] - target,
+                placeholder=part[0].index < 0,
+            )
+        )
+        token, segment, target = tokens.stop, segments.stop, targets.stop
+        rollout, ending = mine.stop, endings.stop
+    return batches
+
+
 def pad_batch(groups: Sequence[Group], pad_id: int) -> Batch:
     """One sequence per rollout, each with its own prompt, right-padded."""
     pairs = [(group, rollout) for group in groups for rollout in group.rollouts]

@@ -20,12 +20,13 @@ _TEST = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stat
 _EQUAL = 1e-12
 
 
-def correlations(predicted: ArrayLike, label: ArrayLike) -> dict[str, Any]:
+def correlations(predicted: ArrayLike, label: ArrayLike, names: Sequence[str] = CORRELATIONS) -> dict[str, Any]:
     """Agreement of predictions with labels.
 
     Args:
         predicted: [n] finite numbers.
         label: [n] finite numbers, in the same unit.
+        names: The correlations that somebody reads; others are None.
 
     Returns:
         ``n``; ``pearson``, ``spearman`` and ``kendall`` (tau-b), each None for fewer than 3 rows and for constant
@@ -44,7 +45,7 @@ def correlations(predicted: ArrayLike, label: ArrayLike) -> dict[str, Any]:
     result: dict[str, Any] = dict.fromkeys(CORRELATIONS)
     reasons = {}
     why = _no_correlation(x, y)
-    for name in CORRELATIONS:
+    for name in names:
         value = math.nan if why else float(_TEST[name](x, y).statistic)
         if math.isfinite(value):
             result[name] = value

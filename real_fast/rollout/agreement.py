@@ -120,14 +120,37 @@ def compare(
     scored = [i for i, r in enumerate(rollouts) if r.score_logprobs is not None and trainer_scores[i] is not None]
     _check_lengths(rollouts, trainer_logprobs, trainer_scores, scored, len(scale.values), mask)
     # All tokens at once: a tensor operation on a rollout's few hundred takes as long as one on all of them.
+    computed = None if mask is None else _flat(mask).bool()
     mine = flat((r.sampled_logprobs for r in rollouts), torch.float64)
-    token_gaps = (mine - _flat(trainer_logprobs).double()).abs()
-    if mask is not None:
-        token_gaps = token_gaps[_flat(mask).bool()]
-    mine = flat((rollouts[i].score_logprobs or () for i in scored), torch.float64)
-    theirs = _flat([trainer_scores[i] for i in scored]).double()
+    scores = flat((rollouts[i].score_logprobs or () for i in scored), torch.float64)
+    theirs = _flat([trainer_scores[i] for i in scored])
+    return gap(mine, _flat(trainer_logprobs), computed, scores, theirs, scale)
+
+
+def gap(
+    logprobs: torch.Tensor,
+    trainer_logprobs: torch.Tensor,
+    computed: torch.Tensor | None,
+    scores: torch.Tensor,
+    trainer_scores: torch.Tensor,
+    scale: ScoreScale,
+) -> EngineGap:
+    """:func:`compare` on what lies in tensors already, all on the CPU.
+
+    Args:
+        logprobs: [N] float64, the engine's log-probabilities of all sampled tokens, at the sampling temperature.
+        trainer_logprobs: [N], the trainer's.
+        computed: [N] bool, tokens that the trainer has computed; None for all.
+        scores: [S, K] or flat, float64, the engine's log-probabilities of the score tokens where it has any.
+        trainer_scores: As many, the trainer's.
+        scale: The score scale, of K scores.
+    """
+    token_gaps = (logprobs - trainer_logprobs.double()).abs()
+    if computed is not None:
+        token_gaps = token_gaps[computed]
     values = torch.tensor(scale.values, dtype=torch.float64)
-    score_gaps = ((mine.exp() - theirs.exp()).reshape(-1, len(values)) @ values).abs() / scale.span
+    probabilities = [x.double().exp().reshape(-1, len(values)) for x in (scores, trainer_scores)]
+    score_gaps = ((probabilities[0] - probabilities[1]) @ values).abs() / scale.span
     return EngineGap(len(token_gaps), *_mean_and_max(token_gaps), len(score_gaps), *_mean_and_max(score_gaps))
 
 

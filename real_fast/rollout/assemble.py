@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,10 +73,12 @@ def build_rollout(
     """
     if len(ids) != len(logprobs):
         raise RuntimeError(f"the engine returned {len(ids)} sampled ids and {len(logprobs)} log-probabilities")
+    context = array("q", parsed.context_ids)
+    kept = len(context) - parsed.n_forced  # what was sampled of it
     return Rollout(
-        sampled_ids=list(ids[: parsed.num_actions]),
-        sampled_logprobs=list(logprobs[: parsed.num_actions]),
-        context_ids=parsed.context_ids,
+        sampled_ids=context[: min(kept, parsed.num_actions)] + array("q", ids[kept : parsed.num_actions]),
+        sampled_logprobs=array("d", logprobs[: parsed.num_actions]),
+        context_ids=context,
         n_forced=parsed.n_forced,
         finish=parsed.finish,
         score_logprobs=score_logprobs,

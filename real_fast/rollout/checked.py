@@ -7,10 +7,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from real_fast.errors import EngineError, UserError
 from real_fast.rollout.engine import RolloutEngine, publish
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
+from real_fast.utils.flat import flat
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +129,7 @@ def _check(
 ) -> None:
     if len(found) != prompts:
         raise EngineError(f"the rollout engine {engine.name} gave rollouts of {len(found)} prompts, and got {prompts}")
+    usual = _all_usual([rollout for group in found for rollout in group], engine.vocabulary)
     for place, group in enumerate(found):
         name = f"row {names[place]!r}" if names else f"prompt {place}"
         if len(group) != sampling.n:
@@ -134,19 +138,37 @@ def _check(
             )
         for number, rollout in enumerate(group):
             try:
-                wrong = _tokens(rollout, sampling, engine.vocabulary) or _scores(rollout, sampling, scale, scored)
+                wrong = _tokens(rollout, sampling, engine.vocabulary, usual) or _scores(
+                    rollout, sampling, scale, scored
+                )
             except TypeError as error:  # None among numbers
                 wrong = str(error)
             if wrong:
                 raise EngineError(f"{name}, rollout {number}: the rollout engine {engine.name} gave no sample: {wrong}")
 
 
-def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int) -> str:
-    """What is wrong with the sampled tokens, or ""."""
+def _all_usual(rollouts: Sequence[Rollout], vocabulary: int) -> bool:
+    """Whether no sampled id and no log-probability can be wrong, all of them at once; else each has to be looked at.
+
+    A sum of numbers that are not above 0 is finite where that of each rollout is.
+    """
+    try:
+        ids = flat(r.sampled_ids for r in rollouts)
+        logprobs = flat((r.sampled_logprobs for r in rollouts), torch.float64)
+    except (TypeError, OverflowError):  # no numbers
+        return False
+    if not len(ids) or not len(logprobs):
+        return False
+    known = 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
+    return known and float(logprobs.max()) <= ROUNDING and math.isfinite(float(logprobs.sum()))
+
+
+def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int, usual: bool) -> str:
+    """What is wrong with the sampled tokens, or ""; `usual`: what :func:`_all_usual` says."""
     ids, context, text = r.sampled_ids, r.context_ids, sampling.answer in ("forced", "generated")
     kept = len(context) - r.n_forced
-    same = kept >= 0 and ids[:kept] == context[:kept]
-    for some in (ids, context[kept:] if same else context):
+    same = kept >= 0 and (ids if kept >= len(ids) else ids[:kept]) == context[:kept]
+    for some in (() if usual else ids, context[kept:] if same else context):
         if some and not 0 <= min(some) <= max(some) < vocabulary:
             wrong = next(token for token in some if not 0 <= token < vocabulary)
             return f"the token id {wrong}, and the model has the ids 0 to {vocabulary - 1}"
@@ -161,9 +183,11 @@ def _tokens(r: Rollout, sampling: SamplingParams, vocabulary: int) -> str:
         return f"it breaks off after {len(ids)} of {sampling.max_tokens} tokens, with neither an end nor a verdict"
     if not same or len(ids) - kept not in (0, 1):
         return "the sampled tokens are not those that the score's context begins with"
-    if ids and not math.isfinite(sum(r.sampled_logprobs)):
+    if usual or not ids:
+        return ""
+    if not math.isfinite(sum(r.sampled_logprobs)):
         return "a sampled token's log-probability is not finite"
-    if ids and max(r.sampled_logprobs) > ROUNDING:
+    if max(r.sampled_logprobs) > ROUNDING:
         return f"a sampled token's log-probability is {max(r.sampled_logprobs):.4g}, and none is above 0"
     return ""
 

@@ -154,7 +154,7 @@ def parse_sample(
         appended = [*finder.closing("", thought), *scale.phrase_ids]
         return Parsed(0, appended, len(appended), "phrase", True, None)
     stop = None if eos_ids.isdisjoint(ids) else next(i for i, token in enumerate(ids) if token in eos_ids)
-    body = list(ids[:stop])
+    body = ids if stop is None else ids[:stop]
     num_actions = len(ids) if stop is None else stop + 1
     finish: Finish = "length" if stop is None else "eos"
     text = finder.decode(body)
@@ -162,12 +162,12 @@ def parse_sample(
     if answer == "generated":
         scored = [(place, written.score) for place, written in found if written.score is not None]
         if not scored:
-            return Parsed(num_actions, body, 0, finish, False, None)
+            return Parsed(num_actions, list(body), 0, finish, False, None)
         place, score = scored[-1]
         at = finder.ending(body, text[: place.at] + finder.phrase + finder.space)
         if at is None or at >= len(body) or body[at] != scale.score_ids[score]:  # in tokens that are not the scale's
-            return Parsed(num_actions, body, 0, finish, False, None, scale.values[score])
-        return Parsed(at, body[:at], 0, "phrase", True, at, scale.values[score])
+            return Parsed(num_actions, list(body), 0, finish, False, None, scale.values[score])
+        return Parsed(at, list(body[:at]), 0, "phrase", True, at, scale.values[score])
     value, closing = None, () if found else finder.closing(text, thought)
     if found:
         place, written = found[0]
@@ -183,6 +183,6 @@ def parse_sample(
         kept = num_actions = finder.feedback(body, text)
         own = 0
     context = [*body[:kept], *closing, *scale.phrase_ids[own:]]
-    there = len(context) < len(ids) and list(ids[: len(context)]) == context
+    there = len(context) < len(ids) and list(ids[kept : len(context)]) == context[kept:]
     n_forced = len(context) - kept
     return Parsed(num_actions, context, n_forced, finish, True, len(context) if there else None, value)

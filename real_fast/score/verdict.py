@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from real_fast.score.ending import THOUGHTS
 
@@ -121,7 +121,7 @@ def _marks(phrase: str) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, [phrase, *marks, ">"])))
 
 
-def written_behind(text: str, at: int, space: str, texts: Sequence[str]) -> Written:
+def written_behind(text: str, at: int, space: str, texts: tuple[str, ...]) -> Written:
     """Read the score in `text` at `at`, behind a phrase's last visible character.
 
     Args:
@@ -130,7 +130,12 @@ def written_behind(text: str, at: int, space: str, texts: Sequence[str]) -> Writ
         space: The phrase's trailing white space, which must stand in front of the score.
         texts: How each score of the scale is written.
     """
-    rest = text[at : at + len(space) + max(map(len, texts)) + 2]  # two characters behind a score show what it is
+    longest = max(map(len, texts))
+    return _written(text[at : at + len(space) + longest + 2], space, texts)  # two characters behind show what it is
+
+
+@lru_cache(1024)  # few things stand behind a phrase, and each in many samples
+def _written(rest: str, space: str, texts: tuple[str, ...]) -> Written:
     if not rest.startswith(space):
         return Written(None, not space.startswith(rest))
     rest = rest[len(space) :]

@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -123,10 +124,17 @@ def _group(rollouts: Sequence[dict[str, Any]], **fields: Any) -> Group:
 
 
 def _rollout(
-    sampled_logprobs: Sequence[Any], score_logprobs: Sequence[Any] | None, ending: Sequence[int] | None, **fields: Any
+    sampled_ids: Sequence[int],
+    sampled_logprobs: Sequence[Any],
+    context_ids: Sequence[int],
+    score_logprobs: Sequence[Any] | None,
+    ending: Sequence[int] | None,
+    **fields: Any,
 ) -> Rollout:
     return Rollout(
-        sampled_logprobs=[float(x) for x in sampled_logprobs],
+        sampled_ids=array("q", sampled_ids),
+        sampled_logprobs=array("d", map(float, sampled_logprobs)),
+        context_ids=array("q", context_ids),
         score_logprobs=None if score_logprobs is None else [float(x) for x in score_logprobs],
         ending=None if ending is None else (ending[0], ending[1]),
         **fields,
@@ -137,6 +145,6 @@ def _plain(value: Any) -> Any:
     """A copy for JSON, in which a number that is not finite (a score that nucleus sampling cut) is its name."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | array):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,9 +12,10 @@ import torch
 from real_fast.distributed.world import ALONE, World
 from real_fast.evaluation.metrics import correlations
 from real_fast.methods.base import LossOutput
-from real_fast.rollout.agreement import EngineGap, compare
+from real_fast.rollout.agreement import EngineGap, gap
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Batch, Group
+from real_fast.utils.flat import flat
 
 
 @dataclass
@@ -124,13 +125,15 @@ class StepMetrics:
         for g in self.of_batches("group").tolist():
             rollouts.append(self.groups[g].rollouts[seen[g]])
             seen[g] += 1
-        lengths = [len(r.sampled_ids) for r in rollouts]
-        self.engine_gap = compare(
-            rollouts,
-            self.gather("logprobs").split(lengths),
-            [s if r.has_score else None for r, s in zip(rollouts, self.gather("score_logprobs"), strict=True)],
+        scores = [r.score_logprobs for r in rollouts]
+        with_scores = torch.tensor([some is not None for some in scores])
+        self.engine_gap = gap(
+            flat((r.sampled_logprobs for r in rollouts), torch.float64),
+            self.gather("logprobs"),
+            self.gather("computed").bool(),
+            flat((some for some in scores if some is not None), torch.float64),
+            self.gather("score_logprobs")[with_scores],
             self.scale,
-            self.gather("computed").bool().split(lengths),
         )
         return self.engine_gap
 
@@ -143,11 +146,9 @@ class StepMetrics:
         if self.batches[0][1].rewards is None:
             return {}
         reward, advantage = self.gather("rewards")[valid], self.gather("advantages")[valid]
-        spread = (
-            torch.stack([reward[group == g].std(correction=0) for g in group.unique()])
-            if len(group)
-            else torch.zeros(1)
-        )
+        order, sizes = group.argsort(stable=True), group.unique(return_counts=True)[1]
+        groups = reward[order].split(sizes.tolist())
+        spread = torch.stack([one.std(correction=0) for one in groups]) if len(group) else torch.zeros(1)
         return {
             "reward": _mean(reward),
             "reward_std": float(reward.std()) if len(reward) > 1 else float("nan"),
@@ -199,7 +200,7 @@ class StepMetrics:
         clipped = torch.tensor([r.finish == "length" for r in self.rollouts])
         error = y_hat - label
         finite = torch.isfinite(y_hat)  # a step whose loss is not finite is skipped, and still logged
-        agreement = correlations(y_hat[finite].tolist(), label[finite].tolist())
+        agreement = correlations(y_hat[finite].tolist(), label[finite].tolist(), ("pearson",))
         tokens = sum(b.tokens for b, _ in self.batches)
         padded = [b.padding for b, _ in self.batches if b.padding is not None]
         padding = int(torch.stack(padded).sum()) if padded else 0

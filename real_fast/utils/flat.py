@@ -1,4 +1,4 @@
-"""Many short Python lists as one tensor."""
+"""Many short lists or arrays of numbers as one tensor."""
 
 from __future__ import annotations
 

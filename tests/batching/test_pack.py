@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from real_fast.batching.pack import pack_batch, pad_batch
+from real_fast.batching.pack import pack_batch, pack_batches, pad_batch
 from real_fast.model.policy import Policy
 from real_fast.types import Group, Rollout
 from tests.batching.plain_pack import plain_pack, plain_pad
@@ -90,7 +90,11 @@ def test_packing_equals_packing_token_by_token_to_the_last_bit(shapes, seed):
         labels = [draw.uniform(1, 3) for _ in lengths] if raters else None
         ids = [draw.randrange(3, 300) for _ in range(prompt)]
         groups.append(Group(draw.randrange(100), ids, draw.uniform(1, 3), rollouts_of(lengths, draw), labels))
-    for got, want in ((pack_batch(groups), plain_pack(groups)), (pad_batch(groups, EOS), plain_pad(groups, EOS))):
+    cut = draw.randrange(1, len(groups)) if len(groups) > 1 else 0
+    parts = [groups[:cut], groups[cut:]] if cut else [groups]
+    pairs = [(pack_batch(groups), plain_pack(groups)), (pad_batch(groups, EOS), plain_pad(groups, EOS))]
+    pairs += zip(pack_batches(parts), map(plain_pack, parts), strict=True)
+    for got, want in pairs:
         for name, value in vars(want).items():
             mine = getattr(got, name)
             if name == "layout" and value is not None:

@@ -72,7 +72,7 @@ def sampled(folder: Path, tensor_parallel: int):
         each = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
         rollouts = [rollout for group in groups for rollout in group]
         found = compare(rollouts, *trainer_logprobs_of(plain, each, rollouts, scale, 1.0), scale)
-        return found.logprob_mean, [r.sampled_ids for r in rollouts]
+        return found.logprob_mean, [list(r.sampled_ids) for r in rollouts]
 
     first, samples = gap()
     with torch.no_grad():

@@ -14,16 +14,21 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from real_fast.config import EvalConfig, RolloutConfig
 from real_fast.distributed.ranks import Ranks
 from real_fast.errors import EngineError, RolloutServerError
 from real_fast.evaluation.run import evaluate
-from real_fast.rollout import make, vllm_client
+from real_fast.rollout import checked, make, vllm_client
 from real_fast.rollout.checked import check, sample
 from real_fast.rollout.spread import MainEngine, SpreadEngine
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -517,3 +522,27 @@ def test_an_engine_that_fails_on_one_rank_ends_all_with_a_checkpoint(
     assert "EngineCore died" in "".join(said for _, said in found)
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())][-1] != "step-000000"
     assert not (tmp_path / "run" / "final").exists()
+
+
+@given(seed=st.integers(0, 2**32), odd=st.sampled_from((0.0, 0.05, 0.3)))
+def test_all_numbers_at_once_are_refused_where_one_at_a_time_would_be(seed: int, odd: float) -> None:
+    draw = Random(seed)
+    ids = [
+        [draw.choice((-1, 100, 10**30)) if draw.random() < odd else draw.randrange(100) for _ in range(3)]
+        for _ in range(4)
+    ]
+    strange = (NAN, math.inf, -math.inf, 0.005, 0.02, -1e308)
+    logprobs = [[draw.choice(strange) if draw.random() < odd else -draw.random() for _ in range(3)] for _ in range(4)]
+    rollouts = [
+        Rollout(some, numbers, [*some, 60], 1, "phrase", [-2.0] * len(SCALE.values), None)
+        for some, numbers in zip(ids, logprobs, strict=True)
+    ]
+    said = []
+    for at_once in (checked._all_usual, lambda *_: False):
+        with patch.object(checked, "_all_usual", at_once):
+            try:
+                check([rollouts], SimpleNamespace(name="fixed", vocabulary=100), 1, SamplingParams(4, 3), SCALE)
+                said.append("")
+            except EngineError as error:
+                said.append(str(error))
+    assert said[0] == said[1]

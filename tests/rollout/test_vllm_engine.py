@@ -57,7 +57,7 @@ class Setup:
 
 
 def sampled(groups: list[list[Rollout]]) -> list[list[list[int]]]:
-    return [[rollout.sampled_ids for rollout in group] for group in groups]
+    return [[list(rollout.sampled_ids) for rollout in group] for group in groups]
 
 
 def process_state() -> dict[str, Any]:
@@ -161,7 +161,7 @@ def test_greedy_tokens_are_those_of_the_other_engine_and_of_generate(setup: Setu
     [[ours]] = setup.engine.generate([prompt], sampling)
     [[theirs]] = TransformersEngine(setup.trainer, setup.tokenizer, setup.scale).generate([prompt], sampling)
     plain = setup.trainer.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)[0, len(prompt) :].tolist()
-    assert ours.sampled_ids == theirs.sampled_ids == plain
+    assert list(ours.sampled_ids) == list(theirs.sampled_ids) == plain
     assert ours.context_ids == theirs.context_ids and ours.text == theirs.text
 
 
@@ -204,7 +204,7 @@ def test_scores_from_the_pass_that_sampled_them(
         assert any(rollout.context_ids[: len(r) - 1] == r[:-1] for r in raw)
     for rollout in (rollout for group in scored for rollout in group):
         assert rollout.written_score in setup.scale.values and rollout.finish == "phrase" and rollout.n_forced == 0
-        assert rollout.context_ids[-1:] == list(setup.scale.tail_ids) and rollout.text.endswith("score is ")
+        assert tuple(rollout.context_ids[-1:]) == setup.scale.tail_ids and rollout.text.endswith("score is ")
         assert rollout.sampled_ids == rollout.context_ids[: len(rollout.sampled_ids)]
     setup.gap(examples, scored, 1.0).raise_if_above(CHECK, 0, DTYPE)
     for rollout in (rollout for group in groups for rollout in group if not rollout.has_score):
@@ -240,7 +240,10 @@ def test_scores_that_nobody_reads_are_not_asked_for(
 def test_forced_scores(setup: Setup, stories: list[list[int]]) -> None:
     groups = setup.engine.generate(stories, SamplingParams(n=3, max_tokens=10, seed=2))
     for rollout in (rollout for group in groups for rollout in group):
-        assert rollout.finish == "length" and rollout.context_ids == rollout.sampled_ids + list(setup.scale.phrase_ids)
+        assert rollout.finish == "length" and list(rollout.context_ids) == [
+            *rollout.sampled_ids,
+            *setup.scale.phrase_ids,
+        ]
         assert rollout.score_logprobs is not None and rollout.n_forced == len(setup.scale.phrase_ids)
     found = setup.gap(stories, groups, 1.0)
     assert found.tokens == 60 and found.scores == 6
@@ -251,14 +254,14 @@ def test_scores_behind_cut_feedback(setup: Setup, examples: list[list[int]]) -> 
     groups = setup.engine.generate(examples, SamplingParams(n=4, max_tokens=24, answer="cut"))
     phrase = list(setup.scale.phrase_ids)
     rollouts = [rollout for group in groups for rollout in group]
-    assert all(rollout.context_ids == [*rollout.sampled_ids, *phrase] for rollout in rollouts)
+    assert all(list(rollout.context_ids) == [*rollout.sampled_ids, *phrase] for rollout in rollouts)
     assert any(rollout.finish == "phrase" for rollout in rollouts)
     setup.gap(examples, groups, 1.0).raise_if_above(CHECK, 0, DTYPE)
 
 
 def test_scores_without_feedback(setup: Setup, examples: list[list[int]]) -> None:
     groups = setup.engine.generate(examples, SamplingParams(n=1, max_tokens=1, answer="none"))
-    assert all(r.sampled_ids == [] and r.context_ids == list(setup.scale.phrase_ids) for [r] in groups)
+    assert all(not r.sampled_ids and list(r.context_ids) == list(setup.scale.phrase_ids) for [r] in groups)
     assert setup.gap(examples, groups, 1.0).scores == len(examples)
     setup.gap(examples, groups, 1.0).raise_if_above(CHECK, 0, DTYPE)
 
@@ -270,7 +273,7 @@ def test_eos_is_an_action_and_no_context(setup: Setup) -> None:
     assert ended
     for rollout in ended:
         assert rollout.sampled_ids[-1] in setup.engine.eos_ids
-        assert rollout.context_ids == rollout.sampled_ids[:-1] + list(setup.scale.phrase_ids)
+        assert list(rollout.context_ids) == [*rollout.sampled_ids[:-1], *setup.scale.phrase_ids]
     setup.gap([prompt], [ended], 1.0).raise_if_above(CHECK, 0, DTYPE)
 
 

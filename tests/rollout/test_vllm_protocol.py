@@ -31,8 +31,8 @@ def test_rollouts_are_what_the_server_sampled(engine: VllmServerEngine, fake: Fa
     assert [len(group) for group in groups] == [2, 2] and engine.sleep() is False
     for rollout, text in [(r, fake.text[1:]) for r in groups[0]] + [(r, fake.text) for r in groups[1]]:
         kept = len(rollout.sampled_ids)
-        assert rollout.finish == "phrase" and rollout.sampled_ids == text[:kept] and rollout.written_score == 4
-        assert rollout.sampled_logprobs == [-0.5 - place for place in range(kept)]
+        assert rollout.finish == "phrase" and list(rollout.sampled_ids) == text[:kept] and rollout.written_score == 4
+        assert list(rollout.sampled_logprobs) == [-0.5 - place for place in range(kept)]
         written = scale.score_ids[scale.values.index(4)]
         at = text.index(written)
         assert rollout.score_logprobs == [-0.5 - at if i == written else -2.0 - i for i in scale.score_ids]

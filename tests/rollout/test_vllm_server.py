@@ -119,7 +119,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def ids(groups: list[list[Rollout]]) -> list[list[list[int]]]:
-    return [[rollout.sampled_ids for rollout in group] for group in groups]
+    return [[list(rollout.sampled_ids) for rollout in group] for group in groups]
 
 
 def test_samples_are_those_of_vllm_in_process(served: Served) -> None:
@@ -132,7 +132,7 @@ def test_samples_are_those_of_vllm_in_process(served: Served) -> None:
             assert ids(found) == ids(want)
             pairs = [pair for w, f in zip(want, found, strict=True) for pair in zip(w, f, strict=True)]
             for w, f in pairs:
-                torch.testing.assert_close(f.sampled_logprobs, w.sampled_logprobs, atol=1e-4, rtol=0)
+                torch.testing.assert_close(list(f.sampled_logprobs), list(w.sampled_logprobs), atol=1e-4, rtol=0)
                 torch.testing.assert_close(f.score_logprobs, w.score_logprobs, atol=1e-4, rtol=0)
                 assert (f.context_ids, f.finish, f.text) == (w.context_ids, w.finish, w.text)
     finally:

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from array import array
 
 import pytest
 import torch
@@ -195,6 +196,9 @@ def test_errors_keep_their_type_and_come_once():
 
 def test_a_batch_is_the_same_behind_its_file(tmp_path):
     groups = make_groups(missing=True)
+    for rollout in (r for group in groups for r in group.rollouts):  # as engines give them
+        rollout.sampled_ids, rollout.context_ids = array("q", rollout.sampled_ids), array("q", rollout.context_ids)
+        rollout.sampled_logprobs = array("d", rollout.sampled_logprobs)
     first = groups[0].rollouts[0]
     first.sampled_logprobs[0], first.score_logprobs[1] = -math.pi, -math.inf
     first.text, first.outcome = "half a pair: \ud83d", 2

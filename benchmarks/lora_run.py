@@ -129,7 +129,7 @@ def planned(config: Any, sizes: Any, lengths: tuple[int, int], batch: dict[str, 
         config: The run's settings.
         sizes: The model's.
         lengths: Tokens of the longest prompt and of the longest response.
-        batch: Tokens of the micro-batch, and its "rows" through the head and "rollouts".
+        batch: Tokens of the micro-batch, and its "rows" through the head.
         room: Bytes of the device's memory.
     """
     from real_fast.config.commands import PlanConfig
@@ -145,7 +145,6 @@ def planned(config: Any, sizes: Any, lengths: tuple[int, int], batch: dict[str, 
         training,
         head_rows=batch["rows"],
         checkpointing=config.train.activation_checkpointing,
-        repeated_keys=batch["rollouts"] * p,
     )
     found = replace(need(plan, sizes, kl=False), memory=memory)
     at_work = ENGINE_WORK if found.share else found.engine  # Transformers' copies and cache come and go
@@ -264,7 +263,6 @@ def measured_trainer(config: Any, facts: Facts, others: int) -> Any:
             self.batch = {
                 "tokens": largest.input_ids.numel(),
                 "rows": len(largest.targets),
-                "rollouts": len(largest.labels),
             }
             held = held_bytes(self.policy, self.updater.optimizer)
             with Above(self.policy.device) as above:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -77,6 +77,7 @@ def sizes(config: Any) -> dict[str, Any]:
         "kv_width": 2 * heads * size,
         "hidden": text.hidden_size,
         "kept": kept,
+        "window": _window(text, any),
     }
 
 
@@ -89,13 +90,18 @@ def matrices(config: Any) -> dict[str, Any]:
     if any(p.dim() > 2 for p in weights):
         raise ValueError(f"{text.model_type} has stacked experts or convolutions, whose work is not counted")
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = getattr(text, "layer_types", None) or []
     return {
         "body": sum(p.numel() for p in weights if p.dim() == 2),
         "attention": text.num_hidden_layers * text.num_attention_heads * size,
         "head": model.get_output_embeddings().weight.numel(),
-        "window": getattr(text, "sliding_window", None) if set(kinds) <= {"sliding_attention"} else None,
+        "window": _window(text, all),
     }
+
+
+def _window(text: Any, which: Callable[[Iterable[bool]], bool]) -> int | None:
+    """The window of sliding attention where any or all of the layers have one."""
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return getattr(text, "sliding_window", None) if which(kind == "sliding_attention" for kind in kinds) else None
 
 
 def with_layers(config: Any, layers: int) -> Any:

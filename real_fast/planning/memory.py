@@ -53,6 +53,7 @@ class ModelSizes:
         kv_width: Key and value numbers of one token in one layer.
         hidden: Width of the hidden states.
         kept: Activations by :attr:`Training.mode`.
+        window: Positions that a token sees in some layer or in all; None for every one in all.
     """
 
     parameters: int
@@ -66,6 +67,7 @@ class ModelSizes:
     kv_width: int
     hidden: int
     kept: Mapping[str, Kept]
+    window: int | None = None
 
     @classmethod
     def of(cls, config: Any) -> ModelSizes:
@@ -183,7 +185,7 @@ def update_memory(
         checkpointing: Activation checkpointing: layer inputs are kept, and one layer's activations at a time.
         gpus: Weights, gradients and moments are sharded over so many by FSDP2, which gathers layers one ahead.
         replicas: Copies of the sharded model, over as many GPUs each.
-        repeated_keys: Keys that a varlen kernel sees beyond the micro-batch's own tokens.
+        repeated_keys: Keys that a varlen kernel sees beyond the micro-batch's own tokens, under a window alone.
         kl: Whether the KL is in the loss; a copy for measuring alone waits on the host, and adapters need none.
     """
     t, p = training, sizes.parameters

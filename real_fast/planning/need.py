@@ -129,7 +129,8 @@ def need(config: PlanConfig, sizes: ModelSizes, kl: bool) -> Need:
         checkpointing=train.activation_checkpointing,
         gpus=ranks.gpus,
         replicas=ranks.replicas,
-        repeated_keys=groups * k * p if train.shared_prompt else 0,
+        # Where a window cuts into the prompt, its keys are laid out for each response.
+        repeated_keys=groups * k * p if train.shared_prompt and sizes.window and sizes.window < p + r else 0,
         kl=kl,
     )
     room = config.gpu_memory * GIB

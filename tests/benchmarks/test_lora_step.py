@@ -93,7 +93,7 @@ def test_whatever_is_sampled_has_a_text_and_a_letter_is_a_token() -> None:
 def test_the_plan_of_the_large_step_fits_80_gib(tmp_path: Path) -> None:
     """In the order of what configs/qwen3-8b-lora-80gb.yaml has in its header."""
     sizes = ModelSizes.read(known_models()["Qwen/Qwen3-8B"]["sizes"])
-    batch = {"tokens": 17_376, "rows": 8_224, "rollouts": 32}
+    batch = {"tokens": 17_376, "rows": 8_224}
     for engine, beside in (("vllm", 3.0), ("transformers", 2.0)):
         config = run_config(tmp_path, LARGE, engine, torch.device("cuda"))
         found = {k: v / GIB for k, v in planned(config, sizes, (2000, 292), batch, 79 * GIB).items()}

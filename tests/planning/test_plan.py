@@ -362,7 +362,7 @@ def plan_of(name, gpu_memory=80.0, **sections):
             "--rollout.max_num_seqs --train.activation_checkpointing",
         ),
         (
-            plan_of("Qwen/Qwen3-1.7B", 60.0, rollout={"sleep": "never"}, train={"micro_batch_tokens": 6400}),
+            plan_of("Qwen/Qwen3-1.7B", 57.0, rollout={"sleep": "never"}, train={"micro_batch_tokens": 6400}),
             "--rollout.sleep",
         ),
         (plan_of("Qwen/Qwen3-1.7B", 30.0), "--optim.offload --train.activation_checkpointing"),

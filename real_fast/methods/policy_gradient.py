@@ -73,8 +73,7 @@ class PolicyGradient(Method):
         self.options = config.objective
         self.ahead = config.rollout.ahead > 0
         self.ref_policy: RefPolicy | RefAdapters | None = None
-        # The loss's parts are added up as they are, and backward() is called on the sum.
-        self.head = HeadOptions(temperature=config.rollout.temperature, validate=False, unit_gradient=True)
+        self.head = HeadOptions(temperature=config.rollout.temperature, validate=False)
 
     @classmethod
     def prompts_per_step(cls, config: Config) -> tuple[str, int]:
@@ -191,7 +190,7 @@ class PolicyGradient(Method):
                 weight,
                 batch.targets[rows],
                 per_row[rows],
-                head=self.head,
+                head=replace(self.head, unit_gradient=hidden.is_cuda),
             )
             parts = {self.text_part: text}
             if scored.reward_gradient is not None:

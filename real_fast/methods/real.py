@@ -78,7 +78,7 @@ class Real(PolicyGradient):
                 num_tokens=counts.tokens,
                 skip_zero_rows=not compare,
                 objective=self.objective,
-                head=replace(self.head, validate=not hidden.is_cuda),
+                head=replace(self.head, validate=not hidden.is_cuda, unit_gradient=hidden.is_cuda),
             )
             missing = len(batch.targets) - n
             return LossOutput(

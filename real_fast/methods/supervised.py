@@ -169,8 +169,8 @@ def supervised_loss(weights: LossWeights, scale: ScoreScale, counts: UpdateCount
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, batch: Batch) -> LossOutput:
         device, dtype = hidden.device, compute_dtype(hidden)
-        # The terms are added up as they are, and backward() is called on the sum.
-        head = HeadOptions(validate=not hidden.is_cuda, unit_gradient=True)
+        # The terms are added up as they are, and backward() is called on the sum. On a CPU both are looked at for free.
+        head = HeadOptions(validate=not hidden.is_cuda, unit_gradient=hidden.is_cuda)
         values, labels, valid = scale.values_tensor(device).to(dtype), batch.labels.to(dtype), batch.rollout_valid
         logp = score_logprobs(hidden[batch.score_rows], weight, scale.ids_tensor(device), head=head)
         y_hat = expected_score(logp, values, renormalize)

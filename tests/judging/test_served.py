@@ -131,7 +131,7 @@ def test_a_served_grade_is_that_of_the_judge(folder: Path, small_tokenizer: Any)
         [[forced]] = judge._engine.generate([prompt], SamplingParams(n=1, max_tokens=6, seed=1))  # type: ignore[union-attr]
         want = judge._verdict([forced])
         ids = [*forced.context_ids, judge.scale.score_ids[0]]
-        assert forced.context_ids[-len(phrase) :] == phrase and forced.score_logprobs is not None
+        assert list(forced.context_ids[-len(phrase) :]) == phrase and forced.score_logprobs is not None
         texts = [small_tokenizer.decode([i]) for i in ids]
         tops: list[dict[str, float]] = [{} for _ in ids]
         tops[-1] = dict(zip(judge.scale.texts, forced.score_logprobs, strict=True))

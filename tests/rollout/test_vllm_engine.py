@@ -201,7 +201,7 @@ def test_scores_from_the_pass_that_sampled_them(
     assert all(len(output.outputs[0].token_ids) == 1 for output in passes[1])
     raw = [list(completion.token_ids) for output in passes[0] for completion in output.outputs]
     for rollout in (rollout for group in scored for rollout in group):  # generation stopped at the score's token
-        assert any(rollout.context_ids[: len(r) - 1] == r[:-1] for r in raw)
+        assert any(list(rollout.context_ids[: len(r) - 1]) == r[:-1] for r in raw)
     for rollout in (rollout for group in scored for rollout in group):
         assert rollout.written_score in setup.scale.values and rollout.finish == "phrase" and rollout.n_forced == 0
         assert tuple(rollout.context_ids[-1:]) == setup.scale.tail_ids and rollout.text.endswith("score is ")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from benchmarks import peers, roofline
 from benchmarks.machine import PeakMemory, synchronize
 from benchmarks.peers import PEERS, Factory, Loss
-from benchmarks.record import append
+from benchmarks.record import append, append_absence
 from real_kernels import HeadOptions, linear_logprob, weighted_logprob
 
 OURS = (
@@ -39,7 +39,6 @@ OURS = (
     "ours forward, gradient scaled",
 )
 NAMES = (*OURS, *PEERS)
-ABSENT = "head left out"  # the suite of lines that say so
 FULL_LOGITS = ("eager", "torch.compile")
 # Bytes per logit of those at their peak: bf16 logits, float32 copy, log-softmax, and the gradients of all three.
 LOGIT_BYTES = 16
@@ -400,7 +399,7 @@ def _run(device: torch.device, small: bool, deadline: float, impl: str, names: C
     for name, reason in left_out(device).items():
         if name in names:
             print(f"head: {name} left out: {reason}", flush=True)
-            record_absence(name, reason)
+            append_absence("head", name, reason)
     rounds = 2 if small else default_rounds(device)
     for shape in shapes(device, small):
         rate = matmul_rate(device, shape.dtype)
@@ -409,7 +408,7 @@ def _run(device: torch.device, small: bool, deadline: float, impl: str, names: C
                 continue
             if reason := unsuitable(name, shape, device):
                 print(f"head: {name} left out at {shape.model} N={shape.n}: {reason}", flush=True)
-                record_absence(name, reason, shape.model)
+                append_absence("head", name, reason, shape.model)
                 continue
             for backward in (True, False):
                 expected = (rounds + 3) * shape.flops(backward) / (0.3 * rate)
@@ -425,8 +424,3 @@ def _run(device: torch.device, small: bool, deadline: float, impl: str, names: C
                 finally:
                     gc.collect()
     return failed
-
-
-def record_absence(name: str, reason: str, model: str = "-") -> None:
-    """A line for the tables: a contender did not run, at one shape or at all, and why."""
-    append(ABSENT, model, name, reason, {"left_out": (1.0, "1")})

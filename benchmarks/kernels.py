@@ -47,6 +47,10 @@ _PATTERN = {
 }
 
 
+# A tile on its way from shared memory to a tensor.
+_STORE = "cp.async.bulk.tensor.2d.global.shared"
+
+
 @dataclass(frozen=True)
 class Resources:
     """A line of the table.
@@ -89,11 +93,15 @@ def resources(arch: str, launch: Launch) -> Resources:
     else:
         text = compiled.asm["ptx"]
         registers, spills, instructions = _of_cubin(compiled, int(TARGETS[arch].arch))
+        if launch.kernel == "persistent":
+            instructions = 0  # its loop's last product has the next tile behind it, not the end
         of_program = -(-registers // 8) * 8 * 32 * warps
         # A program's shared memory has a kibibyte of the system's beside it.
         programs = min(REGISTERS // of_program, SHARED_OF_ALL[arch] // (metadata.shared + 1024), 64 // warps)
     found = [name for name, pattern in _PATTERN.items() if re.search(pattern, text)]
     copies = [name for name in ("cp.async.bulk.tensor", "cp.async.cg") if name in text]
+    if _STORE in text:
+        copies.append("bulk stores")
     half = launch.dtype != "fp32"
     problems = []
     if spills:
@@ -108,8 +116,11 @@ def resources(arch: str, launch: Launch) -> Resources:
         problems.append("does not fetch its tiles by the bulk copy engine")
     if tile and half and programs < (tile.programs if arch != "gfx942" else 0):
         problems.append(f"{programs} programs fit on a multiprocessor, and {tile.programs} should")
-    if tile and half and arch == "sm_90" and launch.variant in BUDGET:
+    if launch.kernel == "persistent" and "bulk stores" not in copies:
+        problems.append("does not store its tiles by the bulk copy engine")
+    if launch.kernel == "logits" and half and arch == "sm_90" and launch.variant in BUDGET:
         fixed, each = BUDGET[launch.variant]
+        assert tile is not None
         elements = tile.rows * tile.columns // (32 * warps)
         if not 3 * elements < instructions <= fixed + each * elements:
             problems.append(f"{instructions} instructions behind the products, for {elements} elements a thread")

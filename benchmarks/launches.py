@@ -38,6 +38,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+GEMMS = ("logits", "persistent")
 EPILOGUES = ("log-sum-exp", "kept logits", "dlogits")
 # Divisible as real sizes are; as small as their kernels are the same.
 _N, _D, _V, _SCORES, _ROLLOUTS = 130, 128, 1024, (1, 2, 3, 4, 5), 16
@@ -136,8 +137,11 @@ def _named(
 ) -> Launch:
     kernel, tile = function.fn.__name__.removesuffix("_kernel"), None
     what = [text for name, text in _FLAGS.items() if options.get(name)]
-    if kernel == "logits":
+    if kernel == "persistent":
+        what = [EPILOGUES[1], _FLAGS["BASE"]]
+    elif kernel == "logits":
         what.insert(0, EPILOGUES[options["STORE"]])
+    if kernel in GEMMS:
         sizes = [options[name] for name in ("BM", "BN", "BK", "num_stages", "num_warps", "GROUP")]
         tile = of_rows if of_rows[: len(sizes)] == tuple(sizes) else Tile(*sizes)
     if operands and operands not in what:

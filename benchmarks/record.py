@@ -54,6 +54,16 @@ def append(suite: str, model: str, variant: str, case: str, values: Mapping[str,
             writer.writerow({**fixed, "metric": metric, "value": f"{value:.6g}", "unit": unit})
 
 
+def append_absence(suite: str, name: str, reason: str, model: str = "-") -> None:
+    """Add a line that says that a contender did not run, at one shape or at all, and why."""
+    append(absent(suite), model, name, reason, {"left_out": (1.0, "1")})
+
+
+def absent(suite: str) -> str:
+    """The suite of such lines."""
+    return f"{suite} left out"
+
+
 def read(path: Path | None = None) -> list[dict[str, str]]:
     """All lines, oldest first."""
     with (path or RESULTS / "benchmarks.csv").open(newline="") as file:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from benchmarks.head import ABSENT as HEAD_ABSENT
 from benchmarks.peers import NOT_INSTALLED
 from benchmarks.plan_check import AGAIN, WAYS
-from benchmarks.record import read
+from benchmarks.record import absent, read
 from benchmarks.report import CONTENDERS, NAMES, Key, newest, parameters, speedups
 from benchmarks.report_head import LABELS, ORDER, Metrics, savings
 
@@ -40,19 +39,19 @@ def text(lines: Lines) -> str:
 
 def heads(lines: Lines) -> str:
     """The head's tables."""
-    return head_table(newest(lines, "head"), absent(lines, HEAD_ABSENT))
+    return head_table(newest(lines, "head"), left_out(lines, "head"))
 
 
 # By machine and shape ("-" for all of them): contenders that did not run, and what a table says instead.
 Absent = dict[tuple[str, str], dict[str, str]]
 
 
-def absent(lines: Lines, suite: str) -> Absent:
-    """Of a suite's lines, those of each machine's newest run."""
+def left_out(lines: Lines, suite: str) -> Absent:
+    """What a suite left out, in each machine's newest run."""
     newest_run = {line["machine"]: line["run"] for line in sorted(lines, key=lambda line: line["run"])}
     found: Absent = {}
     for line in lines:
-        if line["suite"] == suite and line["run"] == newest_run[line["machine"]]:
+        if line["suite"] == absent(suite) and line["run"] == newest_run[line["machine"]]:
             reason = line["case"]
             said = NOT_INSTALLED if reason.startswith(NOT_INSTALLED) else reason.replace("|", "/")
             found.setdefault((line["machine"], line["model"]), {})[line["variant"]] = said
@@ -66,7 +65,7 @@ def images(about: str, results: Path, pattern: str, place: str) -> str:
 
 def step_table(lines: Lines) -> str:
     """The case with the most contenders, per machine and model."""
-    steps, missing = newest(lines, "step"), absent(lines, "step left out")
+    steps, missing = newest(lines, "step"), left_out(lines, "step")
     best: dict[tuple[str, str], Key] = {}
     for key, variants in steps.items():
         if len(variants) > len(steps.get(best.get(key[:2], ("", "", "")), {})):

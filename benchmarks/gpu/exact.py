@@ -10,11 +10,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +28,11 @@ from real_kernels import (
     logprob_and_entropy,
     real_loss,
     score_logprobs,
+    tiles,
     triton_head,
     weighted_logprob,
 )
+from real_kernels.tiles import Tile
 
 # How much further off than eager; equal ones are equal on average alone.
 SLACK, LUCK = 1.15, 1e-7
@@ -55,6 +59,7 @@ class Case:
         softcap: Of the logits.
         parts: Chunks that the rows or the vocabulary are computed in.
         off: Rows of hidden states do not start on 16 bytes, so that no descriptor can fetch them.
+        persistent: By programs that go from tile to tile, which no default does.
     """
 
     kind: str
@@ -66,11 +71,13 @@ class Case:
     softcap: float | None = None
     parts: int = 1
     off: bool = False
+    persistent: bool = False
 
     @property
     def name(self) -> str:
         """For people."""
         more = [word for word, there in (("bias", self.bias), ("soft-cap", self.softcap), ("off", self.off)) if there]
+        more += ["persistent"] * self.persistent
         more += [f"{self.parts} parts"] * (self.parts > 1)
         return " ".join((f"{self.kind:9} N={self.n} D={self.d} V={self.v} {self.dtype}", *more))
 
@@ -117,12 +124,15 @@ def cases(small: bool) -> Iterator[Case]:
     if not small:
         for kind in ("forward", "recompute", "score", "real", "entropy"):
             yield Case(kind, 300, 1024, 151_936)
+        yield Case("forward", 300, 1024, 151_936, persistent=True)
         yield from (Case(kind, 1, 1024, 151_936) for kind in ("forward", "recompute", "score"))
         odd += [(70, 72, 139), (257, 1000, 50_257)]
     yield from (Case(kind, 1, 8, 17) for kind in ("forward", "recompute", "score"))
     kinds = ("forward", "recompute", "score", "entropy", "real")
     yield from (Case(kind, *shape) for shape in odd for kind in kinds)
     plain = Case("forward", *odd[1])
+    # Of so many rows as have a base each.
+    yield from (Case("forward", *shape, persistent=True) for shape in ((70, 72, 139), *odd[3:]))
     for case in (plain, replace(plain, kind="recompute"), replace(plain, kind="score")):
         for dtype in ("fp32", "fp16"):
             yield replace(case, dtype=dtype)
@@ -144,6 +154,7 @@ def compare(check: Check, wanted: list[Case], end: float) -> int:
     """Say what is not held, and how the rest is. Returns how many results or cases failed."""
     impl = "triton" if triton_head.available(check.device) else "torch"
     wrong, done, worst = 0, 0, 0.0
+    wanted = [case for case in wanted if not case.persistent or _persistent(check.device)]
     for case in wanted:
         if time.monotonic() > end:
             print(f"kernels: no time left for {len(wanted) - done} of {len(wanted)} cases, from {case.name} on")
@@ -171,7 +182,9 @@ def results(case: Case, device: torch.device, impl: Any) -> list[Result]:
     if case.kind == "real":
         mine, want = (_real(inputs, dtype, how) for dtype, how in ((inputs.dtype, impl), (torch.float64, "torch")))
         return [Result(case, what, _error(mine[what], want[what]), None, REAL[inputs.dtype] + LUCK) for what in want]
-    want, mine = _full_logits(inputs, torch.float64), _ours(inputs, impl)
+    want = _full_logits(inputs, torch.float64)
+    with _only(_persistent(device)) if case.persistent else nullcontext():
+        mine = _ours(inputs, impl)
     eager = _full_logits(inputs, inputs.dtype)
     out = []
     for what, right in want.items():
@@ -179,6 +192,22 @@ def results(case: Case, device: torch.device, impl: Any) -> list[Result]:
         bound = FLOAT32 if beside is None else SLACK * beside + LUCK
         out.append(Result(case, what, _error(mine[what], right), beside, bound))
     return out
+
+
+def _persistent(device: torch.device) -> tuple[Tile, ...]:
+    """The tiles of a device that ask for the persistent kernel; none where it does not run."""
+    if not triton_head.available(device):
+        return ()
+    if device.type == "cpu":
+        return tuple(tile._replace(persistent=True) for tile in tiles.INTERPRETED)
+    return tuple(tile for tile in tiles.TILES[tiles.architecture(device)] if tile.persistent)
+
+
+@contextmanager
+def _only(some: tuple[Tile, ...]) -> Iterator[None]:
+    """Take these tiles."""
+    with mock.patch.multiple(tiles, TILES=dict.fromkeys(tiles.TILES, some), INTERPRETED=some):
+        yield
 
 
 class _Inputs:

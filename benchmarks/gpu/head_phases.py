@@ -188,7 +188,8 @@ def ways(device: torch.device) -> Mapping[str, Tile | None]:
 
 def _name(tile: Tile) -> str:
     group = "" if tile.group == Tile._field_defaults["group"] else f", group {tile.group}"
-    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages{group}"
+    stays = ", persistent" if tile.persistent else ""
+    return f"{tile.rows}x{tile.columns}x{tile.depth}, {tile.stages} stages{group}{stays}"
 
 
 def run(check: Check, end: float) -> int:
@@ -216,12 +217,7 @@ def run(check: Check, end: float) -> int:
 
 def _say_products(shape: Shape, check: Check, rounds: int) -> None:
     seconds = products(shape, check.device, rounds)
-    values: dict[str, tuple[float | None, str]] = {f"seconds/{name}": (s, "s") for name, s in seconds.items()}
-    whole = sum(seconds.values())
-    share = shape.flops(True) / whole / matmul_rate(check.device, shape.dtype)
-    values |= {"seconds": (whole, "s"), "of_matmul_rate": (share, "1")}
-    append("phases", shape.model, "torch.mm", f"N={shape.n} products", values)
-    print(f"phases: {shape.model} N={shape.n} torch.mm: {_listed(seconds)}; together {1e3 * whole:.2f} ms, {share:.1%}")
+    _write(shape, "torch.mm", "products", seconds, sum(seconds.values()), shape.flops(True), check)
 
 
 def _say(shape: Shape, way: str, tile: Tile | None, mode: str, check: Check, impl: str, rounds: int) -> None:
@@ -230,13 +226,17 @@ def _say(shape: Shape, way: str, tile: Tile | None, mode: str, check: Check, imp
         seconds = measure(shape, check.device, mode, impl, rounds)
     whole = seconds.pop("whole")
     seconds["rest"] = whole - sum(seconds.values())
-    share = shape.flops(mode != "evaluation") / whole / matmul_rate(check.device, shape.dtype)
+    _write(shape, way, mode, seconds, whole, shape.flops(mode != "evaluation"), check)
+
+
+def _write(
+    shape: Shape, way: str, what: str, seconds: dict[str, float], whole: float, flops: float, check: Check
+) -> None:
+    """Seconds by phase and together, into the results and for people."""
+    share = flops / whole / matmul_rate(check.device, shape.dtype)
     values: dict[str, tuple[float | None, str]] = {f"seconds/{name}": (s, "s") for name, s in seconds.items()}
     values |= {"seconds": (whole, "s"), "of_matmul_rate": (share, "1")}
-    append("phases", shape.model, way, f"N={shape.n} {mode}", values)
-    told = f"{_listed(seconds)}; together {1e3 * whole:.2f} ms, {share:.1%} of the matmul rate"
-    print(f"phases: {shape.model} N={shape.n} {mode}, {way}: {told}", flush=True)
-
-
-def _listed(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items())
+    append("phases", shape.model, way, f"N={shape.n} {what}", values)
+    listed = ", ".join(f"{name} {1e3 * s:.2f} ms" for name, s in seconds.items())
+    told = f"{listed}; together {1e3 * whole:.2f} ms, {share:.1%} of the matmul rate"
+    print(f"phases: {shape.model} N={shape.n} {what}, {way}: {told}", flush=True)

@@ -16,7 +16,7 @@ from benchmarks.gpu.cases import CASES, SMALL, Case, five_scores, word_tokenizer
 from benchmarks.gpu.stages import Check, attempt
 from benchmarks.machine import PeakMemory
 from benchmarks.phases import Phases
-from benchmarks.record import append
+from benchmarks.record import append, append_absence
 from benchmarks.steps import FASTER, VARIANTS, OurStep, ReferenceStep, agreement
 from benchmarks.workload import Workload, random_workload
 from real_fast.planning.flops import ModelFlops
@@ -55,7 +55,7 @@ def others(check: Check, end: float) -> int:
     for name, reason in missing.items():
         if reason:
             print(f"step: {name} left out: {reason}")
-            append("step left out", "-", name, reason, {"left_out": (1.0, "1")})
+            append_absence("step", name, reason)
     wrong += _run(check, end, [(case, variant) for case, variant in work if not missing.get(variant)])
     return wrong
 

@@ -24,6 +24,8 @@ class Tile(NamedTuple):
         group: Row tiles that neighbouring programs share, for reuse in L2.
         programs: That fit on a multiprocessor at once, so that one's epilogue runs beside the other's products.
             "python -m benchmarks.kernels" holds the machine code to it.
+        persistent: Whether plain rows' logits are kept by :mod:`real_kernels.triton_persistent`, whose programs go from
+            tile to tile; other launches take a program per tile.
     """
 
     rows: int
@@ -33,13 +35,19 @@ class Tile(NamedTuple):
     warps: int
     group: int = 16
     programs: int = 1
+    persistent: bool = False
 
 
 # 16-bit operands. Kept to what fits without spilling: 99 KiB of shared memory for the default of sm_80 (it serves sm_86
 # and sm_89 too), 227 KiB on sm_90 and sm_100, 64 KiB on gfx942. "python -m benchmarks.kernels" compiles them all.
 TILES: dict[str, tuple[Tile, ...]] = {
     "sm_80": (Tile(128, 128, 32, 4, 8), Tile(256, 128, 32, 3, 8), Tile(128, 128, 64, 3, 8)),
-    "sm_90": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8, programs=2), Tile(256, 128, 64, 4, 8)),
+    "sm_90": (
+        Tile(128, 256, 64, 4, 8),
+        Tile(128, 128, 64, 3, 8, programs=2),
+        Tile(256, 128, 64, 4, 8),
+        Tile(128, 256, 64, 3, 8, persistent=True),
+    ),
     "sm_100": (Tile(128, 256, 64, 4, 8), Tile(128, 128, 64, 3, 8, programs=2), Tile(256, 128, 64, 4, 8)),
     "gfx942": (Tile(128, 128, 32, 2, 4), Tile(256, 128, 32, 2, 8), Tile(64, 128, 64, 2, 4)),
 }

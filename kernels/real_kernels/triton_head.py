@@ -16,6 +16,7 @@ from real_kernels.rows import Rows, SavedLogits, SoftmaxStats
 from real_kernels.tiles import BRANCHES, Kind, Tile, architecture, choose
 from real_kernels.triton_base import base_kernel, common_base_kernel
 from real_kernels.triton_gemm import logits_kernel
+from real_kernels.triton_persistent import persistent_kernel
 from real_kernels.triton_reward import reward_kernel
 from real_kernels.triton_rows import combine_kernel, dlogits_kernel, scale_kernel
 
@@ -160,15 +161,19 @@ class TritonHead:
         based = buffer is not None and n >= BASE_ROWS and not rows.shared and self.weight.dtype != torch.float16
         row_base = self._base(hidden, rows) if based else None
         selected = torch.empty(n, m, dtype=torch.float32, device=device)
-        store = 0 if buffer is None else 1
+        store, kind = 0 if buffer is None else 1, self._kind(rows, entropy)
 
         def launch(tile: Tile) -> torch.Tensor:
             tiles = triton.cdiv(v, tile.columns)
             parts = torch.empty(3 if entropy else 2, tiles, n, dtype=torch.float32, device=device)
-            self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected, base=row_base)
+            stays = tile.persistent and kind == "rows" and _descriptors(hidden)
+            if stays and buffer is not None and row_base is not None:
+                self._launch_persistent(tile, hidden, rows, buffer, parts, selected, row_base)
+            else:
+                self._launch(tile, hidden, rows, 0, v, store, out=buffer, parts=parts, selected=selected, base=row_base)
             return parts
 
-        tile = choose(device, hidden.dtype, self._kind(rows, entropy), (store, *self._key(rows, v)), launch)
+        tile = choose(device, hidden.dtype, kind, (store + based, *self._key(rows, v)), launch)
         parts = launch(tile)
         # Few rows: more programs, each with more tiles at a time.
         block, at_once = (32, 32) if n > 1024 else (4, 256)
@@ -282,6 +287,41 @@ class TritonHead:
             num_stages=tile.stages,
         )
 
+    def _launch_persistent(
+        self,
+        tile: Tile,
+        hidden: torch.Tensor,
+        rows: Rows,
+        out: torch.Tensor,
+        parts: torch.Tensor,
+        selected: torch.Tensor,
+        base: torch.Tensor,
+    ) -> None:
+        """What :meth:`_launch` does for plain 16-bit rows that are kept relative to a base."""
+        n, v = out.shape
+        tiles = triton.cdiv(n, tile.rows) * triton.cdiv(v, tile.columns)
+        persistent_kernel[(min(_programs(hidden.device), tiles),)](
+            TensorDescriptor.from_tensor(hidden, [tile.rows, tile.depth]),
+            TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth]),
+            rows.ids,
+            parts[0],
+            parts[1],
+            selected,
+            base,
+            TensorDescriptor.from_tensor(out, [tile.rows, tile.columns // 2]),
+            n,
+            hidden.shape[1],
+            v,
+            1.0 / rows.temperature,
+            BM=tile.rows,
+            BN=tile.columns,
+            BK=tile.depth,
+            GROUP=tile.group,
+            WIDEN=interpreted() and hidden.dtype == torch.bfloat16,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
     def _kind(self, rows: Rows, entropy: bool = False) -> Kind:
         if rows.shared:
             return "scores"
@@ -347,6 +387,11 @@ def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, out, factor, x.numel(), BLOCK=4096, num_warps=8)
     return out
+
+
+def _programs(device: torch.device) -> int:
+    """Of a kernel whose programs stay: one for each multiprocessor. In the interpreter three, for more tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _aligned(columns: int) -> int:

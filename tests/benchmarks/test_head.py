@@ -100,8 +100,9 @@ def no_collections(monkeypatch):
 
 
 def test_run_records_everything_and_flags_larger_errors(no_collections, monkeypatch, capsys):
-    lines = []
+    lines, absent = [], []
     monkeypatch.setattr(head, "append", lambda *line: lines.append(line))
+    monkeypatch.setattr(head, "append_absence", lambda *line: absent.append(line))
     monkeypatch.setattr(head, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(head, "SMALL_SHAPES", (TINY,))
     wrong = head.Errors(0.0, 1.0)
@@ -109,9 +110,7 @@ def test_run_records_everything_and_flags_larger_errors(no_collections, monkeypa
     monkeypatch.setattr(head, "errors_of", lambda name, *_: wrong if name == "ours recompute" else right)
     monkeypatch.setattr(head, "left_out", lambda _: {name: "not here" for name in NAMES if name != "ours recompute"})
     assert head.run(CPU, small=True, deadline=time.monotonic() + 60) == 0
-    absent = [line[2] for line in lines if line[0] == head.ABSENT]
-    assert set(absent) == set(NAMES) - {"ours recompute"}
-    lines = lines[len(absent) :]
+    assert {name for _, name, _ in absent} == set(NAMES) - {"ours recompute"}
     assert [line[:4] for line in lines] == [
         ("head", "V=160 D=16 fp32", "ours recompute", f"N=24 {case}") for case in ("forward+backward", "forward")
     ]
@@ -124,7 +123,8 @@ def test_run_records_everything_and_flags_larger_errors(no_collections, monkeypa
 
 
 def test_run_stops_at_the_deadline_and_survives_a_failure(no_collections, monkeypatch, capsys):
-    monkeypatch.setattr(head, "append", lambda *line: None)  # not into the results that we show
+    for name in ("append", "append_absence"):  # not into the results that we show
+        monkeypatch.setattr(head, name, lambda *line: None)
     monkeypatch.setattr(head, "matmul_rate", lambda *_: 1e12)
     assert head.run(CPU, small=True, deadline=time.monotonic() - 1) == 0
     assert "no time left" in capsys.readouterr().out

@@ -22,7 +22,8 @@ def test_the_head(name):
     for key, want in gradients.items():
         error = (outcome.gradients[key].float() - want).norm() / want.norm()
         assert error < tolerance, f"gradient of {key}: {error:.3f}"
-    assert ("logits_kernel" in outcome.launches) == (case.head.impl == "triton")
+    assert bool({"logits_kernel", "persistent_kernel"} & outcome.launches.keys()) == (case.head.impl == "triton")
+    assert ("persistent_kernel" in outcome.launches) == case.persistent
     if case.main_grad or case.head.unit_gradient:
         assert "scale_kernel" not in outcome.launches
     waits = {} if case.every_row and not case.valid else outcome.waits

@@ -43,6 +43,15 @@ def _logits(a: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _persistent(a: dict[str, Any]) -> dict[str, Any]:
+    n, of_tiles = a["n"], -(-a["V"] // a["BN"]) * a["n"]
+    return {
+        "ids": (_INDEX, n),
+        **{name: (_FLOAT, of_tiles) for name in ("tile_max", "tile_sum")},
+        **{name: (_FLOAT, n) for name in ("selected", "row_base")},
+    }
+
+
 def _combine(a: dict[str, Any]) -> dict[str, Any]:
     n, m, of_tiles = a["n"], a["m"], a["tiles"] * a["n"]
     return {
@@ -94,6 +103,7 @@ def _scale(a: dict[str, Any]) -> dict[str, Any]:
 
 READS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "logits_kernel": _logits,
+    "persistent_kernel": _persistent,
     "base_kernel": _base,
     "combine_kernel": _combine,
     "common_base_kernel": _common_base,
@@ -107,6 +117,12 @@ _ROWS: dict[str, dict[str, Callable[[dict[str, Any]], tuple[int, int, int]]]] = 
         "h": lambda a: (a["n"], a["D"], a["stride_h"]),
         "w": lambda a: (a["last"], a["D"], a["stride_w"]),
         "out": lambda a: (a["n"], a["last"] - a["first"], a["stride_out"]) if a["STORE"] else (0, 0, 0),
+    },
+    # All three by descriptors, which know their strides.
+    "persistent_kernel": {
+        "h": lambda a: (a["n"], a["D"], a["h"].strides[0]),
+        "w": lambda a: (a["V"], a["D"], a["w"].strides[0]),
+        "out": lambda a: (a["n"], a["V"], a["out"].strides[0]),
     },
     "base_kernel": {
         "h": lambda a: (a["n"], a["D"], a["stride_h"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -15,6 +16,7 @@ from real_kernels import (
     logprob_and_entropy,
     real_loss,
     score_logprobs,
+    tiles,
     weighted_logprob,
 )
 from tests.gpu_lint.launches import checked_launches
@@ -40,6 +42,7 @@ class Case:
     from_engine: bool = False
     frozen: bool = False
     main_grad: bool = False
+    persistent: bool = False
     gapped: bool = False  # hidden states that are columns of a wider tensor
 
 
@@ -76,6 +79,11 @@ CASES: dict[str, Case] = {
     "weighted, gradient of 1": Case("weighted", head=_head(unit_gradient=True)),
     "weighted, in chunks, bias": Case("weighted", bias=True, head=_head(mode="forward", chunk_bytes=SMALL)),
     "weighted, main_grad in chunks": Case("weighted", main_grad=True, head=_head(mode="forward", chunk_bytes=SMALL)),
+    "weighted, persistent": Case("weighted", v=1100, persistent=True),
+    "weighted, persistent, odd V, in chunks": Case(
+        "weighted", v=389, persistent=True, head=_head(mode="forward", chunk_bytes=SMALL)
+    ),
+    "real, persistent": Case(persistent=True),
     "linear": Case("linear"),
     "linear, fp32, by PyTorch": Case("linear", dtype=FP32, head=_head(impl="torch")),
     "entropy": Case("entropy", bias=True),
@@ -152,7 +160,9 @@ class Outcome:
 
 def run(case: Case) -> Outcome:
     """On the pretended device."""
-    with cuda_device() as mode, checked_launches() as launched:
+    shipped = tiles.TILES["sm_90"]
+    only = {"sm_90": tuple(t for t in shipped if t.persistent) if case.persistent else shipped}
+    with mock.patch.dict(tiles.TILES, only), cuda_device() as mode, checked_launches() as launched:
         here = {name: _to_device(x) for name, x in tensors(case).items()}
         mode.waits.clear()
         loss, gradients = call(case, here)

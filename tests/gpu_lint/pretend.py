@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -218,6 +219,7 @@ def cuda_device() -> Iterator[Pretending]:
         "is_bf16_supported": lambda **_: True,
         "get_device_capability": lambda *_: (9, 0),
         "get_device_name": lambda *_: "pretended",
+        "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=2),
         "device": lambda *_: nullcontext(),
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,

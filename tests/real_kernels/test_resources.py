@@ -32,7 +32,7 @@ def test_every_launch_compiles_without_spilling(arch, tmp_path):
     with (tmp_path / "kernels.csv").open() as file:
         lines = list(csv.DictReader(file))
     assert {line["kernel"] for line in lines} == {
-        "logits", "dlogits", "base", "common_base", "combine", "reward", "scale"
+        "logits", "dlogits", "base", "common_base", "combine", "reward", "scale", *["persistent"] * (arch == "sm_90")
     }  # fmt: skip
     products = [line for line in lines if line["kernel"] == "logits" and line["dtype"] != "fp32"]
     matrix = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}[arch]
@@ -46,6 +46,9 @@ def test_every_launch_compiles_without_spilling(arch, tmp_path):
     assert {f"{epilogue}, score tokens" for epilogue in ("log-sum-exp", "kept logits", "dlogits")} <= variants
     assert "kept logits" in variants  # float16
     assert {"log-sum-exp, entropy", "log-sum-exp, bias, soft-cap", "dlogits, score tokens, bias, soft-cap"} <= variants
+    if arch == "sm_90":
+        (persistent,) = [line for line in lines if line["kernel"] == "persistent"]
+        assert persistent["variant"] == "kept logits, row base" and "bulk stores" in persistent["copies"]
     if arch in ("sm_90", "sm_100"):
         fetched = [line for line in products if "pointers" not in line["variant"]]
         assert all("cp.async.bulk.tensor" in line["copies"] for line in fetched)

@@ -16,48 +16,12 @@ from real_kernels.rows import Rows
 from real_kernels.tiles import Tile
 from real_kernels.triton_head import TritonHead
 from tests.oracles import OPTIONS, make_sequences, pack, records
+from tests.real_kernels.hard_rows import DEVICE, eager, error, exact, fused, make
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-if CUDA:
+if torch.cuda.is_available():
     pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16]
 TILES_MAXIMA = 10**9  # rows from which on there is a base: never
-
-
-def make(n, d, v, dtype, logits, seed=0):
-    """Logits of standard deviation 2 but for the targets' [n], which are as given; coefficients of both signs."""
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(v, d, generator=g, dtype=torch.float64) * 2 * d**-0.5
-    targets = torch.randint(v, (n,), generator=g)
-    hidden, chosen = torch.randn(n, d, generator=g, dtype=torch.float64), weight[targets]
-    along = (logits - (hidden * chosen).sum(1)) / chosen.square().sum(1)
-    hidden += along[:, None] * chosen
-    u = torch.randn(n, generator=g)
-    hidden, weight = (x.to(DEVICE, dtype).requires_grad_() for x in (hidden, weight))
-    return hidden, weight, targets.to(DEVICE), u.to(DEVICE)
-
-
-def exact(hidden, weight, targets, u, temperature=1.0):
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    logp = torch.log_softmax(h @ w.t() / temperature, 1).gather(1, targets[:, None])[:, 0]
-    return logp.detach(), *torch.autograd.grad((logp * u.double()).sum(), (h, w))
-
-
-def eager(hidden, weight, targets, u):
-    logp = torch.log_softmax((hidden @ weight.t()).float(), 1).gather(1, targets[:, None])[:, 0]
-    return logp.detach(), *torch.autograd.grad((logp * u).sum(), (hidden, weight))
-
-
-def fused(hidden, weight, targets, u, base_rows=1, **options):
-    head = HeadOptions(impl="triton", mode="forward", **options)
-    with mock.patch.object(triton_head, "BASE_ROWS", base_rows):
-        total, logp = weighted_logprob(hidden, weight, targets, u, head=head)
-    return logp, *torch.autograd.grad(total, (hidden, weight))
-
-
-def error(got, want):
-    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
 
 
 def launched(call):
@@ -78,13 +42,14 @@ def launched(call):
     return names
 
 
+@pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_from_hopeless_targets_to_nearly_certain_ones(dtype):
+def test_from_hopeless_targets_to_nearly_certain_ones(dtype, persistent):
     """As benchmarks/head.py has them. In bfloat16 the errors stay below eager's with room to spare."""
     lse = float(torch.log(torch.tensor(1024.0))) + 2
     made = make(128, 32, 1024, dtype, lse + torch.rand(128, generator=torch.Generator().manual_seed(1)) * 10 - 5)
     want, slow = exact(*made), eager(*made)
-    with mock.patch.object(tiles, "INTERPRETED", (Tile(64, 256, 32, 1, 4, 2),)):
+    with mock.patch.object(tiles, "INTERPRETED", (Tile(64, 256, 32, 1, 4, 2, persistent=persistent),)):
         got, before = fused(*made), fused(*made, base_rows=TILES_MAXIMA)
     if dtype == torch.float32:
         assert max(map(error, got, want)) < 1e-5

@@ -351,10 +351,12 @@ def test_second_derivatives_are_refused():
 
 
 @pytest.mark.skipif(not CUDA, reason="real sizes need a CUDA device, and torch finds none")
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(max(map(len, tiles.TILES.values()))))
 def test_every_tile_at_real_sizes(which, monkeypatch):
     """More row tiles than a group holds, several depths, tiles that end outside; each tile of the set."""
     arch = tiles.architecture(DEVICE)
+    if which >= len(tiles.TILES[arch]):
+        pytest.skip(f"{arch} has no tile {which}")
     monkeypatch.setitem(tiles.TILES, arch, (tiles.TILES[arch][which],))
     for n, d, v in ((4099, 1032, 32003), (300, 1024, 151_936)):
         hidden, weight, targets, _ = make(n, d, v, torch.bfloat16)

@@ -37,8 +37,17 @@ REGISTERS, SHARED_OF_ALL = 65536, {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 # Instructions behind the products that every tile of sm_90 executes: so many, and so many more for each element of a
 # thread: a maximum, a multiply-add, an exponential and an addition, or for dL/dz a multiply-add, an exponential and a
-# product. Rounding and storing 16 bits takes the rest.
-BUDGET = {"log-sum-exp": (130, 4.3), "kept logits, row base": (150, 6.2), "dlogits": (140, 6.9)}
+# product. Rounding and storing 16 bits takes the rest. A bias is loaded, widened and added; a soft-cap is a tanh.
+BUDGET = {
+    "log-sum-exp": (130, 4.3),
+    "kept logits, row base": (150, 6.2),
+    "dlogits": (140, 6.9),
+    "log-sum-exp, bias": (130, 7.3),
+    "kept logits, row base, bias": (150, 9.3),
+    "dlogits, bias": (140, 9.7),
+    "log-sum-exp, bias, soft-cap": (130, 28.0),
+    "dlogits, bias, soft-cap": (140, 28.4),
+}
 _PATTERN = {
     "mma.sync": r"\bmma\.sync\.",
     "wgmma": r"\bwgmma\.mma_async\.",

@@ -203,8 +203,8 @@ def logits_kernel(
     if BIAS:
         z += tl.load(bias + column0 + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        # tanh by exp(-2|x|), which cannot overflow.
-        e = tl.exp(-2 * tl.abs(z) / cap)
+        # tanh by exp(-2|x|), which cannot overflow; the factor is one number, so that no element is divided by the cap.
+        e = tl.math.exp2(tl.abs(z) * (-2 * LOG2_E / cap))
         t = (1 - e) / (1 + e)
         z = tl.where(z < 0, -t, t) * cap
     # From logits to bits at this temperature.

@@ -10,10 +10,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import head, peers
+from benchmarks import head, peers, record
 from benchmarks.head import Shape, errors
 from benchmarks.peers import PEERS, cross_entropy
-from tools.benchmark_tables import absent, head_table, heads
+from tools.benchmark_tables import head_table, heads, left_out
 from tools.tables import ROOT
 
 CPU = torch.device("cpu")
@@ -151,12 +151,12 @@ def test_what_did_not_run_has_a_line_in_the_table():
     assert "| CCE | not installed | | | | |" in table
     assert "| Liger fused CE, SM90 | takes multiples of 256 alone | | | | |" in table
     assert "verl" not in table and "QuACK" not in table
-    assert head_table({}, absent(lines, left)) == "" and (ROOT / "benchmarks").is_dir()
+    assert head_table({}, left_out(lines, "head")) == "" and (ROOT / "benchmarks").is_dir()
 
 
 def test_a_run_records_what_is_left_out(monkeypatch, capsys):
     lines = []
-    monkeypatch.setattr(head, "append", lambda *line: lines.append(line))
+    monkeypatch.setattr(record, "append", lambda *line: lines.append(line))
     monkeypatch.setattr(head, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(head, "SMALL_SHAPES", ())
     assert head.run(CPU, small=True, deadline=0.0, names=["cce", "eager"]) == 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,25 +15,32 @@ from benchmarks.machine import PeakMemory
 from benchmarks.record import append
 from benchmarks.workload import real_workload
 from real_fast.attention.support import enable
+from real_fast.rollout import transformers_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.types import SamplingParams
 
 K, PROMPTS, TOKENS = 8, 2, 48
+# Answers to one question that are graded: so many, and the share of their prompts that is the question.
+ANSWERS, QUESTION = 16, 0.75
 
 
 class Engine:
-    """Our engine; `shared`: K samples share their prompt's prefill."""
+    """Our engine: `n` samples of a prompt share its prefill; `beginnings`: so do prompts that begin alike."""
 
-    def __init__(self, model: Any, tokenizer: Any, scale: Any, prompts: list[Any], shared: bool) -> None:
+    def __init__(self, model: Any, tokenizer: Any, scale: Any, prompts: list[Any], n: int, beginnings: bool) -> None:
         enable(model, "sdpa")
-        self.engine = TransformersEngine(model, tokenizer, scale, max_num_seqs=K * PROMPTS, dtype=torch.bfloat16)
-        self.prompts = prompts if shared else [prompt for prompt in prompts for _ in range(K)]
-        self.n = K if shared else 1
+        self.engine = TransformersEngine(model, tokenizer, scale, max_num_seqs=16, dtype=torch.bfloat16)
+        self.prompts, self.n, self.beginnings = prompts, n, beginnings
 
     def run(self) -> int:
         """Sample, and count the tokens."""
-        rollouts = self.engine.generate(self.prompts, SamplingParams(self.n, TOKENS, seed=1))
+        with nullcontext() if self.beginnings else mock.patch.object(transformers_engine, "groups", _nothing_shared):
+            rollouts = self.engine.generate(self.prompts, SamplingParams(self.n, TOKENS, seed=1))
         return sum(len(r.sampled_ids) for group in rollouts for r in group)
+
+
+def _nothing_shared(prompts: Sequence[Sequence[int]], _: str) -> list[tuple[int, list[int]]]:
+    return [(0, sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))]
 
 
 class Generate:
@@ -57,16 +67,27 @@ class Generate:
         return int((out[:, longest:] != pad).sum())
 
 
-@pytest.mark.parametrize("variant", ["ours", "no shared prefill", "transformers generate"])
+@pytest.mark.parametrize(
+    "variant", ["ours", "no shared prefill", "transformers generate", "one question", "one question, not shared"]
+)
 def test_rollout(variant: str, model: Any, tokenizer: Any, scale: Any, benchmark: Any) -> None:
     """Tokens per second, prefill included, and peak memory."""
     workload = real_workload(tokenizer, scale, PROMPTS, K)
-    prompts = [group.prompt_ids for group in workload.groups]
-    contender: Any = (
-        Generate(model, tokenizer, prompts)
-        if variant == "transformers generate"
-        else Engine(model, tokenizer, scale, prompts, variant == "ours")
-    )
+    prompts: list[Any] = [group.prompt_ids for group in workload.groups]
+    case = f"K={K} P={workload.prompt_tokens:.0f} R={TOKENS}"
+    contender: Any
+    if variant.startswith("one question"):
+        question, text = prompts[0][: round(QUESTION * len(prompts[0]))], prompts[1]
+        rest = len(prompts[0]) - len(question)
+        prompts = [[*question, *text[first : first + rest]] for first in range(ANSWERS)]
+        contender = Engine(model, tokenizer, scale, prompts, 1, variant == "one question")
+        case = f"K=1 P={len(prompts[0])} R={TOKENS}, {ANSWERS} prompts that share {QUESTION:.0%}"
+    elif variant == "transformers generate":
+        contender = Generate(model, tokenizer, prompts)
+    elif variant == "ours":
+        contender = Engine(model, tokenizer, scale, prompts, K, True)
+    else:
+        contender = Engine(model, tokenizer, scale, [prompt for prompt in prompts for _ in range(K)], 1, False)
     tokens, seconds = [], []
 
     def once() -> None:
@@ -78,4 +99,4 @@ def test_rollout(variant: str, model: Any, tokenizer: Any, scale: Any, benchmark
         benchmark.pedantic(once, rounds=2, iterations=1)
     best = max(t / s for t, s in zip(tokens, seconds, strict=True))
     values = {"tokens_per_s": (best, "1/s"), "seconds": (min(seconds), "s"), "peak_bytes": (peak.bytes, "B")}
-    append("rollout", "SmolLM2-135M", variant, f"K={K} P={workload.prompt_tokens:.0f} R={TOKENS}", values)
+    append("rollout", "SmolLM2-135M", variant, case, values)

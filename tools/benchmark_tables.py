@@ -140,6 +140,8 @@ def rollout_table(lines: Lines) -> str:
         "ours": "real-fast's Transformers engine",
         "no shared prefill": "… with a prefill per rollout",
         "transformers generate": "`model.generate(num_return_sequences=K)`, which gives no score",
+        "one question": "real-fast's Transformers engine, answers to one question",
+        "one question, not shared": "… with a prefill per prompt",
     }
     out = ["| rollouts | case | tokens/s | memory above the weights |", "|---|---|---|---|"]
     for (machine, model, case), variants in newest(lines, "rollout").items():

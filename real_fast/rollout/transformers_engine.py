@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
@@ -18,7 +18,7 @@ from real_fast.model.lora import adapter_tensors
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
-from real_fast.rollout.prefill import can_join, join, left_padded, parts
+from real_fast.rollout.prefill import can_join, groups, join, joined_masks, keeps_all, left_padded, parts, repeated
 from real_fast.runs.progress import show
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
@@ -28,6 +28,8 @@ from real_fast.utils.seeds import random_stream
 
 # Finished sequences leave the batch (which copies the cache) once no more than this share is still running.
 _COMPACT_BELOW = 0.75
+# Next-token logits, mask and cache of some rows.
+_Pass = tuple[torch.Tensor, torch.Tensor, Any]
 
 
 @dataclass
@@ -56,9 +58,10 @@ class _Sequence:
 class TransformersEngine:
     """Samples with a Transformers model, the trainer's own or a copy.
 
-    Each prompt is computed once, beside others of about its length, and its cache repeated for its rollouts. A phrase
-    that has to be appended is fed through the same cache, so a forced score costs a few decoding steps and no second
-    pass over the prompt.
+    Each prompt is computed once, beside others of about its length, and its cache repeated for its rollouts; so is the
+    cache of a beginning that several prompts share, where that saves more than a pass of its own takes. A phrase that
+    has to be appended is fed through the same cache, so a forced score costs a few decoding steps and no second pass
+    over the prompt.
 
     Args:
         model: A causal language model; in evaluation mode and without gradients while it samples, then as before.
@@ -93,7 +96,7 @@ class TransformersEngine:
         self.takes = model.dtype
         self._weights: dict[str, torch.Tensor] = {}
         # Until a layer's cache turns out to be of another kind. Parts of a batch must have the positions of all of it.
-        self._joins = not rope_of_the_longest(model)
+        self._joins = not rope_of_the_longest(model) and keeps_all(model.config.get_text_config())
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -219,25 +222,43 @@ class TransformersEngine:
         out = functional_call(self.model, self._weights, (), inputs, tie_weights=False)
         return out.logits[:, -1].float(), out.past_key_values
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Next-token logits, the mask and the cache of prompts, longest first."""
-        some = parts(list(map(len, prompts))) if self._joins else [slice(None)]
-        logits, caches = [], []
-        for part in some:
-            ids, mask = (x.to(self.device) for x in left_padded(prompts[part]))
-            found, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0))
-            if len(some) > 1 and not can_join(cache):
-                self._joins = False
-                return self._prefill(prompts)
-            logits.append(found)
-            caches.append(cache)
-        if len(some) == 1:
-            return logits[0], mask, caches[0]
-        return torch.cat(logits), left_padded(prompts)[1].to(self.device), join(caches)
+    def _prefill(self, prompts: Mapping[int, Sequence[int]]) -> tuple[list[int], torch.Tensor, torch.Tensor, Any]:
+        """The places of prompts in the order of what follows: next-token logits, the mask and the cache."""
+        places, rows = list(prompts), list(prompts.values())
+        if self._joins and (found := self._in_parts(rows)) is not None:
+            order, done = found
+            logits, masks, caches = zip(*done, strict=True)
+            return [places[row] for row in order], torch.cat(logits), joined_masks(masks), join(caches)
+        return places, *self._pass(rows)
+
+    def _in_parts(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], list[_Pass]] | None:
+        """Numbers of the rows and the passes over them; None where caches cannot be joined, which is remembered."""
+        order: list[int] = []
+        done: list[_Pass] = []
+        for shared, some in groups(rows, self.device.type):
+            start = self._pass([rows[some[0]][:shared]])[2] if shared else None
+            for part in parts([len(rows[row]) - shared for row in some]):
+                self._joins = start is None or can_join(start)
+                if self._joins:
+                    begun = None if start is None else repeated(start, len(some[part]))
+                    done.append(self._pass([rows[row][shared:] for row in some[part]], shared, begun))
+                    self._joins = can_join(done[-1][2])
+                if not self._joins:
+                    return None
+            order += some
+        return order, done
+
+    def _pass(self, rows: Sequence[Sequence[int]], shared: int = 0, cache: Any = None) -> _Pass:
+        """Next-token logits behind rows of ids, the mask and the cache; `cache` has `shared` tokens before each row."""
+        ids, mask = (x.to(self.device) for x in left_padded(rows))
+        mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        logits, cache = self._forward(ids, mask, positions, cache)
+        return logits, mask, cache
 
     def _decode(self, prompts: dict[int, Sequence[int]], samples: range, sampling: SamplingParams) -> list[_Sequence]:
         device = self.device
-        logits, mask, cache = self._prefill(list(prompts.values()))
+        places, logits, mask, cache = self._prefill(prompts)
         longest = mask.shape[1]
         if len(samples) > 1:
             cache.batch_repeat_interleave(len(samples))
@@ -248,7 +269,7 @@ class TransformersEngine:
         thoughts = {place: self.finder.thought(prompt) for place, prompt in prompts.items()}
         sequences = [
             _Sequence(place, s, random_stream(sampling.seed, sampling.place(place), s), thoughts[place])
-            for place in prompts
+            for place in places
             for s in samples
         ]
         slots = sequences

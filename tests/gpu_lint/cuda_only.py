@@ -6,10 +6,11 @@ Arguments are checked as the CUDA code checks them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
+
+from tests.attention import plain_flash
 
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
@@ -50,37 +51,14 @@ def _addmm(
     return result if out is None else out.copy_(result)
 
 
-def _scores(
-    q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float | None, left: int | None, right: int | None
-) -> tuple[torch.Tensor, float]:
-    """[H, n, m] of [n, H, Dh] queries, aligned with the end of [m, H, Dh] keys; and the scale of the scores."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    right = 0 if causal else right
-    if right is not None and right >= 0:
-        seen &= distance >= -right
-    if left is not None and left >= 0:
-        seen &= distance <= left
-    scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
-    return scores.masked_fill(~seen, float("-inf")), scale
-
-
-def _wide(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """float32, with the keys' (or values') heads repeated for the query heads that share them."""
-    return x.float().repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def _segments(cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int) -> list[tuple[slice, slice]]:
+def _check_segments(cu_q: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int) -> None:
     for name, offsets, longest in (("q", cu_q, max_q), ("k", cu_k, max_k)):
         if offsets.dtype != torch.int32 or not offsets.is_contiguous():
             raise RuntimeError(f"cu_seqlens_{name} must be int32 and contiguous, and is {offsets.dtype}")
         if int(offsets.diff().max()) > longest:
             raise RuntimeError(f"max_{name} is {longest}, and a segment has {int(offsets.diff().max())}")
-    q, k = cu_q.tolist(), cu_k.tolist()
-    if len(q) != len(k):
-        raise RuntimeError(f"{len(q) - 1} segments of queries and {len(k) - 1} of keys")
-    return [(slice(*a), slice(*b)) for a, b in zip(pairwise(q), pairwise(k), strict=True)]
+    if len(cu_q) != len(cu_k):
+        raise RuntimeError(f"{len(cu_q) - 1} segments of queries and {len(cu_k) - 1} of keys")
 
 
 def _check_states(*states: torch.Tensor) -> None:
@@ -93,73 +71,18 @@ def _check_states(*states: torch.Tensor) -> None:
             raise RuntimeError(f"FlashAttention takes heads of up to 256, in eights, and not of {x.shape[-1]}")
 
 
-def _flash(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    dropout: float,
-    causal: bool,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, ...]:
-    if dropout or any(x is not None for x in others.values()):
-        raise NotImplementedError(f"dropout {dropout}, {others}")
-    _check_states(q, k, v)
-    out, logsumexp = torch.empty_like(q), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
-    for a, b in _segments(cu_q, cu_k, max_q, max_k):
-        keys, values = _wide(k[b], q.shape[1]), _wide(v[b], q.shape[1])
-        scores, _ = _scores(q[a].float(), keys, causal, scale, window_size_left, window_size_right)
-        logsumexp[:, a] = scores.logsumexp(-1)
-        out[a] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), values).to(out.dtype)
-    nothing = torch.zeros(2, dtype=torch.uint64)
-    return out, logsumexp, nothing, nothing[0], q.new_empty(0)
+def _flash(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    _check_states(*args[:3])
+    _check_segments(*args[3:7])
+    return plain_flash.forward(*args, **options)
 
 
-def _flash_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    dropout: float,
-    causal: bool,
-    *_: Any,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-) -> tuple[torch.Tensor, ...]:
-    _check_states(q, k, v)  # the other two are made contiguous first
-    if logsumexp.dtype != torch.float32 or logsumexp.shape != (q.shape[1], q.shape[0]):
-        raise RuntimeError(f"FlashAttention takes a log-sum-exp [heads, tokens] in float32, not {logsumexp.shape}")
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    heads = q.shape[1]
-    for a, b in _segments(cu_q, cu_k, max_q, max_k):
-        # By the formula: P = exp(S - log-sum-exp), dS = P (dP - sum(grad out)); both may be of more keys than are here.
-        queries, keys, values, upstream = q[a].float(), _wide(k[b], heads), _wide(v[b], heads), grad[a].float()
-        scores, factor = _scores(queries, keys, causal, scale, window_size_left, window_size_right)
-        p = (scores - logsumexp[:, a, None]).exp()
-        dp = torch.einsum("nhd,mhd->hnm", upstream, values)
-        ds = p * (dp - (upstream * out[a].float()).sum(-1).t()[:, :, None]) * factor
-        dq[a] = torch.einsum("hnm,mhd->nhd", ds, keys).to(q.dtype)
-        for total, x in (
-            (dk, torch.einsum("hnm,nhd->mhd", ds, queries)),
-            (dv, torch.einsum("hnm,nhd->mhd", p, upstream)),
-        ):
-            total[b] = x.unflatten(1, (total.shape[1], -1)).sum(2).to(total.dtype)
-    return dq, dk, dv
+def _flash_backward(grad: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    _check_states(*args[:3])  # gradient and output are made contiguous first
+    _check_segments(*args[5:9])
+    if args[4].dtype != torch.float32:
+        raise RuntimeError(f"FlashAttention takes a log-sum-exp in float32, not {args[4].dtype}")
+    return plain_flash.backward(grad, *args, **options)
 
 
 CUDA_ONLY: dict[Any, Callable[..., Any]] = {

@@ -101,8 +101,8 @@ def attend(
         UnsupportedAttentionError: The layer asks for something that the packed row cannot reproduce.
     """
     if shared_prompt is None:
-        plain = not dropout and all(name in _HARMLESS for name, x in kwargs.items() if x is not None)
-        if plain and query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+        grouped = query.shape[2] == 1 and query.shape[1] != key.shape[1] and not dropout
+        if grouped and all(name in _HARMLESS for name, x in kwargs.items() if x is not None):
             return _decode(query, key, value, attention_mask, scaling), None
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

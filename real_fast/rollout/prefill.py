@@ -5,7 +5,9 @@ alike, whose beginning is computed once. Their caches are joined.
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -15,59 +17,91 @@ from transformers.cache_utils import Cache, DynamicLayer
 # Of a prompt's place in a forward pass, the share that may be padding, and the tokens that may be in any case: less
 # would make passes so small that starting them counts.
 _PADDING, _FEW = 0.2, 32
-# Tokens that take as long as one more pass does: a CPU computes few in that time, a GPU many.
-_A_PASS = {"cpu": 64}
-_A_PASS_ELSEWHERE = 4096
+# Tokens that shared beginnings must save a batch, for the passes that they add: a CPU computes few tokens in the time
+# that it takes to start one, a GPU many (a guess: 40 ms at 100,000 tokens a second).
+_WORTHWHILE, _WORTHWHILE_ELSEWHERE = {"cpu": 64}, 4096
 
 
-def groups(prompts: Sequence[Sequence[int]], device: str) -> list[tuple[int, list[int]]]:
-    """Which prompts have their beginning computed once.
+@dataclass
+class Beginning:
+    """Tokens that several prompts begin with.
 
-    Fewest tokens in all, where a shared beginning counts as :data:`_A_PASS` tokens more than it has.
+    Attributes:
+        tokens: How many; every one of the prompts has a token or more behind them.
+        places: Of the prompts.
+    """
+
+    tokens: int
+    places: list[int]
+
+
+def beginnings(prompts: Sequence[Sequence[int]], device: str) -> list[Beginning]:
+    """What is computed once for several prompts, so that most tokens are saved; a prompt has one beginning at most.
+
+    A beginning is what all prompts have in common that share so much; that of some of these, or theirs, is taken.
 
     Args:
         prompts: Token ids of each.
         device: Type of the device that computes them, such as "cpu".
 
     Returns:
-        (tokens that they begin with, places of the prompts, longest first) of each group; each prompt is in one. Those
-        that share nothing are one group, of 0 tokens. Behind its beginning every prompt has a token or more.
+        Nothing where that saves less than the passes take that it adds.
     """
-    a_pass = _A_PASS.get(device, _A_PASS_ELSEWHERE)
     order = sorted(range(len(prompts)), key=lambda place: list(prompts[place]))
-    lengths = [len(prompts[place]) for place in order]
-    # Of neighbours in this order; prompts in between begin with what the first and the last have in common.
     alike = [_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    if max(alike, default=0) * (len(order) - 1) <= a_pass:
-        return [(0, sorted(order, key=lambda place: -len(prompts[place])))]
-    # For the first so many: tokens, where the last group begins, what it shares.
-    best: list[tuple[int, int, int]] = [(0, 0, 0)]
-    for end in range(1, len(order) + 1):
-        found = best[end - 1][0] + lengths[end - 1], end - 1, 0
-        shared, whole = lengths[end - 1] - 1, lengths[end - 1]
-        for first in range(end - 2, -1, -1):
-            shared = min(shared, alike[first], lengths[first] - 1)
-            whole += lengths[first]
-            if not shared:
-                break
-            tokens = best[first][0] + whole - (end - first - 1) * shared + a_pass
-            found = min(found, (tokens, first, shared))
-        best.append(found)
-    made, alone, end = [], [], len(order)
-    while end:
-        _, first, shared = best[end]
-        if shared:
-            made.append((shared, order[first:end]))
-        else:
-            alone += order[first:end]
-        end = first
-    made += [(0, alone)] if alone else []
-    return [(shared, sorted(some, key=lambda place: -len(prompts[place]))) for shared, some in made]
+    # Open nodes of the tree of beginnings, each deeper than the one below it: all prompts from its first one on share
+    # what it has, and within it the best beginnings that are closed save so many tokens.
+    nodes = [_Node(0, 0)]
+    for end, shared in enumerate([*alike, 0], 1):
+        first, inner = end - 1, _Node(0, 0)
+        while nodes[-1].tokens > shared:
+            inner = nodes.pop()
+            inner.close(end)
+            first = inner.first
+            if nodes[-1].tokens >= shared:
+                nodes[-1].add(inner)
+        if nodes[-1].tokens < shared:
+            nodes.append(_Node(shared, first, inner.saved, inner.found))
+    (root,) = nodes
+    if root.saved <= _WORTHWHILE.get(device, _WORTHWHILE_ELSEWHERE):
+        return []
+    return [Beginning(tokens, order[first:end]) for tokens, first, end in root.found]
+
+
+@dataclass
+class _Node:
+    """`found`: (tokens, first, end) of beginnings, and the tokens that they save."""
+
+    tokens: int
+    first: int
+    saved: int = 0
+    found: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def add(self, inner: _Node) -> None:
+        """Take over what was found in a part of it."""
+        self.saved += inner.saved
+        self.found += inner.found
+
+    def close(self, end: int) -> None:
+        """Choose between its own beginning and those of its parts."""
+        saved = self.tokens * (end - self.first - 1)
+        if saved > max(self.saved, _FEW):
+            self.saved, self.found = saved, [(self.tokens, self.first, end)]
+
+
+def by_beginning(prompts: Sequence[Sequence[int]], device: str) -> list[int]:
+    """An order of prompts in which those with a common beginning are neighbours, longest first otherwise."""
+    rank = {place: (-len(prompt), place) for place, prompt in enumerate(prompts)}
+    for one in beginnings(prompts, device):
+        longest = min(rank[place] for place in one.places)
+        rank |= dict.fromkeys(one.places, longest)
+    return sorted(rank, key=lambda place: (rank[place], -len(prompts[place])))
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    """Tokens that both begin with, less than either has."""
+    most = min(len(one), len(other)) - 1
+    return bisect_left(range(1, most + 1), True, key=lambda n: one[:n] != other[:n])
 
 
 def parts(lengths: Sequence[int]) -> list[slice]:
@@ -95,10 +129,11 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.T
     return ids, mask
 
 
-def repeated(cache: Cache, times: int) -> Cache:
-    """A copy of one sequence's cache, for so many sequences that go on from there."""
-    found = copy.deepcopy(cache)
-    found.batch_repeat_interleave(times)
+def chosen(cache: Cache, rows: torch.Tensor) -> Cache:
+    """A copy of some of a cache's sequences, each as often as its number occurs in `rows`."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found.batch_select_indices(rows)
     return found
 
 
@@ -122,6 +157,8 @@ def join(caches: Sequence[Cache]) -> Cache:
     Keys and values, [prompts, Hkv, tokens, Dh], get zeros in front where a cache has fewer tokens than the longest.
     """
     first, *others = caches
+    if not others:
+        return first
     for place, layer in enumerate(first.layers):
         layers: list[Any] = [layer, *(cache.layers[place] for cache in others)]
         longest = max(one.keys.shape[-2] for one in layers)

@@ -13,12 +13,22 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from real_fast.attention.support import decoding, rope_of_the_longest
+from real_fast.attention.support import decoding, known_reason, rope_of_the_longest
 from real_fast.model.lora import adapter_tensors
 from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
-from real_fast.rollout.prefill import can_join, groups, join, joined_masks, keeps_all, left_padded, parts, repeated
+from real_fast.rollout.prefill import (
+    beginnings,
+    by_beginning,
+    can_join,
+    chosen,
+    join,
+    joined_masks,
+    keeps_all,
+    left_padded,
+    parts,
+)
 from real_fast.runs.progress import show
 from real_fast.score.phrase import Parsed, PhraseFinder, parse_sample
 from real_fast.score.scale import ScoreScale
@@ -97,6 +107,8 @@ class TransformersEngine:
         self._weights: dict[str, torch.Tensor] = {}
         # Until a layer's cache turns out to be of another kind. Parts of a batch must have the positions of all of it.
         self._joins = not rope_of_the_longest(model) and keeps_all(model.config.get_text_config())
+        # Padding behind a beginning is a gap in the cache: far, to an attention that counts keys and not positions.
+        self._shares: bool = self._joins and known_reason(model) is None
         self.finder = PhraseFinder(tokenizer, scale)
         self.eos_ids = eos_ids(tokenizer, scale, getattr(model, "generation_config", None))
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -117,7 +129,8 @@ class TransformersEngine:
         check_prompts(prompts, sampling, self.scale, self._limit, self.vocabulary)
         at_once = min(sampling.n, self.max_num_seqs)
         size = self.max_num_seqs // at_once
-        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+        # Those that begin alike come into one batch.
+        order = by_beginning(prompts, self.device.type) if self._shares else _longest_first(prompts)
         results: list[list[Rollout]] = [[] for _ in prompts]
         with self._sampling_mode():
             for low in range(0, len(order), size):
@@ -226,33 +239,60 @@ class TransformersEngine:
         """The places of prompts in the order of what follows: next-token logits, the mask and the cache."""
         places, rows = list(prompts), list(prompts.values())
         if self._joins and (found := self._in_parts(rows)) is not None:
-            order, done = found
-            logits, masks, caches = zip(*done, strict=True)
-            return [places[row] for row in order], torch.cat(logits), joined_masks(masks), join(caches)
+            order, (logits, mask, cache) = found
+            return [places[row] for row in order], logits, mask, cache
         return places, *self._pass(rows)
 
-    def _in_parts(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], list[_Pass]] | None:
-        """Numbers of the rows and the passes over them; None where caches cannot be joined, which is remembered."""
-        order: list[int] = []
-        done: list[_Pass] = []
-        for shared, some in groups(rows, self.device.type):
-            start = self._pass([rows[some[0]][:shared]])[2] if shared else None
-            for part in parts([len(rows[row]) - shared for row in some]):
-                self._joins = start is None or can_join(start)
-                if self._joins:
-                    begun = None if start is None else repeated(start, len(some[part]))
-                    done.append(self._pass([rows[row][shared:] for row in some[part]], shared, begun))
-                    self._joins = can_join(done[-1][2])
-                if not self._joins:
-                    return None
-            order += some
+    def _in_parts(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], _Pass] | None:
+        """The rows' numbers in another order, and what comes of them; None if caches cannot be joined, from then on."""
+        shared = beginnings(rows, self.device.type) if self._shares else []
+        within = {row: number for number, one in enumerate(shared) for row in one.places}
+        alone = [row for row in range(len(rows)) if row not in within]
+        order, done = self._passes(alone, rows)
+        if shared:
+            firsts = [rows[one.places[0]][: one.tokens] for one in shared]
+            numbers, starts = self._passes(range(len(firsts)), firsts)
+            if not all(can_join(cache) for _, _, cache in starts):
+                self._joins = False
+                return None
+            start = _together(starts)
+            begun = {row: numbers.index(number) for row, number in within.items()}
+            rest = {row: rows[row][shared[number].tokens :] for row, number in within.items()}
+            more, passes = self._passes(list(rest), rest, begun, start)
+            order, done = order + more, done + passes
+        if len(done) > 1 and not all(can_join(cache) for _, _, cache in done):
+            self._joins = False
+            return None
+        return order, _together(done)
+
+    def _passes(
+        self,
+        numbers: Sequence[int],
+        rows: Sequence[Sequence[int]] | Mapping[int, Sequence[int]],
+        begun: Mapping[int, int] | None = None,
+        start: _Pass | None = None,
+    ) -> tuple[list[int], list[_Pass]]:
+        """Passes over the rows of these numbers, longest first: the numbers in this order, and what comes of them.
+
+        With `start`, row r goes on from that pass's row ``begun[r]``.
+        """
+        order = sorted(numbers, key=lambda row: -len(rows[row]))
+        done = []
+        for part in parts([len(rows[row]) for row in order]) if order else []:
+            some = order[part]
+            if start is None or begun is None:
+                done.append(self._pass([rows[row] for row in some]))
+                continue
+            picked = torch.tensor([begun[row] for row in some], device=self.device)
+            done.append(self._pass([rows[row] for row in some], start[1][picked], chosen(start[2], picked)))
         return order, done
 
-    def _pass(self, rows: Sequence[Sequence[int]], shared: int = 0, cache: Any = None) -> _Pass:
-        """Next-token logits behind rows of ids, the mask and the cache; `cache` has `shared` tokens before each row."""
+    def _pass(self, rows: Sequence[Sequence[int]], before: torch.Tensor | None = None, cache: Any = None) -> _Pass:
+        """Next-token logits behind rows of ids, the mask and the cache; `before` is the mask of what `cache` has."""
         ids, mask = (x.to(self.device) for x in left_padded(rows))
-        mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        if before is not None:
+            mask = torch.cat([before, mask], 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits, cache = self._forward(ids, mask, positions, cache)
         return logits, mask, cache
 
@@ -347,3 +387,15 @@ class TransformersEngine:
         if not (new or (s.seen and may_close(self.finder.decode(s.ids[-1:])))):
             return False
         return self.finder.settled(s.ids, answer, s.thought)
+
+
+def _longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
+    return sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
+
+
+def _together(done: Sequence[_Pass]) -> _Pass:
+    """Of several passes one; their caches are used up."""
+    if len(done) == 1:
+        return done[0]
+    logits, masks, caches = zip(*done, strict=True)
+    return torch.cat(logits), joined_masks(masks), join(caches)

@@ -1,20 +1,19 @@
-"""Prompts of about one length are computed together: what comes of it is what one pass over all of them gives."""
+"""Prompts of about one length, and beginnings that are shared: what comes of it is what one pass over all gives."""
 
 from __future__ import annotations
 
-import itertools
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPTNeoConfig, LlamaConfig, MistralConfig, Qwen2Config
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from real_fast.attention.interface import NAME
 from real_fast.rollout import prefill, transformers_engine
-from real_fast.rollout.prefill import can_join, groups, join, keeps_all, left_padded, parts
+from real_fast.rollout.prefill import beginnings, by_beginning, can_join, join, keeps_all, left_padded, parts
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
@@ -105,7 +104,7 @@ def test_positions_that_depend_on_the_batch_get_one_pass(small_tokenizer, small_
 
 @pytest.mark.parametrize("told", [True, False])
 def test_a_cache_with_windows_is_not_joined(told, small_tokenizer, small_scale, monkeypatch):
-    """Its config tells; where one does not, the first cache does, once."""
+    """Its config tells; where one does not, the first caches do, once."""
     model, passes = model_of(MistralConfig, sliding_window=16), []
     model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
     if not told:
@@ -113,7 +112,7 @@ def test_a_cache_with_windows_is_not_joined(told, small_tokenizer, small_scale, 
     engine = TransformersEngine(model, small_tokenizer, small_scale)
     for _ in range(2):
         engine.generate(prompts(), SamplingParams(n=1, max_tokens=1, seed=3, answer="none"))
-    before = [] if told else [(2, 200)]
+    before = [] if told else [(2, 200), (1, 110), (2, 60)]
     assert [tuple(shape) for shape in passes if shape[1] > 9] == [*before, (6, 200), (6, 200)]
 
 
@@ -139,39 +138,84 @@ def begun(*lengths, of=(), seed=2):
     return [[*of, *torch.randint(3, 2000, (length,), generator=generator).tolist()] for length in lengths]
 
 
-def tokens_of(prompts, found):
-    return sum(shared + sum(len(prompts[place]) - shared for place in places) for shared, places in found)
+def most_saved(rows):
+    """Plainly: what all of the rows begin with, or the best of those that go on alike; what is no row's end alone."""
+    if len(rows) < 2:
+        return 0
+    tokens = 0
+    while len({tuple(row[: tokens + 1]) for row in rows}) == 1 and min(map(len, rows)) > tokens + 1:
+        tokens += 1
+    own = tokens * (len(rows) - 1)
+    nexts = {tuple(row[: tokens + 1]) for row in rows if len(row) > tokens + 1}
+    inner = sum(
+        most_saved([row for row in rows if tuple(row[: tokens + 1]) == n and len(row) > tokens + 1]) for n in nexts
+    )
+    return own if own > max(inner, prefill._FEW) else inner
 
 
-@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), min_size=1, max_size=7), st.integers(0, 6))
-def test_groups_take_the_fewest_tokens(prompts, a_pass):
-    """Of all ways to cut the sorted prompts into groups, a shared beginning counting as a pass more."""
-    with mock.patch.dict(prefill._A_PASS, cpu=a_pass):
-        found = groups(prompts, "cpu")
-    assert sorted(place for _, places in found for place in places) == list(range(len(prompts)))
-    for shared, places in found:
-        assert len({tuple(prompts[place][:shared]) for place in places}) == 1
-        lengths = [len(prompts[place]) for place in places]
-        assert lengths == sorted(lengths, reverse=True) and shared < lengths[-1] and (not shared or len(places) > 1)
-    rows, least = sorted(prompts), float("inf")
-    for cuts in itertools.product([False, True], repeat=len(rows) - 1):
-        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(rows)]
-        total = 0
-        for some in (rows[a:b] for a, b in itertools.pairwise(ends)):
-            alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*some, strict=False))
-            shared = min([len(list(alike)), *(len(row) - 1 for row in some)])
-            alone = sum(map(len, some))
-            total += min(alone, alone - (len(some) - 1) * shared + a_pass) if shared else alone
-        least = min(least, total)
-    passes = sum(a_pass for shared, _ in found if shared)
-    assert tokens_of(prompts, found) + passes == least
+def saved(found):
+    return sum(one.tokens * (len(one.places) - 1) for one in found)
 
 
-def test_few_shared_tokens_are_not_worth_a_pass():
+bits = st.lists(st.integers(0, 1), min_size=1, max_size=9)
+
+
+@given(st.lists(bits, min_size=1, max_size=12), st.integers(0, 9))
+def test_beginnings_save_the_most_tokens(prompts, few):
+    with mock.patch.multiple(prefill, _FEW=few, _WORTHWHILE={"cpu": 0}):
+        found = beginnings(prompts, "cpu")
+        places = [place for one in found for place in one.places]
+        assert len(set(places)) == len(places) <= len(prompts)
+        for one in found:
+            assert len({tuple(prompts[place][: one.tokens]) for place in one.places}) == 1 < len(one.places)
+            assert 0 < one.tokens < min(len(prompts[place]) for place in one.places)
+        for one in found:  # nobody else begins so
+            begin = prompts[one.places[0]][: one.tokens]
+            assert len(one.places) == sum(p[: one.tokens] == begin and len(p) > one.tokens for p in prompts)
+        assert saved(found) == most_saved(prompts)
+
+
+def test_what_is_shared_by_few_and_what_is_short_is_not_worth_a_pass():
     some = begun(30, 31, 32, of=range(9))
-    assert groups(some, "cpu") == [(0, [2, 1, 0])]
+    assert beginnings(some, "cpu") == []
     more = begun(30, 31, 32, of=range(100))
-    assert groups(more, "cpu") == [(100, [2, 1, 0])] and groups(more, "cuda") == [(0, [2, 1, 0])]
+    (found,) = beginnings(more, "cpu")
+    assert (found.tokens, sorted(found.places)) == (100, [0, 1, 2]) and beginnings(more, "cuda") == []
+
+
+def test_the_beginning_that_saves_more_is_taken():
+    first, second = begun(60)[0], begun(80, seed=7)[0]
+    inner = [*begun(9, 8, of=[*first, *second]), *begun(9, of=first, seed=3)]
+    (found,) = beginnings(inner, "cpu")  # 140 tokens once, or 60 twice
+    assert (found.tokens, sorted(found.places)) == (140, [0, 1])
+    outer = [*inner, *begun(5, 6, 7, of=first, seed=9)]
+    (found,) = beginnings(outer, "cpu")
+    assert (found.tokens, sorted(found.places)) == (60, [0, 1, 2, 3, 4, 5])
+
+
+def test_many_prompts_take_no_time():
+    """Steps grow with the prompts and not with their square."""
+    first = begun(900)[0]
+    prompts = [[*first[: 900 - i % 7], i, *range(i % 50)] for i in range(3000)]
+    compared = 0
+
+    def count(one, other):
+        nonlocal compared
+        compared += 1
+        return alike(one, other)
+
+    alike = prefill._alike
+    with mock.patch.object(prefill, "_alike", count):
+        found = beginnings(prompts, "cpu")
+    assert compared == 2999 and sum(len(one.places) for one in found) == 3000
+
+
+def test_those_that_begin_alike_are_neighbours():
+    found = by_beginning(FAMILIES, "cpu")
+    assert sorted(found) == list(range(len(FAMILIES)))
+    # Families by their longest prompt: 230 tokens, 190, 120 and 60 alone, three times the same.
+    assert found == [6, 5, 4, 2, 0, 1, 3, 8, 9, 10, 11, 7]
+    assert by_beginning(prompts(), "cpu") == list(range(len(LENGTHS)))
 
 
 FAMILIES = [
@@ -182,23 +226,54 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_samples_are_those_without_shared_beginnings(n, small_tokenizer, small_scale, monkeypatch):
+@pytest.mark.parametrize(("n", "at_once"), [(1, 256), (3, 256), (1, 5), (3, 2), (2, 1)])
+@pytest.mark.parametrize("some", [FAMILIES, begun(20, 20, 20, of=range(7, 90)), FAMILIES[:1] * 2])
+def test_samples_are_those_without_shared_beginnings(some, n, at_once, small_tokenizer, small_scale, monkeypatch):
+    """Families in a batch or cut by it, suffixes of one length, one prompt twice; more samples than go at once."""
     model, sampling = model_of(LlamaConfig), SamplingParams(n=n, max_tokens=12, seed=3)
     passes, samples, computed = [], [], []
     model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
-    engine = TransformersEngine(model, small_tokenizer, small_scale)
-    for a_pass in (10**9, 30):
-        monkeypatch.setitem(prefill._A_PASS, "cpu", a_pass)
+    engine = TransformersEngine(model, small_tokenizer, small_scale, max_num_seqs=at_once)
+    for worthwhile in (10**9, 30):
+        monkeypatch.setitem(prefill._WORTHWHILE, "cpu", worthwhile)
         passes.clear()
-        samples.append([r for group in engine.generate(FAMILIES, sampling) for r in group])
+        samples.append([r for group in engine.generate(some, sampling) for r in group])
         computed.append(sum(rows * tokens for rows, tokens in passes if tokens > 1))
-    assert len(samples[0]) == n * len(FAMILIES) and computed[1] < 0.6 * computed[0]
+    assert len(samples[0]) == n * len(some)
+    assert computed[1] < 0.7 * computed[0] or at_once <= 2 * n
     for one, two in zip(*samples, strict=True):
         assert (list(one.sampled_ids), one.text) == (list(two.sampled_ids), two.text)
         for name in ("sampled_logprobs", "score_logprobs"):
             got, want = (torch.tensor(getattr(x, name)) for x in (one, two))
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_passes_are_few(small_tokenizer, small_scale):
+    """Beginnings go through a pass together, and so does what follows them."""
+    model, passes = model_of(LlamaConfig), []
+    model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
+    pairs = [row for seed in range(20) for row in begun(9, 30, of=begun(70, seed=seed)[0], seed=50 + seed)]
+    engine = TransformersEngine(model, small_tokenizer, small_scale)
+    engine.generate(pairs, SamplingParams(n=1, max_tokens=1, seed=3, answer="none"))
+    assert [tuple(shape) for shape in passes if shape[1] > 1] == [(20, 70), (40, 30)]
+
+
+def test_attention_that_counts_keys_shares_no_beginnings(small_tokenizer, small_scale):
+    """GPT-Neo's windows are by the key's index in the cache; padding behind a beginning would push keys out of them."""
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=2048,
+        hidden_size=48,
+        num_heads=6,
+        num_layers=2,
+        window_size=24,
+        attention_types=[[["global", "local"], 1]],
+    )
+    model, passes = AutoModelForCausalLM.from_config(config).double().eval(), []
+    model.register_forward_pre_hook(lambda _m, _a, inputs: passes.append(inputs["input_ids"].shape), with_kwargs=True)
+    engine = TransformersEngine(model, small_tokenizer, small_scale)
+    engine.generate(FAMILIES[:4], SamplingParams(n=1, max_tokens=1, seed=3, answer="none"))
+    assert sum(rows * tokens for rows, tokens in passes) >= sum(map(len, FAMILIES[:4]))
 
 
 def test_a_beginning_whose_cache_cannot_be_joined_is_computed_once_in_vain(small_tokenizer, small_scale, monkeypatch):

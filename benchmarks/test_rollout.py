@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -15,13 +14,14 @@ from benchmarks.machine import PeakMemory
 from benchmarks.record import append
 from benchmarks.workload import real_workload
 from real_fast.attention.support import enable
-from real_fast.rollout import transformers_engine
+from real_fast.rollout import prefill
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.types import SamplingParams
 
 K, PROMPTS, TOKENS = 8, 2, 48
-# Answers to one question that are graded: so many, and the share of their prompts that is the question.
-ANSWERS, QUESTION = 16, 0.75
+AT_ONCE = K * PROMPTS
+# Of the prompts of as many answers to one question that are graded, the share that is the question.
+QUESTION = 0.75
 
 
 class Engine:
@@ -29,18 +29,14 @@ class Engine:
 
     def __init__(self, model: Any, tokenizer: Any, scale: Any, prompts: list[Any], n: int, beginnings: bool) -> None:
         enable(model, "sdpa")
-        self.engine = TransformersEngine(model, tokenizer, scale, max_num_seqs=16, dtype=torch.bfloat16)
+        self.engine = TransformersEngine(model, tokenizer, scale, max_num_seqs=AT_ONCE, dtype=torch.bfloat16)
         self.prompts, self.n, self.beginnings = prompts, n, beginnings
 
     def run(self) -> int:
         """Sample, and count the tokens."""
-        with nullcontext() if self.beginnings else mock.patch.object(transformers_engine, "groups", _nothing_shared):
+        with nullcontext() if self.beginnings else mock.patch.dict(prefill._WORTHWHILE, cpu=10**9):
             rollouts = self.engine.generate(self.prompts, SamplingParams(self.n, TOKENS, seed=1))
         return sum(len(r.sampled_ids) for group in rollouts for r in group)
-
-
-def _nothing_shared(prompts: Sequence[Sequence[int]], _: str) -> list[tuple[int, list[int]]]:
-    return [(0, sorted(range(len(prompts)), key=lambda place: -len(prompts[place])))]
 
 
 class Generate:
@@ -79,9 +75,9 @@ def test_rollout(variant: str, model: Any, tokenizer: Any, scale: Any, benchmark
     if variant.startswith("one question"):
         question, text = prompts[0][: round(QUESTION * len(prompts[0]))], prompts[1]
         rest = len(prompts[0]) - len(question)
-        prompts = [[*question, *text[first : first + rest]] for first in range(ANSWERS)]
+        prompts = [[*question, *text[first : first + rest]] for first in range(AT_ONCE)]
         contender = Engine(model, tokenizer, scale, prompts, 1, variant == "one question")
-        case = f"K=1 P={len(prompts[0])} R={TOKENS}, {ANSWERS} prompts that share {QUESTION:.0%}"
+        case = f"K=1 P={len(prompts[0])} R={TOKENS}, {AT_ONCE} prompts that share {QUESTION:.0%}"
     elif variant == "transformers generate":
         contender = Generate(model, tokenizer, prompts)
     elif variant == "ours":

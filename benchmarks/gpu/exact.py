@@ -33,6 +33,7 @@ from real_kernels import (
     weighted_logprob,
 )
 from real_kernels.tiles import Tile
+from real_kernels.triton_persistent import persistent_kernel
 
 # How much further off than eager; equal ones are equal on average alone.
 SLACK, LUCK = 1.15, 1e-7
@@ -205,9 +206,21 @@ def _persistent(device: torch.device) -> tuple[Tile, ...]:
 
 @contextmanager
 def _only(some: tuple[Tile, ...]) -> Iterator[None]:
-    """Take these tiles."""
-    with mock.patch.multiple(tiles, TILES=dict.fromkeys(tiles.TILES, some), INTERPRETED=some):
+    """Take these tiles. Raises RuntimeError if the persistent kernel was not launched: another one was compared."""
+    launches = []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid)
+            return persistent_kernel[grid]
+
+    with (
+        mock.patch.multiple(tiles, TILES=dict.fromkeys(tiles.TILES, some), INTERPRETED=some),
+        mock.patch.object(triton_head, "persistent_kernel", Noted()),
+    ):
         yield
+    if not launches:
+        raise RuntimeError("the persistent kernel was not launched")
 
 
 class _Inputs:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 from unittest import mock
 
@@ -205,7 +206,9 @@ def run(check: Check, end: float) -> int:
         wrong += not attempt(check, f"torch.mm, {shape.model}", work)[1]
     todo = [(shape, default, mode) for shape in shapes for mode in MODES]
     # A tile changes what the kernel does in a forward pass, and dL/dz where that is computed again.
-    todo += [(shape, way, mode) for shape in shapes[:2] for way in list(found)[1:] for mode in MODES[:2]]
+    for shape, (way, tile) in product(shapes[:2], list(found.items())[1:]):
+        # Where nothing is kept, a persistent tile is one with a program per tile.
+        todo += [(shape, way, mode) for mode in (MODES[:1] if tile and tile.persistent else MODES[:2])]
     for shape, way, mode in todo:
         if time.monotonic() > end:
             print(f"phases: no time left from {shape.model}, {way}, {mode} on")

@@ -297,7 +297,7 @@ class TritonHead:
         selected: torch.Tensor,
         base: torch.Tensor,
     ) -> None:
-        """What :meth:`_launch` does for plain 16-bit rows that are kept relative to a base."""
+        """What :meth:`_launch` does for plain bfloat16 rows that are kept relative to a base."""
         n, v = out.shape
         tiles = triton.cdiv(n, tile.rows) * triton.cdiv(v, tile.columns)
         persistent_kernel[(min(_programs(hidden.device), tiles),)](

@@ -5,7 +5,7 @@ computes and stores. Here a program per multiprocessor goes from tile to tile. T
 one, so that the next tile's first operands are fetched during this one's epilogue, and exponentials leave by the bulk
 copy engine (TMA), half a tile at a time, while the program goes on.
 
-For plain 16-bit rows on sm_90: a target each, no bias, no soft-cap, no entropy, rows that descriptors can fetch. Its
+For plain bfloat16 rows on sm_90: a target each, no bias, no soft-cap, no entropy, rows that descriptors can fetch. Its
 gain is predicted and not measured; so no default tile asks for it (``Tile.persistent``), but one of those that
 REAL_KERNELS_AUTOTUNE=1 times does.
 """

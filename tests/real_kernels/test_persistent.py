@@ -16,7 +16,7 @@ from real_kernels import HeadOptions, linear_logprob, logprob_and_entropy, tiles
 from real_kernels.rows import Rows
 from real_kernels.tiles import Tile
 from real_kernels.triton_head import TritonHead
-from tests.real_kernels.hard_rows import DEVICE, error, exact, fused, make
+from tests.real_kernels.hard_rows import DEVICE, eager, error, exact, fused, make
 
 ARCH = tiles.architecture(DEVICE)
 if DEVICE.type == "cuda":
@@ -76,7 +76,7 @@ def test_the_same_bits_as_with_a_program_per_tile(shape, temperature):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_are_as_exact_as_with_a_program_per_tile(shape):
-    """Whose errors test_row_base.py compares with eager's. All rows at once, and in chunks."""
+    """All rows at once, and in chunks."""
     made = make(*shape, BF16, torch.linspace(-6, 12, shape[0]))
     want = exact(*made)
     for chunk_bytes in (2**30, (shape[0] // 3 + 1) * 2 * (shape[2] + 64)):
@@ -88,6 +88,18 @@ def test_gradients_are_as_exact_as_with_a_program_per_tile(shape):
         for g, o, w in zip(got[1:], other[1:], want[1:], strict=True):
             assert error(g, w) <= 1.01 * error(o, w)
     assert len(grids) > 1
+
+
+def test_no_less_exact_than_eager():
+    """From hopeless targets to nearly certain ones, with room to spare, as test_row_base.py has them."""
+    lse = float(torch.log(torch.tensor(1024.0))) + 2
+    made = make(128, 32, 1024, BF16, lse + torch.rand(128, generator=torch.Generator().manual_seed(1)) * 10 - 5)
+    want, slow = exact(*made), eager(*made)
+    with only(PERSISTENT) as grids:
+        got = fused(*made)
+    assert grids and error(got[0], want[0]) < 1e-6
+    for g, s, w in zip(got[1:], slow[1:], want[1:], strict=True):
+        assert error(g, w) < 0.9 * error(s, w)
 
 
 def test_there_are_no_more_programs_than_tiles():

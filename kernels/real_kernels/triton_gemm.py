@@ -110,6 +110,28 @@ def put_selected(
     return dz
 
 
+@triton.jit
+def tile_at(number, n, columns, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile, by its number: GROUP row tiles go through the columns together, for reuse in L2."""
+    row_tiles = tl.cdiv(n, BM)
+    column_tiles = tl.cdiv(columns, BN)
+    per_group = GROUP * column_tiles
+    group = number // per_group
+    height = tl.minimum(row_tiles - group * GROUP, GROUP)
+    return group * GROUP + (number % per_group) % height, (number % per_group) // height
+
+
+@triton.jit
+def store_target(selected, z, columns, ids, rows, row_mask, first, left, BN: tl.constexpr, BRANCHES: tl.constexpr):
+    """The logits of the targets that are in a tile, which begins at column `first` and of which `left` columns are."""
+    token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - first
+    here = row_mask & (token >= 0) & (token < tl.minimum(BN, left))
+    found = tl.max(here.to(tl.int32), 0) if BRANCHES else 1
+    if found > 0:
+        z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
+        tl.store(selected + rows, z_t, mask=here)
+
+
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
 def logits_kernel(
     h,  # [n, D], or its descriptor
@@ -154,15 +176,7 @@ def logits_kernel(
     WIDEN: tl.constexpr,  # for Triton's interpreter, whose dot knows no bfloat16; exact
 ):
     """Grid: one program per tile of rows and columns, in groups of GROUP row tiles."""
-    pid = tl.program_id(0)
-    row_tiles = tl.cdiv(n, BM)
-    column_tiles = tl.cdiv(last - first, BN)
-    per_group = GROUP * column_tiles
-    group = pid // per_group
-    height = tl.minimum(row_tiles - group * GROUP, GROUP)
-    row_tile = group * GROUP + (pid % per_group) % height
-    column_tile = (pid % per_group) // height
-
+    row_tile, column_tile = tile_at(tl.program_id(0), n, last - first, BM, BN, GROUP)
     row0 = row_tile * BM
     column0 = first + column_tile * BN
     rows = row0 + tl.arange(0, BM)
@@ -235,12 +249,7 @@ def logits_kernel(
                     z_k = tl.sum(tl.where((columns == token)[None, :], z, 0.0), 1)
                     tl.store(selected + rows * m + k, z_k, mask=row_mask)
         else:
-            token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - column0
-            here = row_mask & (token >= 0) & (token < tl.minimum(BN, last - column0))
-            found = tl.max(here.to(tl.int32), 0) if BRANCHES else 1
-            if found > 0:
-                z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
-                tl.store(selected + rows, z_t, mask=here)
+            store_target(selected, z, columns, ids, rows, row_mask, column0, last - column0, BN, BRANCHES)
         if left < BN:
             z = tl.where(inside[None, :], z, float("-inf"))
         peak = tl.max(z, 1) * bits

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from real_kernels.triton_gemm import FAR, LOG2_E, UNALIGNED
+from real_kernels.triton_gemm import FAR, LOG2_E, UNALIGNED, store_target, tile_at
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=UNALIGNED)
@@ -39,15 +39,10 @@ def persistent_kernel(
     WIDEN: tl.constexpr,  # for Triton's interpreter, whose dot knows no bfloat16; exact
 ):
     """Grid: as many programs as there are multiprocessors, or tiles if these are fewer."""
-    row_tiles = tl.cdiv(n, BM)
-    column_tiles = tl.cdiv(V, BN)
-    per_group = GROUP * column_tiles
     bits = inverse_temperature * LOG2_E
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-        group = tile // per_group
-        height = tl.minimum(row_tiles - group * GROUP, GROUP)
-        row0 = (group * GROUP + (tile % per_group) % height) * BM
-        column_tile = (tile % per_group) // height
+    for tile in tl.range(tl.program_id(0), tl.cdiv(n, BM) * tl.cdiv(V, BN), tl.num_programs(0), flatten=True):
+        row_tile, column_tile = tile_at(tile, n, V, BM, BN, GROUP)
+        row0 = row_tile * BM
         column0 = column_tile * BN
 
         z = tl.zeros((BM, BN), dtype=tl.float32)
@@ -62,11 +57,7 @@ def persistent_kernel(
         rows = row0 + tl.arange(0, BM)
         columns = tl.arange(0, BN)
         row_mask = rows < n
-        token = tl.load(ids + rows, mask=row_mask, other=0).to(tl.int32) - column0
-        here = row_mask & (token >= 0) & (token < tl.minimum(BN, V - column0))
-        if tl.max(here.to(tl.int32), 0) > 0:
-            z_t = tl.sum(tl.where(columns[None, :] == token[:, None], z, 0.0), 1)
-            tl.store(selected + rows, z_t, mask=here)
+        store_target(selected, z, columns, ids, rows, row_mask, column0, V - column0, BN, True)
         if V - column0 < BN:
             z = tl.where((columns < V - column0)[None, :], z, float("-inf"))
         base = tl.maximum(tl.load(row_base + rows, mask=row_mask, other=0.0), tl.max(z, 1) * bits - FAR)

@@ -17,7 +17,7 @@ Line = dict[str, Any]
 def tables(results: Path) -> dict[str, str]:
     """The tables by their markers' names, of `results`, a folder that the experiment wrote."""
     summary = _json(results / "summary.json")
-    search, timing = _json(results / "search.json"), _json(results / "timing.json")
+    search, timing, noises = (_json(results / f"{name}.json") for name in ("search", "timing", "noise"))
     bigger = results / "one-size-up" / "comparison.md"
     newest = results if summary else results / "small"
     makers: dict[str, Callable[[Any], str]] = {
@@ -41,6 +41,7 @@ def tables(results: Path) -> dict[str, str]:
         "experiment": methods(_csv(newest / "comparison.csv"), _SHOWN),
         "experiment-search": rates(search, summary) if search else NOT_YET,
         "experiment-timing": timing_table(timing) if timing else NOT_YET,
+        "experiment-noise": noise_table(noises) if noises else NOT_YET,
         "experiment-bigger": bigger.read_text(encoding="utf-8").strip() if bigger.is_file() else NOT_YET,
     }
 
@@ -217,6 +218,23 @@ def timing_table(found: list[Line]) -> str:
     ]
     heads = ["method", "CPU-s an update", "updates an hour", "CPU-s a graded row", "updates of a run", "CPU-min a run"]
     return _table([*heads, "runs"], rows)
+
+
+def noise_table(found: dict[str, list[Line]]) -> str:
+    """Signal and noise of every method's gradient, by the halves of its loss."""
+    rows = [
+        [
+            f"`{method}`",
+            line["part"],
+            str(line["prompts"]),
+            f"{line['norm']:.1f}",
+            f"{line['signal']:.3f} [{line['low']:.3f}, {line['high']:.3f}]",
+            _number(line["noise_scale"], 0),
+        ]
+        for method, lines in found.items()
+        for line in lines
+    ]
+    return _table(["method", "part", "prompts a batch", "length", "the signal's share", "noise scale, prompts"], rows)
 
 
 def runs_table(runs: dict[str, Line], machines: list[Line]) -> str:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from experiments import launch, record, results, run, search, timing
+from experiments import launch, noise, record, results, run, search, timing
 from experiments.settings import Experiment, load, run_folder
 from real_fast import evaluate, train
 from real_fast.utils.jsonio import read_jsonl, write_json
@@ -107,7 +108,7 @@ def test_an_experiment_from_its_files_to_its_table(
     pages = experiment_tables.tables(table)
     assert "| `real` | 1 | 2 | 4 |" in pages["experiment-runs"] and pages["experiment-reduced"] == "- Everything."
     empty = {name.rpartition("-")[2] for name, text in pages.items() if text == experiment_tables.NOT_YET}
-    assert empty == {"search", "timing", "bigger"}
+    assert empty == {"search", "timing", "noise", "bigger"}
 
     # Another machine has the files of finished runs and no weights: it makes what is missing, and its start once more.
     other, shared = tmp_path / "other", tmp_path / "shared"
@@ -179,6 +180,39 @@ def test_what_an_hour_buys(tmp_path: Path, tiny_judge: Path, monkeypatch: pytest
     assert real["update"] > 0 and real["row"] > 0 and real["runs"] == 2
     assert real["all"] == pytest.approx(2 * real["run"] + 2 * 3 * 12 * real["row"])
     assert "| `real` |" in experiment_tables.timing_table([base, real])
+
+
+def test_the_halves_of_the_gradient(
+    tmp_path: Path, tiny_judge: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_files(tmp_path / "files")
+    config = written(tmp_path / "e.yaml", common={**TINY["common"], "model": str(tiny_judge)})
+    monkeypatch.setattr(launch, "ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr(launch.Processes, "run", in_this_process)
+    seen: list[dict[str, torch.Tensor]] = []
+    measure = noise.gradients
+
+    def with_the_whole(parts: Any, methods: dict[str, Any], batches: int) -> dict[str, torch.Tensor]:
+        seen.append(measure(parts, {**methods, "whole": parts.method}, batches))
+        return {name: seen[-1][name] for name in methods}
+
+    monkeypatch.setattr(noise, "gradients", with_the_whole)
+    argv = ["--config", str(config), "--data", str(files), "--output", str(tmp_path / "o"), "--results"]
+    argv += [str(tmp_path / "t"), "--batches"]
+    assert noise.main([*argv, "2"]) == 2 and "with 3 or more" in capsys.readouterr().err
+    assert noise.main([*argv, "3", "--methods", "real", "sft"]) == 0
+    found = json.loads((tmp_path / "t" / "noise.json").read_text())
+    assert [line["part"] for line in found["real"]] == ["exploration", "refinement", "both"]
+    assert [line["part"] for line in found["sft"]] == ["all"] and found["sft"][0]["prompts"] == 2
+    explored, refined, whole = (seen[0][name] for name in ("exploration", "refinement", "whole"))
+    torch.testing.assert_close(explored + refined, whole)
+    # Other batches, and the weights stay: both halves of both are something.
+    assert explored.shape[0] == 3 and (whole[0] - whole[1]).abs().max() > 0
+    assert all(line["norm"] > 0 and line["low"] <= line["signal"] <= line["high"] for line in found["real"])
+    assert "real, exploration: the signal's share" in capsys.readouterr().out
+    assert "| `real` | exploration | 2 |" in experiment_tables.noise_table(found)
+    assert {p.name for p in (tmp_path / "o" / "runs").iterdir()} == {"sft-0"}  # where real starts
+    assert not (tmp_path / "o" / "noise").exists()
 
 
 def test_what_is_left_to_do(tmp_path: Path) -> None:

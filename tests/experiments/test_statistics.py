@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from experiments import baselines, cost, honesty, questions
+from experiments import baselines, cost, honesty, noise, questions
 from experiments.settings import Experiment, Question, load
 from real_fast.comparison.find import Evaluation
 from tests.experiments.tiny import TINY, rows, written
@@ -150,3 +151,17 @@ def test_what_it_costs_to_get_there(tmp_path: Path) -> None:
     assert real["reach"][0] == {"rmse": 1.0, "runs": 2, "cpu": 185, "tokens": 1850, "rows": 185}
     assert real["reach"][1]["cpu"] == 140 and real["cpu"] == 200
     assert cost.curves(runs).keys() == {"sft-0", "sft-1", "real-0", "real-1"} and TINY["reach"] == [9.0, 0.0]
+
+
+def test_signal_and_noise_of_known_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    true = torch.ones(4000) / 4000**0.5  # |G|² = 1
+    noisy = true + torch.randn(40, 4000, generator=generator) * (3 / 4000) ** 0.5  # tr(Σ) / b = 3
+    found = noise.noise(noisy, prompts=5)
+    assert found["signal"] == pytest.approx(1 / 4, abs=0.02) and found["low"] < 1 / 4 < found["high"]
+    assert found["norm"] == pytest.approx((4 * noise._STRIDE) ** 0.5, rel=0.05)
+    assert found["noise_scale"] == pytest.approx(15, rel=0.1)  # b tr(Σ / b) / |G|²
+    assert noise.noise(true.repeat(3, 1), 5)["signal"] == pytest.approx(1)
+    nothing = noise.noise(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0]]), 5)
+    assert nothing["noise_scale"] is None and nothing["signal"] < 0
+    assert noise.noise(torch.zeros(3, 2), 5) == {"norm": 0, "signal": 0, "low": 0, "high": 0, "noise_scale": None}

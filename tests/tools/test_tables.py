@@ -63,6 +63,7 @@ WHERE = {
         "experiment-runs",
         "experiment-search",
         "experiment-timing",
+        "experiment-noise",
         "experiment-bigger",
     ),
     "docs/experiment.md",

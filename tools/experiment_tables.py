@@ -29,6 +29,7 @@ def tables(results: Path) -> dict[str, str]:
         "experiment-seeds": lambda s: per_seed(s["results"]),
         "experiment-label-only": lambda s: answers(s, "label_only"),
         "experiment-halves": lambda s: answers(s, "halves"),
+        "experiment-remedies": lambda s: answers(s, "remedies"),
         "experiment-elsewhere": lambda s: answers(s, "elsewhere", "one_task"),
         "experiment-honesty": lambda s: honesty(s["honesty"]),
         "experiment-averaged": lambda s: averaged(s["averaged"]),

@@ -89,10 +89,10 @@ class _Node:
             self.saved, self.found = saved, [(self.tokens, self.first, end)]
 
 
-def by_beginning(prompts: Sequence[Sequence[int]], device: str) -> list[int]:
+def by_beginning(prompts: Sequence[Sequence[int]], shared: Sequence[Beginning]) -> list[int]:
     """An order of prompts in which those with a common beginning are neighbours, longest first otherwise."""
     rank = {place: (-len(prompt), place) for place, prompt in enumerate(prompts)}
-    for one in beginnings(prompts, device):
+    for one in shared:
         longest = min(rank[place] for place in one.places)
         rank |= dict.fromkeys(one.places, longest)
     return sorted(rank, key=lambda place: (rank[place], -len(prompts[place])))

@@ -19,6 +19,7 @@ from real_fast.rollout.assemble import build_rollout, check_prompts, eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.kv_cache import make_room
 from real_fast.rollout.prefill import (
+    Beginning,
     beginnings,
     by_beginning,
     can_join,
@@ -130,7 +131,7 @@ class TransformersEngine:
         at_once = min(sampling.n, self.max_num_seqs)
         size = self.max_num_seqs // at_once
         # Those that begin alike come into one batch.
-        order = by_beginning(prompts, self.device.type) if self._shares else _longest_first(prompts)
+        order = by_beginning(prompts, self._beginnings(prompts))
         results: list[list[Rollout]] = [[] for _ in prompts]
         with self._sampling_mode():
             for low in range(0, len(order), size):
@@ -243,9 +244,12 @@ class TransformersEngine:
             return [places[row] for row in order], logits, mask, cache
         return places, *self._pass(rows)
 
+    def _beginnings(self, prompts: Sequence[Sequence[int]]) -> list[Beginning]:
+        return beginnings(prompts, self.device.type) if self._shares else []
+
     def _in_parts(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], _Pass] | None:
         """The rows' numbers in another order, and what comes of them; None if caches cannot be joined, from then on."""
-        shared = beginnings(rows, self.device.type) if self._shares else []
+        shared = self._beginnings(rows)
         within = {row: number for number, one in enumerate(shared) for row in one.places}
         alone = [row for row in range(len(rows)) if row not in within]
         order, done = self._passes(alone, rows)
@@ -387,10 +391,6 @@ class TransformersEngine:
         if not (new or (s.seen and may_close(self.finder.decode(s.ids[-1:])))):
             return False
         return self.finder.settled(s.ids, answer, s.thought)
-
-
-def _longest_first(prompts: Sequence[Sequence[int]]) -> list[int]:
-    return sorted(range(len(prompts)), key=lambda place: len(prompts[place]), reverse=True)
 
 
 def _together(done: Sequence[_Pass]) -> _Pass:

@@ -20,7 +20,7 @@ from real_fast.methods.supervised import supervised_group
 from real_fast.model.lora import is_adapted
 from real_fast.prompt.guard import Guard
 from real_fast.rollout import make
-from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
+from real_fast.rollout.agreement import EngineGap
 from real_fast.rollout.assemble import eos_ids
 from real_fast.rollout.draw import draw
 from real_fast.rollout.transformers_engine import TransformersEngine
@@ -30,6 +30,7 @@ from real_fast.score.protocol import sampling
 from real_fast.score.scale import ScoreScale
 from real_fast.types import JudgeRow, Rollout, SamplingParams
 from real_fast.utils.seeds import random_stream
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 PHRASE = "So the overall score is "
 EOS = frozenset({2})
@@ -87,7 +88,7 @@ def gap(
 ) -> EngineGap:
     each, rollouts = flat(prompts, groups)
     logprobs, scores = trainer_logprobs_of(model, each, rollouts, scale, temperature)
-    return compare(rollouts, logprobs, scores, scale)
+    return plain_compare(rollouts, logprobs, scores, scale)
 
 
 # What counts of a sampled text
@@ -544,8 +545,8 @@ def test_logprobs_are_never_taken_a_token_early(
         assert torch.allclose(a, b, atol=1e-4)
     for c, d in zip(scores, score_rows, strict=True):
         assert c is not None and torch.allclose(c, d, atol=1e-4)
-    assert compare(rollouts, naive, score_rows, scale).logprob_max < 1e-4
-    shifted = compare(rollouts, early, score_rows, scale)
+    assert plain_compare(rollouts, naive, score_rows, scale).logprob_max < 1e-4
+    shifted = plain_compare(rollouts, early, score_rows, scale)
     assert shifted.logprob_mean > 0.5
     with pytest.raises(EngineMismatchError):
         shifted.raise_if_above(RolloutConfig(), 0, torch.float32)
@@ -559,7 +560,7 @@ def test_compare_numbers_and_names(scale: ScoreScale) -> None:
     uniform = torch.full((5,), 0.2).log()
     sure = torch.tensor([1e-9, 1e-9, 1e-9, 1e-9, 1.0]).log()  # expected scores 3 and 5, on a range of 4
     rollouts = [rollout_of([-1.0, -2.0], uniform.tolist()), rollout_of([-3.0], None)]
-    found = compare(rollouts, [[-1.5, -2.0], torch.tensor([-3.1])], [sure, None], scale)
+    found = plain_compare(rollouts, [[-1.5, -2.0], torch.tensor([-3.1])], [sure, None], scale)
     assert (found.tokens, found.scores) == (3, 1)
     assert found.metrics() == pytest.approx(
         {
@@ -579,9 +580,9 @@ def test_compare_numbers_and_names(scale: ScoreScale) -> None:
 
 def test_compare_a_subset(scale: ScoreScale) -> None:
     rollouts = [rollout_of([-1.0, -2.0], None), rollout_of([-3.0], None)]
-    found = compare(rollouts, [[0.0, -2.0], [float("nan")]], [None, None], scale, mask=[[False, True], [False]])
+    found = plain_compare(rollouts, [[0.0, -2.0], [float("nan")]], [None, None], scale, mask=[[False, True], [False]])
     assert (found.tokens, found.logprob_max, found.scores) == (1, 0.0, 0)
-    nothing = compare(rollouts, [[0.0, 0.0], [0.0]], [None, None], scale, mask=[[False, False], [False]])
+    nothing = plain_compare(rollouts, [[0.0, 0.0], [0.0]], [None, None], scale, mask=[[False, False], [False]])
     assert nothing.metrics() == {}
     nothing.raise_if_above(RolloutConfig(), 0, torch.float32)
 
@@ -589,13 +590,13 @@ def test_compare_a_subset(scale: ScoreScale) -> None:
 def test_compare_refuses_what_does_not_fit(scale: ScoreScale) -> None:
     one = [rollout_of([-1.0], [-1.0] * 5)]
     with pytest.raises(EngineMismatchError):  # not a number is never within a limit
-        compare(one, [[float("nan")]], [None], scale).raise_if_above(RolloutConfig(), 0, torch.float32)
+        plain_compare(one, [[float("nan")]], [None], scale).raise_if_above(RolloutConfig(), 0, torch.float32)
     with pytest.raises(ValueError, match="1 rollouts, 2 rows"):
-        compare(one, [[-1.0], [-1.0]], [None], scale)
+        plain_compare(one, [[-1.0], [-1.0]], [None], scale)
     with pytest.raises(ValueError, match="rollout 0 has 1 sampled tokens"):
-        compare(one, [[-1.0, -1.0]], [None], scale)
+        plain_compare(one, [[-1.0, -1.0]], [None], scale)
     with pytest.raises(ValueError, match="5 and 4 score"):
-        compare(one, [[-1.0]], [[-1.0] * 4], scale)
+        plain_compare(one, [[-1.0]], [[-1.0] * 4], scale)
 
 
 def test_token_ids_that_the_model_does_not_have(tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale) -> None:

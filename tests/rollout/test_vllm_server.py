@@ -23,7 +23,7 @@ from real_fast.config.cli import dump
 from real_fast.errors import EngineMismatchError, RolloutServerError
 from real_fast.model.lora import add_adapters, merge
 from real_fast.rollout import vllm_client
-from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
+from real_fast.rollout.agreement import EngineGap, limits
 from real_fast.rollout.engine import publish
 from real_fast.rollout.make import hand_over, load_engine, make_engine
 from real_fast.rollout.vllm_client import ServerClient
@@ -32,6 +32,7 @@ from real_fast.score.scale import ScoreScale
 from real_fast.train import main
 from real_fast.types import Rollout, SamplingParams
 from tests.helpers import flags, free_port, metric_lines
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -61,7 +62,7 @@ class Served:
         groups = self.engine.generate(PROMPTS, SAMPLING)
         each = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
         rollouts = [rollout for group in groups for rollout in group]
-        return compare(rollouts, *trainer_logprobs_of(self.trainer, each, rollouts, self.scale, 1.0), self.scale)
+        return plain_compare(rollouts, *trainer_logprobs_of(self.trainer, each, rollouts, self.scale, 1.0), self.scale)
 
     def check(self) -> None:
         self.gap().raise_if_above(self.config.rollout, 0, self.engine.dtype)

@@ -12,11 +12,12 @@ import torch
 
 from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.errors import EngineMismatchError
-from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
+from real_fast.rollout.agreement import EngineGap
 from real_fast.rollout.engine import RolloutEngine
 from real_fast.rollout.make import make_engine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -64,7 +65,7 @@ def gap(engine: RolloutEngine, trainer: Any, scale: ScoreScale) -> EngineGap:
     groups = engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=16))
     each = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
     rollouts = [rollout for group in groups for rollout in group]
-    return compare(rollouts, *trainer_logprobs_of(trainer, each, rollouts, scale, 1.0), scale)
+    return plain_compare(rollouts, *trainer_logprobs_of(trainer, each, rollouts, scale, 1.0), scale)
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -64,6 +64,7 @@ WHERE = {
         "experiment-search",
         "experiment-timing",
         "experiment-noise",
+        "experiment-remedies",
         "experiment-bigger",
     ),
     "docs/experiment.md",

@@ -16,6 +16,8 @@ from real_fast.methods.registry import METHODS
 from tests.experiments.tiny import TINY, written
 
 ROOT = Path(__file__).resolve().parents[2]
+# What is tried where REAL does not win.
+REMEDIES = {"real_cosine", "real_more_prompts"}
 COMMITTED = sorted((ROOT / "experiments").glob("*.yaml"))
 
 
@@ -30,10 +32,12 @@ def test_methods_that_sample_differ_by_the_objective_alone(
     assert methods["base"].train.steps == 0 and {"sft", "raft", "binary_rl", "real"} <= methods.keys()
     for name, config in methods.items():
         assert config.seed == 0 and config.output == str(tmp_path / "runs" / f"{name}-0")
-        assert (config.rollout, config.prompt, config.data.eval) == (real.rollout, real.prompt, real.data.eval)
+        assert (config.prompt, config.data.eval) == (real.prompt, real.data.eval)
+        assert config.rollout == real.rollout or name == "real_more_prompts"
         if config.train.steps and METHODS[config.method].uses_rollouts:
             assert config.init_from == str(tmp_path / "runs" / ("sft_1.7b-0" if "1.7b" in name else "sft-0"))
-            assert (config.optim.schedule, config.train) == (real.optim.schedule, real.train)
+            assert config.optim.schedule == real.optim.schedule or name in REMEDIES
+            assert config.train == real.train
             assert config.data == real.data or name == "real_saf"
         # STS-B has no feedback: what is trained on feedback gets none of its rows.
         if config.train.steps and config.method in ("sft", "tract"):
@@ -46,7 +50,7 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
     seeds = {method: experiment.seeds_of(method) for method in experiment.methods}
     assert seeds.pop("base") == [0]
     assert {m for m, some in seeds.items() if len(some) == 5} == {"sft", "real", "binary_rl"}
-    assert {m for m, some in seeds.items() if len(some) < 3} == {"real_saf", "raft_saf"}
+    assert {m for m, some in seeds.items() if len(some) < 3} == {"real_saf", "raft_saf"} | REMEDIES
     methods = {m: cli.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
     assert methods["real"].train.steps >= 100 and methods["real"].objective.kl_every == 10
     assert methods["real_reference"].objective.reward == "authors" and not methods["real_no_refinement"].objective.beta
@@ -58,6 +62,8 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
         for m, c in methods.items()
     }
     assert rows["real"] == rows["binary_rl"] == rows["sft_longer"]
+    rollouts = {m: rows[m] * methods[m].rollout.group_size for m in ("real", *REMEDIES)}
+    assert len(set(rollouts.values())) == 1
     assert min(rows["raft"], 2 * rows["tract"]) >= rows["sft"] + rows["real"]
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from random import Random
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from real_fast.config import RolloutConfig
+from real_fast.errors import EngineMismatchError
 from real_fast.rollout.agreement import gap
 from real_fast.types import Rollout
 from tests.helpers import SCALE
@@ -59,3 +62,43 @@ def test_all_at_once_is_one_at_a_time(lengths, seed, odd):
     got = vars(at_once(rollouts, logprobs, scores, mask))
     want = vars(plain_compare(rollouts, logprobs, scores, SCALE, mask))
     assert all(same(got[name], want[name]) for name in want), (got, want)
+
+
+def lists(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+NOTHING = torch.zeros(0)
+
+
+def test_numbers_and_names():
+    uniform, sure = torch.full((K,), 1 / K).log(), torch.tensor([1e-9] * (K - 1) + [1.0]).log()
+    found = gap(lists(-1.0, -2.0, -3.0), lists(-1.5, -2.0, -3.1), None, uniform, sure, SCALE)
+    assert (found.tokens, found.scores) == (3, 1)
+    apart = float(lists(*SCALE.values).mean() - SCALE.values[-1]) / SCALE.span
+    assert found.metrics() == pytest.approx(
+        {
+            "sampling/sampling_logp_difference/mean": 0.2,
+            "sampling/sampling_logp_difference/max": 0.5,
+            "sampling/score_difference/mean": abs(apart),
+            "sampling/score_difference/max": abs(apart),
+        },
+        abs=1e-6,
+    )
+    at, below = abs(apart) + 0.01, abs(apart) - 0.01
+    found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=at), 0, torch.float32)
+    with pytest.raises(EngineMismatchError, match=r"0\.2000, largest 0\.5000 over 3 tokens"):
+        found.raise_if_above(RolloutConfig(check_logprob=0.19, check_score=at), 0, torch.float32)
+    with pytest.raises(EngineMismatchError, match="temperature or top_p"):
+        found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=below), 0, torch.float32)
+
+
+def test_what_the_trainer_has_not_computed():
+    engine, trainer = lists(-1.0, -2.0, -3.0), lists(0.0, -2.0, float("nan"))
+    found = gap(engine, trainer, torch.tensor([False, True, False]), NOTHING, NOTHING, SCALE)
+    assert (found.tokens, found.logprob_max, found.scores) == (1, 0.0, 0)
+    none = gap(engine, trainer, torch.zeros(3, dtype=torch.bool), NOTHING, NOTHING, SCALE)
+    assert none.metrics() == {}
+    none.raise_if_above(RolloutConfig(), 0, torch.float32)
+    with pytest.raises(EngineMismatchError):  # not a number is never within a limit
+        gap(engine, trainer, None, NOTHING, NOTHING, SCALE).raise_if_above(RolloutConfig(), 0, torch.float32)

@@ -552,53 +552,6 @@ def test_logprobs_are_never_taken_a_token_early(
         shifted.raise_if_above(RolloutConfig(), 0, torch.float32)
 
 
-def rollout_of(logprobs: list[float], scores: list[float] | None) -> Rollout:
-    return Rollout(list(range(len(logprobs))), logprobs, [], 0, "eos", scores, None)
-
-
-def test_compare_numbers_and_names(scale: ScoreScale) -> None:
-    uniform = torch.full((5,), 0.2).log()
-    sure = torch.tensor([1e-9, 1e-9, 1e-9, 1e-9, 1.0]).log()  # expected scores 3 and 5, on a range of 4
-    rollouts = [rollout_of([-1.0, -2.0], uniform.tolist()), rollout_of([-3.0], None)]
-    found = plain_compare(rollouts, [[-1.5, -2.0], torch.tensor([-3.1])], [sure, None], scale)
-    assert (found.tokens, found.scores) == (3, 1)
-    assert found.metrics() == pytest.approx(
-        {
-            "sampling/sampling_logp_difference/mean": 0.2,
-            "sampling/sampling_logp_difference/max": 0.5,
-            "sampling/score_difference/mean": 0.5,
-            "sampling/score_difference/max": 0.5,
-        },
-        abs=1e-6,
-    )
-    found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.51), 0, torch.float32)
-    with pytest.raises(EngineMismatchError, match=r"0\.2000, largest 0\.5000 over 3 tokens"):
-        found.raise_if_above(RolloutConfig(check_logprob=0.19, check_score=0.51), 0, torch.float32)
-    with pytest.raises(EngineMismatchError, match="temperature or top_p"):
-        found.raise_if_above(RolloutConfig(check_logprob=0.21, check_score=0.49), 0, torch.float32)
-
-
-def test_compare_a_subset(scale: ScoreScale) -> None:
-    rollouts = [rollout_of([-1.0, -2.0], None), rollout_of([-3.0], None)]
-    found = plain_compare(rollouts, [[0.0, -2.0], [float("nan")]], [None, None], scale, mask=[[False, True], [False]])
-    assert (found.tokens, found.logprob_max, found.scores) == (1, 0.0, 0)
-    nothing = plain_compare(rollouts, [[0.0, 0.0], [0.0]], [None, None], scale, mask=[[False, False], [False]])
-    assert nothing.metrics() == {}
-    nothing.raise_if_above(RolloutConfig(), 0, torch.float32)
-
-
-def test_compare_refuses_what_does_not_fit(scale: ScoreScale) -> None:
-    one = [rollout_of([-1.0], [-1.0] * 5)]
-    with pytest.raises(EngineMismatchError):  # not a number is never within a limit
-        plain_compare(one, [[float("nan")]], [None], scale).raise_if_above(RolloutConfig(), 0, torch.float32)
-    with pytest.raises(ValueError, match="1 rollouts, 2 rows"):
-        plain_compare(one, [[-1.0], [-1.0]], [None], scale)
-    with pytest.raises(ValueError, match="rollout 0 has 1 sampled tokens"):
-        plain_compare(one, [[-1.0, -1.0]], [None], scale)
-    with pytest.raises(ValueError, match="5 and 4 score"):
-        plain_compare(one, [[-1.0]], [[-1.0] * 4], scale)
-
-
 def test_token_ids_that_the_model_does_not_have(tiny: Any, smollm2_tokenizer: Any, scale: ScoreScale) -> None:
     engine = TransformersEngine(tiny, smollm2_tokenizer, scale)
     for wrong in (49152, -1):

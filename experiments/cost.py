@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
@@ -13,8 +14,9 @@ Runs = dict[tuple[str, int], dict[str, Any]]
 def costs(experiment: Experiment, runs: Runs) -> list[dict[str, Any]]:
     """A line per trained method: what its runs cost in all, and to reach each RMSE of ``experiment.reach``.
 
-    What a run starts from is counted in full, as it has to be trained once. Of several seeds the median of those that
-    got there. A run gets there at the first evaluation on the dev rows that is as good.
+    What a run starts from is counted in full, as it has to be trained once. A run gets there at the evaluation on the
+    dev rows from which on all are as good. Of several seeds the median, where one that never got there is last; None
+    where half of them never did.
     """
     found = []
     for method in experiment.methods:
@@ -30,9 +32,10 @@ def costs(experiment: Experiment, runs: Runs) -> list[dict[str, Any]]:
             there = [
                 {key: point[key] + before[seed][key] for key in ("cpu", "tokens", "rows")}
                 for seed, run in mine.items()
-                if (point := next((p for p in run["curve"] if p["rmse"] is not None and p["rmse"] <= limit), None))
+                if (point := _there(run["curve"], limit))
             ]
-            middle = {key: median(p[key] for p in there) if there else None for key in ("cpu", "tokens", "rows")}
+            never = [math.inf] * (len(mine) - len(there))
+            middle = {key: _finite(median([*(p[key] for p in there), *never])) for key in ("cpu", "tokens", "rows")}
             line["reach"].append({"rmse": limit, "runs": len(there), **middle})
         found.append(line)
     return found
@@ -41,6 +44,20 @@ def costs(experiment: Experiment, runs: Runs) -> list[dict[str, Any]]:
 def curves(runs: Runs) -> dict[str, list[dict[str, Any]]]:
     """Every run's evaluations on the dev rows, by its name."""
     return {f"{method}-{seed}": run["curve"] for (method, seed), run in runs.items() if len(run["curve"]) > 1}
+
+
+def _there(curve: list[dict[str, Any]], limit: float) -> dict[str, Any] | None:
+    """The first evaluation from which on all are as good as `limit`."""
+    found = None
+    for point in reversed(curve):
+        if point["rmse"] is None or point["rmse"] > limit:
+            break
+        found = point
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _starts(experiment: Experiment, runs: Runs, method: str, seed: int) -> dict[str, float]:

@@ -27,8 +27,9 @@ def honesty(values: Sequence[float], dev: tuple[Array, Array], test: tuple[Array
     Returns:
         ``error``: mean distance of expected score and label over bins of the expected score, and ``fitted_error`` and
         ``fitted_rmse`` after an isotonic regression; ``coverage`` and ``width`` of the central 80 % interval of the
-        distribution, and ``conformal_coverage`` and ``conformal_width`` after it was widened (or narrowed) by what the
-        dev rows ask for. All in score units but the coverages; None for a judge without a distribution.
+        distribution, ``claimed``, the share that the distribution itself has within (more than 80 %, as an interval
+        holds scores whole), and ``conformal_coverage`` and ``conformal_width`` after it was widened (or narrowed) by
+        what the dev rows ask for. All in score units but the coverages; None for a judge without a distribution.
     """
     k = np.asarray(values, dtype=np.float64)
     (predicted, labels), (known, truth) = test, dev
@@ -44,6 +45,7 @@ def honesty(values: Sequence[float], dev: tuple[Array, Array], test: tuple[Array
         "rmse": correlations(predicted[:, 0], labels)["rmse"],
         "fitted_rmse": correlations(fitted, labels)["rmse"],
         "coverage": float(np.mean((low <= labels) & (labels <= high))),
+        "claimed": float(np.mean(mass_within(predicted[:, 1:], k, low, high))),
         "width": float(np.mean(high - low)),
         "conformal_coverage": float(np.mean((wide_low <= labels) & (labels <= wide_high))),
         "conformal_width": float(np.mean(np.maximum(wide_high - wide_low, 0))),
@@ -61,6 +63,12 @@ def central(probabilities: Array, values: Array) -> tuple[Array, Array]:
     tail = (1 - COVERAGE) / 2
     first, last = ((share < at - 1e-9).sum(axis=1) for at in (tail, 1 - tail))
     return edges[np.minimum(first, len(values) - 1)], edges[np.minimum(last, len(values) - 1) + 1]
+
+
+def mass_within(probabilities: Array, values: Array, low: Array, high: Array) -> Array:
+    """[n] share of each row's distribution over the scores that lies between two ends."""
+    inside = (values >= low[:, None]) & (values <= high[:, None])
+    return np.asarray((probabilities * inside).sum(axis=1) / probabilities.sum(axis=1), dtype=np.float64)
 
 
 def widening(low: Array, high: Array, labels: Array) -> float:

@@ -33,8 +33,9 @@ from real_fast.training.setup import Parts, build, settled
 from real_fast.utils.jsonio import clean, write_json
 
 PROG = "experiments.noise"
-# One coordinate in so many is kept of a gradient, of every weight alike: enough for lengths, and every batch fits.
-_STRIDE = 64
+# One coordinate in so many is kept of a gradient: enough for its products, and every batch fits. A prime, so that rows
+# of a weight, whose lengths are multiples of 64, give other columns each.
+_STRIDE = 61
 _FEWEST = 3
 
 
@@ -115,8 +116,8 @@ def gradients(parts: Parts, methods: dict[str, Method], batches: int) -> dict[st
                 with updater.accumulate(last=i == len(micro) - 1):
                     policy(batch, method.loss(UpdateCounts.of(groups))).loss.backward()
             weights = [p for p in policy.model.parameters() if p.requires_grad]
-            some = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten()[::_STRIDE].float() for p in weights]
-            found[name].append(torch.cat(some).cpu())
+            whole = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in weights])
+            found[name].append(whole[::_STRIDE].cpu().clone())
             policy.zero_grad(set_to_none=True)
         parts.state.advance(len(groups), 0, 0)
     return {name: torch.stack(kept) for name, kept in found.items()}
@@ -130,9 +131,9 @@ def noise(gradients: torch.Tensor, prompts: int) -> dict[str, float | None]:
         prompts: In a batch, b.
 
     Returns:
-        ``norm``, the root of the mean squared length of a batch's gradient; ``signal``, its share of that square which
-        is the true gradient's, |G|² / E|g|², with ``low`` and ``high`` two jackknife standard errors from it; and
-        ``noise_scale``, tr(Σ) / |G|² in prompts, None where no signal was found.
+        ``norm``, the root of the mean squared length of a batch's gradient, as the coordinates at hand tell it;
+        ``signal``, the share of that square which is the true gradient's, |G|² / E|g|², with ``low`` and ``high`` two
+        jackknife standard errors from it; and ``noise_scale``, tr(Σ) / |G|² in prompts, None where no signal was found.
     """
     products = (gradients.double() @ gradients.double().T).numpy()
     n = len(products)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import baselines, cost, honesty, questions, record
+from experiments.duplicates import nearest
 from experiments.questions import Tables
 from experiments.settings import Experiment, Question, protocol_of
 from real_fast.comparison.find import Evaluation
@@ -51,6 +52,8 @@ def write(experiment: Experiment, rows: Path, results: Path) -> str:
     found = evaluations(experiment, runs, graded)
     shame = without_a_model(experiment, rows, graded)
     tables = questions.tables_of([*found, *shame], _BOOTSTRAP)
+    again = repeated(experiment, rows, graded)
+    others = [without(e, again[e.benchmark]) for e in [*found, *shame] if e.benchmark in again]
     machines = [json.loads(m) for m in dict.fromkeys(json.dumps(r["machine"], sort_keys=True) for r in runs.values())]
     search = results / "search.json"
     summary = {
@@ -58,6 +61,9 @@ def write(experiment: Experiment, rows: Path, results: Path) -> str:
         # All of the planned resamples once all runs are there: a quarter of an hour.
         "primary": questions.primary(experiment, found, _BOOTSTRAP if missing else experiment.primary.resamples),
         "primary_by_rows": questions.primary(experiment, [by_rows(e) for e in found], _BOOTSTRAP),
+        "primary_other_texts": questions.primary(experiment, others, _BOOTSTRAP),
+        "other_texts": [_statistics(e) for e in others],
+        "repeated": {name: len(ids) for name, ids in again.items()},
         "questions": {name: questions.answers(q, tables) for name, q in experiment.questions.items()},
         "honesty": honest(experiment, runs, rows),
         "averaged": averaged(experiment, runs, rows),
@@ -96,9 +102,13 @@ def write_table(tables: Tables, baseline: str, missing: Sequence[str], results: 
 def evaluations(
     experiment: Experiment, runs: dict[tuple[str, int], dict[str, Any]], graded: dict[str, list[Row]]
 ) -> list[Evaluation]:
-    """Predictions of every finished run, by the benchmarks that its method is graded on."""
+    """Predictions of every finished run, by the benchmarks that its method is graded on.
+
+    What is not trained has no seed, so that it is compared with all of another method's.
+    """
     found = []
-    for (method, seed), run in runs.items():
+    for (method, number), run in runs.items():
+        seed = number if run["updates"] else None
         for benchmark in experiment.graded_on(method):
             rows, values = graded[benchmark], {i: p[0] for i, p in run["test"].get(benchmark, {}).items()}
             found.append(evaluation(method, benchmark, rows, values, seed, protocol_of(experiment, method)))
@@ -130,6 +140,27 @@ def evaluation(
 def by_rows(e: Evaluation) -> Evaluation:
     """The same, of which rows are resampled: what is said of these prompts, not of others like them."""
     return replace(e, rows=[{**row, "prompt_id": row["id"]} for row in e.rows])
+
+
+def repeated(experiment: Experiment, rows: Path, graded: dict[str, list[Row]]) -> dict[str, set[str]]:
+    """Ids of graded rows whose text nearly is a training row's, by benchmark of the planned test.
+
+    "No submission.", say: whoever learned that text by heart knows their score.
+    """
+    found: dict[str, set[str]] = {}
+    for name in experiment.primary.benchmarks:
+        one, file = experiment.data.sources[name], rows / f"train-{name}.jsonl"
+        train = read_jsonl(file) if file.is_file() else []
+        mine, theirs = ([" ".join(row[key] for key in one.near) for row in some] for some in (graded[name], train))
+        closest = nearest(mine, theirs) if one.near else []
+        alike = [row["id"] for row, (_, c) in zip(graded[name], closest, strict=False) if c >= experiment.data.near]
+        found[name] = set(alike)
+    return found
+
+
+def without(e: Evaluation, ids: set[str]) -> Evaluation:
+    """The same without some of the rows."""
+    return replace(e, rows=[row for row in e.rows if row["id"] not in ids])
 
 
 def without_a_model(experiment: Experiment, rows: Path, graded: dict[str, list[Row]]) -> list[Evaluation]:

@@ -25,6 +25,9 @@ def tables(results: Path) -> dict[str, str]:
         "experiment-rows": lambda s: rows_table(s["rows"]),
         "experiment-primary": lambda s: differences(s["primary"]),
         "experiment-primary-rows": lambda s: differences(s["primary_by_rows"]),
+        "experiment-other-texts": lambda s: other_texts(s["other_texts"], s["repeated"], s["rows"]),
+        "experiment-primary-other-texts": lambda s: differences(s["primary_other_texts"]),
+        "experiment-without-a-model": lambda s: answers(s, "without_a_model"),
         "experiment-comparison": lambda s: (results / "comparison.md").read_text(encoding="utf-8").strip(),
         "experiment-seeds": lambda s: per_seed(s["results"]),
         "experiment-label-only": lambda s: answers(s, "label_only"),
@@ -93,15 +96,30 @@ def differences(found: list[Line]) -> str:
             known = None not in (e["value"], e["low"], e["p"])
             cells.append(f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]" if known else "-")
         ps = [_number(p, 4) for p in (line["pearson"]["p"], line["holm"])]
-        about = [line["benchmark"], f"`{line['method']}` − `{line['other']}`", str(line["seeds"]), str(line["rows"])]
-        rows.append([*about, *cells, *ps])
-    heads = ["benchmark", "difference", "seeds", "rows", *_DIFFERENCES.values(), "p (Pearson)", "Holm's p"]
+        seeds = f"{_number(line['above'], 0)} of {line['seeds']}"
+        about = [line["benchmark"], f"`{line['method']}` − `{line['other']}`", str(line["rows"])]
+        rows.append([*about, *cells, seeds, *ps])
+    heads = ["benchmark", "difference", "rows", *_DIFFERENCES.values(), "seeds with Δ Pearson > 0"]
+    heads += ["p (Pearson)", "Holm's p"]
     return _table(heads, rows) if rows else NOT_YET
 
 
 def answers(summary: Line, *questions: str) -> str:
     """The pairs of methods that some questions ask about."""
     return differences([line for name in questions for line in summary["questions"].get(name, [])])
+
+
+def other_texts(results: list[Line], repeated: dict[str, int], counts: dict[str, Line]) -> str:
+    """Pearson correlations on graded rows whose text was not trained on, the mean over seeds."""
+    benchmarks = list(dict.fromkeys(r["benchmark"] for r in results))
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in results):
+        each = [[r["pearson"] for r in results if (r["method"], r["benchmark"]) == (method, b)] for b in benchmarks]
+        means = [None if None in some or not some else sum(some) / len(some) for some in each]
+        average = None if None in means else sum(m for m in means if m is not None) / len(means)
+        rows.append([f"`{method}`", *(_number(m) for m in [*means, average])])
+    heads = [f"{b}: {counts[b]['test'] - repeated[b]} of {counts[b]['test']} rows" for b in benchmarks]
+    return _table(["Pearson", *heads, "average"], rows)
 
 
 def per_seed(results: list[Line]) -> str:
@@ -141,10 +159,11 @@ def honesty(found: list[Line]) -> str:
     pairs.append(("width", "conformal_width"))
     rows = []
     for line in found:
-        cells = [f"{_number(line[before])} → {_number(line[after])}" for before, after in pairs]
-        rows.append([line["benchmark"], f"`{line['method']}`", str(line["runs"]), *cells])
-    heads = ["benchmark", "method", "seeds", "calibration error", "RMSE", "coverage of 80 % intervals", "their width"]
-    return _table(heads, rows)
+        error, rmse, coverage, width = (f"{_number(line[before])} → {_number(line[after])}" for before, after in pairs)
+        about = [line["benchmark"], f"`{line['method']}`", str(line["runs"])]
+        rows.append([*about, error, rmse, _number(line["claimed"]), coverage, width])
+    heads = ["benchmark", "method", "seeds", "calibration error", "RMSE", "share that the intervals claim"]
+    return _table([*heads, "their coverage", "their width"], rows)
 
 
 def averaged(found: Line) -> str:
@@ -169,15 +188,20 @@ def cost(found: list[Line]) -> str:
     rows = []
     for line in found:
         cells = [
-            f"{point['cpu'] / 60:.0f} / {point['tokens'] / 1000:.0f} ({point['runs']} of {line['runs']})"
-            if point["runs"]
-            else "-"
+            f"{_costs(point)} ({point['runs']} of {line['runs']})" if point["cpu"] is not None else "-"
             for point in line["reach"]
         ]
-        whole = f"{line['cpu'] / 60:.0f} / {line['tokens'] / 1000:.0f}"
-        rows.append([f"`{line['method']}`", f"{line['rows']:.0f}", whole, *cells])
-    note = "CPU-minutes / thousand sampled tokens, starts included: medians of the seeds that got there, in brackets."
-    return _table(["method", "rows seen", "in all", *[f"dev RMSE {limit:g}" for limit in limits]], rows) + f"\n\n{note}"
+        rows.append([f"`{line['method']}`", _costs(line), *cells])
+    note = (
+        "Rows / thousand sampled tokens / CPU-minutes, starts included: medians over seeds, of which in brackets so "
+        "many got there; '-' where half of them did not. A run is there at the evaluation from which on all are as "
+        "good. The machines differ, and so do their CPU-minutes for the same work: rows and tokens compare better."
+    )
+    return _table(["method", "in all", *[f"dev RMSE {limit:g}" for limit in limits]], rows) + f"\n\n{note}"
+
+
+def _costs(line: Line) -> str:
+    return f"{line['rows']:.0f} / {line['tokens'] / 1000:.0f} / {line['cpu'] / 60:.0f}"
 
 
 def raters(found: dict[str, Line]) -> str:

@@ -128,10 +128,10 @@ class BenchmarkTable:
         return {s: minus(a[s], b[s]) for s in WITH_INTERVALS}, samples, int(both.sum())
 
     def common_seeds(self, method: str, other: str) -> list[int]:
-        """Places of a method's runs whose seed the other has too; all of them where either has a single run."""
+        """Places of a method's runs whose seed the other has too; all of them where none is, or one has no seed."""
         mine, theirs = ([e.seed for e in self.methods[name]] for name in (method, other))
-        common = set(mine) & set(theirs)
-        if min(len(mine), len(theirs)) == 1 or not common:
+        common = set(mine) & set(theirs) - {None}
+        if not common:
             return list(range(len(mine)))
         return [place for place, seed in enumerate(mine) if seed in common]
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from experiments import launch, noise, record, results, run, search, timing
-from experiments.settings import Experiment, load, run_folder
+from experiments import baselines, launch, noise, record, results, run, search, timing
+from experiments.settings import WITHOUT_MODEL, Experiment, load, run_folder
 from real_fast import evaluate, train
-from real_fast.utils.jsonio import read_jsonl, write_json
-from tests.experiments.tiny import TINY, write_files, written
+from real_fast.utils.jsonio import read_jsonl, write_json, write_jsonl
+from tests.experiments.tiny import TINY, rows, write_files, written
 from tools import experiment_tables
 
 
@@ -104,6 +104,11 @@ def test_an_experiment_from_its_files_to_its_table(
     }
     assert found["averaged"]["differences"][0]["method"] == "real, n = 2" and found["raters"]["new"]["raters"] == 2
     assert [p["runs"] for p in found["cost"][-1]["reach"]] == [1, 0]
+    # The same without the rows whose text was trained on.
+    again = found["repeated"]["seen"]
+    assert found["repeated"]["new"] == 0 and 0 <= again < 20 and found["primary_other_texts"][0]["rows"] == 29 - again
+    assert {r["n"] for r in found["other_texts"] if r["benchmark"] == "seen"} == {20 - again}
+    assert found["primary"][0]["pearson"]["p"] is None  # one seed
     assert (table / "comparison.png").is_file() and (table / "comparison.csv").is_file()
     pages = experiment_tables.tables(table)
     assert "| `real` | 1 | 2 | 4 |" in pages["experiment-runs"] and pages["experiment-reduced"] == "- Everything."
@@ -136,6 +141,21 @@ def test_an_experiment_from_its_files_to_its_table(
     written(config, common=common, seeds=[0], data=data)
     assert run.main([*again[:4], "--output", str(tmp_path / "fourth"), *again[6:]]) == 2
     assert "was made with other rows" in capsys.readouterr().err
+
+
+def test_graded_rows_whose_text_was_trained_on(tmp_path: Path) -> None:
+    experiment = load(written(tmp_path / "e.yaml"), tmp_path)
+    graded = {b: [{"id": f"{b}{i}", "response": t} for i, t in enumerate(("No answer.", "A cat sat"))] for b in "ab"}
+    experiment.primary.benchmarks = ["a", "b"]
+    near, other = experiment.data.sources["seen"], experiment.data.sources["new"]
+    experiment.data.sources = {"a": near, "b": other}
+    write_jsonl(tmp_path / "train-a.jsonl", [{"response": "no answer"}, {"response": "Dogs ran on"}])
+    assert results.repeated(experiment, tmp_path, graded) == {"a": {"a0"}, "b": set()}
+    e = results.evaluation(
+        "m", "a", [{**r, "prompt_id": r["id"], "score": 1} for r in graded["a"]], {"a0": 1.0, "a1": 2.0}
+    )
+    assert [row["id"] for row in results.without(e, {"a0"}).rows] == ["a1"]
+    assert set(baselines.predictions(rows(), rows())) == set(WITHOUT_MODEL)
 
 
 def test_the_search_grades_no_held_out_row(

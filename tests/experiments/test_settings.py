@@ -73,11 +73,13 @@ def test_a_method_is_graded_where_a_question_asks_for_it(tmp_path: Path) -> None
     assert (experiment.graded_on("longer"), experiment.graded_on("real")) == (["seen"], ["seen", "new"])
     assert list(gradings(experiment, tmp_path, "longer", 0)["test"]["data"]) == ["seen"]
     rows = {name: [{"id": name, "prompt_id": name, "score": 1.0}] for name in ("seen", "new")}
-    runs = {(m, 0): {"test": {b: {b: [2.0]} for b in experiment.graded_on(m)}} for m in ("longer", "real")}
+    runs = {
+        (m, 0): {"updates": 1, "test": {b: {b: [2.0]} for b in experiment.graded_on(m)}} for m in ("longer", "real")
+    }
     found = [(e.method, e.benchmark) for e in evaluations(experiment, runs, rows)]
     assert found == [("longer", "seen"), ("real", "seen"), ("real", "new")]
     with pytest.raises(OutputError, match="longer: 1 rows of seen have no prediction, such as seen"):
-        evaluations(experiment, {("longer", 0): {"test": {"new": {"new": [2.0]}}}}, rows)
+        evaluations(experiment, {("longer", 0): {"updates": 1, "test": {"new": {"new": [2.0]}}}}, rows)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def test_holm() -> None:
     assert questions.holm([0.6, 0.7]) == [1.0, 1.0] and questions.holm([]) == []
 
 
-def noisy(method: str, benchmark: str, noise: float, seed: int) -> Evaluation:
-    draw = np.random.default_rng([seed, int(100 * noise)])
+def noisy(method: str, benchmark: str, noise: float, seed: int | None) -> Evaluation:
+    draw = np.random.default_rng([seed or 0, int(100 * noise)])
     labels = np.random.default_rng(7).uniform(1, 5, 60)
     made = [
         {"id": f"{i}", "prompt_id": f"{i // 2}", "label": float(y), "prediction": float(y + noise * draw.normal())}
@@ -36,13 +37,13 @@ def test_the_planned_test(tmp_path: Path) -> None:
 
     found = [
         noisy(method, benchmark, noise, seed)
-        for method, noise, seeds in (("real", 0.5, (0, 1, 2)), ("sft", 2.5, (0, 1)), ("base", 0.52, (0,)))
+        for method, noise, seeds in (("real", 0.5, (0, 1, 2)), ("sft", 2.5, (0, 1)), ("base", 0.52, (None,)))
         for seed in seeds
         for benchmark in ("seen", "new")
     ]
     better, even = questions.primary(experiment, found, 60)
     assert (better["method"], better["other"], better["benchmark"]) == ("real", "sft", "average")
-    assert better["rows"] == 120 and better["seeds"] == 2
+    assert better["rows"] == 120 and (better["seeds"], better["above"]) == (2, 2) and even["seeds"] == 3
     assert (
         better["pearson"]["low"] > 0.2 and better["rmse"]["high"] < 0 and better["holm"] == 2 * better["pearson"]["p"]
     )
@@ -60,11 +61,31 @@ def test_the_planned_test(tmp_path: Path) -> None:
     assert lines[2]["pearson"]["value"] == pytest.approx(sum(line["pearson"]["value"] for line in lines[:2]) / 2)
 
 
+def test_one_seed_of_a_trained_method_has_no_p() -> None:
+    """Whatever the other has: its other seeds are not those that both have."""
+    found = [noisy("real", "seen", 0.5, seed) for seed in (0, 1, 2)]
+    alone = [replace(found[1], method="alone")]
+    tables = questions.tables_of([*found, *alone, noisy("base", "seen", 0.9, None)], 40)
+    same = questions.difference(tables, ["seen"], "real", "alone")
+    assert same["pearson"] == {"value": 0, "low": 0, "high": 0, "p": None}
+    assert (same["seeds"], same["above"]) == (1, 0)
+    start = questions.difference(tables, ["seen"], "alone", "base")
+    assert start["pearson"]["low"] is not None and start["pearson"]["p"] is None and start["seeds"] == 1
+    assert questions.difference(tables, ["seen"], "real", "base")["pearson"]["p"] is not None
+    (line,) = questions.corrected([same])
+    assert line["holm"] is None
+    each = [questions.tables_of([run, noisy("base", "seen", 0.9, None)], 1)["seen"] for run in found]
+    above = sum((t.difference("real", "base")[0]["pearson"] or 0) > 0 for t in each)
+    assert questions.difference(tables, ["seen"], "real", "base")["above"] == above
+
+
 def test_the_central_interval_of_a_distribution() -> None:
     values = np.array([1.0, 2, 3, 4, 5])
     sure, low, wide, off = [0, 0, 0, 0, 1], [0.85, 0.1, 0.05, 0, 0], [0.2] * 5, [0, 0, 0.05, 0.05, 0]
     first, last = honesty.central(np.array([sure, low, wide, off]), values)
     assert first.tolist() == [4.5, 1, 1, 2.5] and last.tolist() == [5, 2.5, 5, 4.5]
+    inside = honesty.mass_within(np.array([sure, low, wide, off]), values, first, last)
+    assert inside == pytest.approx([1, 0.95, 1, 1])
 
 
 def test_widening_holds_four_of_five_labels() -> None:
@@ -145,11 +166,14 @@ def test_what_it_costs_to_get_there(tmp_path: Path) -> None:
     }
     sft, real = cost.costs(experiment, runs)
     assert (sft["method"], sft["runs"], sft["cpu"]) == ("sft", 2, 150)
-    assert sft["reach"][0] == {"rmse": 1.0, "runs": 1, "cpu": 100, "tokens": 1000, "rows": 100}
+    assert sft["reach"][0] == {"rmse": 1.0, "runs": 1, "cpu": None, "tokens": None, "rows": None}  # half never did
     assert sft["reach"][1]["runs"] == 0 and sft["reach"][1]["cpu"] is None
     # With what they start from: 100 + 40 and 200 + 30.
     assert real["reach"][0] == {"rmse": 1.0, "runs": 2, "cpu": 185, "tokens": 1850, "rows": 185}
-    assert real["reach"][1]["cpu"] == 140 and real["cpu"] == 200
+    assert real["reach"][1]["runs"] == 1 and real["reach"][1]["cpu"] is None and real["cpu"] == 200
+    runs["real", 0]["curve"] += [{"cpu": 41, "tokens": 1, "rows": 1, "rmse": 1.1}]  # worse again at the end
+    real = cost.costs(experiment, runs)[1]
+    assert real["reach"][0]["runs"] == 1
     assert cost.curves(runs).keys() == {"sft-0", "sft-1", "real-0", "real-1"} and TINY["reach"] == [9.0, 0.0]
 
 

@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
     "primary": {"benchmarks": ["seen", "new"], "others": ["sft", "base"], "resamples": 20},
     "questions": {
         name: {"benchmarks": ["seen"], "pairs": [["real", "sft"], ["sft", "base"]]}
-        for name in ("label_only", "halves", "remedies", "elsewhere", "one_task")
+        for name in ("label_only", "halves", "remedies", "elsewhere", "one_task", "without_a_model")
     },
     "averaged": {"methods": ["real"], "feedbacks": [1, 2]},
     "search": {"lr": {"real": [1e-6, 1e-5]}, "share": 0.5},

@@ -94,7 +94,7 @@ def differences(found: list[Line]) -> str:
         cells = []
         for name in _DIFFERENCES:
             e = line[name]
-            known = None not in (e["value"], e["low"], e["p"])
+            known = None not in (e["value"], e["low"])
             cells.append(f"{e['value']:+.3f} [{e['low']:+.3f}, {e['high']:+.3f}]" if known else "-")
         ps = [_number(p, 4) for p in (line["pearson"]["p"], line["holm"])]
         seeds = f"{_number(line['above'], 0)} of {line['seeds']}"

@@ -50,7 +50,7 @@ def test_the_experiment_of_the_page(tmp_path: Path) -> None:
     seeds = {method: experiment.seeds_of(method) for method in experiment.methods}
     assert seeds.pop("base") == [0]
     assert {m for m, some in seeds.items() if len(some) == 5} == {"sft", "real", "binary_rl"}
-    assert {m for m, some in seeds.items() if len(some) < 3} == {"real_saf", "raft_saf"} | REMEDIES
+    assert {m for m, some in seeds.items() if len(some) < 3} == {"real_saf", "raft_saf", "real_more_prompts"}
     methods = {m: cli.from_namespace(Config, experiment.config(m, 1, tmp_path)) for m in experiment.methods}
     assert methods["real"].train.steps >= 100 and methods["real"].objective.kl_every == 10
     assert methods["real_reference"].objective.reward == "authors" and not methods["real_no_refinement"].objective.beta

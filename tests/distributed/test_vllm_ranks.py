@@ -14,12 +14,12 @@ from real_fast.config import Config, RolloutConfig, TrainConfig
 from real_fast.distributed import shard
 from real_fast.distributed.ranks import Ranks
 from real_fast.rollout import engine as engines
-from real_fast.rollout.agreement import compare, trainer_logprobs_of
 from real_fast.rollout.make import hand_over, make_engine
 from real_fast.score.scale import ScoreScale
 from real_fast.training.setup import spread_policy
 from real_fast.types import SamplingParams
 from tests.distributed.ranks import run_ranks
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -71,7 +71,7 @@ def sampled(folder: Path, tensor_parallel: int):
         groups = engine.generate(PROMPTS, SamplingParams(n=2, max_tokens=16))
         each = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
         rollouts = [rollout for group in groups for rollout in group]
-        found = compare(rollouts, *trainer_logprobs_of(plain, each, rollouts, scale, 1.0), scale)
+        found = plain_compare(rollouts, *trainer_logprobs_of(plain, each, rollouts, scale, 1.0), scale)
         return found.logprob_mean, [list(r.sampled_ids) for r in rollouts]
 
     first, samples = gap()

@@ -17,13 +17,14 @@ import torch
 from real_fast.config import Config, RolloutConfig
 from real_fast.errors import ConfigError, EngineError, EngineMismatchError, ModelError
 from real_fast.model.precision import dtype_of, resolve
-from real_fast.rollout.agreement import EngineGap, compare, limits, trainer_logprobs_of
+from real_fast.rollout.agreement import EngineGap, limits
 from real_fast.rollout.checked import sample
 from real_fast.rollout.make import make_engine
 from real_fast.rollout.transformers_engine import TransformersEngine
 from real_fast.rollout.vllm_engine import VllmEngine
 from real_fast.score.scale import ScoreScale
 from real_fast.types import Rollout, SamplingParams
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -53,7 +54,7 @@ class Setup:
         pairs = [(prompt, rollout) for prompt, group in zip(prompts, groups, strict=True) for rollout in group]
         rollouts = [rollout for _, rollout in pairs]
         found = trainer_logprobs_of(self.trainer, [p for p, _ in pairs], rollouts, self.scale, temperature)
-        return compare(rollouts, *found, self.scale)
+        return plain_compare(rollouts, *found, self.scale)
 
 
 def sampled(groups: list[list[Rollout]]) -> list[list[list[int]]]:
@@ -283,7 +284,7 @@ def test_another_temperature(setup: Setup, examples: list[list[int]]) -> None:
     rollouts = [rollout for group in groups for rollout in group]
     prompts = [prompt for prompt, group in zip(examples, groups, strict=True) for _ in group]
     logprobs, scores = trainer_logprobs_of(setup.trainer, prompts, rollouts, setup.scale, 0.5)
-    compare(rollouts, logprobs, scores, setup.scale).raise_if_above(CHECK, 0, DTYPE)
+    plain_compare(rollouts, logprobs, scores, setup.scale).raise_if_above(CHECK, 0, DTYPE)
     with pytest.raises(EngineMismatchError):
         setup.gap(examples[:1], groups[:1], 1.0).raise_if_above(CHECK, 0, DTYPE)
     own = [pair for pair in zip(rollouts, scores, strict=True) if pair[0].written_score is not None]

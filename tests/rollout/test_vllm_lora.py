@@ -15,11 +15,12 @@ from torch.profiler import profile
 from real_fast.config import RolloutConfig
 from real_fast.errors import EngineMismatchError
 from real_fast.model.lora import adapters_off, merged_tensors
-from real_fast.rollout.agreement import EngineGap, compare, trainer_logprobs_of
+from real_fast.rollout.agreement import EngineGap
 from real_fast.rollout.vllm_engine import VllmEngine, import_vllm
 from real_fast.rollout.vllm_inside import share_one_adapter
 from real_fast.score.scale import ScoreScale
 from real_fast.types import SamplingParams
+from tests.rollout.plain_agreement import plain_compare, trainer_logprobs_of
 
 pytestmark = [
     pytest.mark.vllm,
@@ -56,7 +57,7 @@ def gap(engine: VllmEngine, trainer: Any) -> EngineGap:
     groups = engine.generate(PROMPTS, SamplingParams(n=4, max_tokens=12))
     each = [prompt for prompt, group in zip(PROMPTS, groups, strict=True) for _ in group]
     rollouts = [rollout for group in groups for rollout in group]
-    return compare(rollouts, *trainer_logprobs_of(trainer, each, rollouts, engine.scale, 1.0), engine.scale)
+    return plain_compare(rollouts, *trainer_logprobs_of(trainer, each, rollouts, engine.scale, 1.0), engine.scale)
 
 
 def base_of(engine: VllmEngine) -> str:
